@@ -1,0 +1,212 @@
+"""``wrap``: options in, Distiller out. Everything that can be checked is checked here."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxdistill import guards
+from fxdistill.capture import CaptureError
+from fxdistill.distiller import Distiller, Mode, Plan
+from fxdistill.errors import OptionError, did_you_mean
+from fxdistill.losses import FEATURE_LOSSES, LABEL_LOSSES, LOGIT_LOSSES, resolve
+from fxdistill.lower import Lowering
+from fxdistill.matching import Mapped, Pair, resolve_pairs
+from fxdistill.objective import Objective, Term
+from fxdistill.passes import KeepTeacher
+from fxdistill.program import Pass
+from fxdistill.roles import find_task, stream_of
+from fxdistill.tokens import Task
+
+LossLike = str | Callable[..., Tensor] | None
+_COMPILE_KEYS = ("backend", "options", "mode", "dynamic", "fallback")
+
+
+def wrap(
+    student: nn.Module,
+    teacher: nn.Module,
+    mapping: Mapped = None,
+    *,
+    feature_loss: str | Callable[..., Tensor] = "mse",
+    feature_weight: float = 1.0,
+    logit_loss: LossLike = "forward_kl",
+    logit_weight: float = 1.0,
+    temperature: float = 1.0,
+    label_loss: LossLike = "cross_entropy",
+    label_weight: float = 1.0,
+    task: str = "auto",
+    vocab_size: int | None = None,
+    freeze_teacher: bool = True,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    compile: bool | str | Mapping[str, Any] = True,
+    outputs: Iterable[str] = (),
+    passes: Iterable[Pass] = (),
+) -> Distiller:
+    """Make student, teacher and losses one module that is called like a model.
+
+    L = logit_weight · L_logit + feature_weight · (1/N) Σ weight_i · loss_i + label_weight · L_label,
+    of which any part may be missing: no ``mapping``, ``logit_loss=None``, no labels in the call.
+
+    Args:
+        student: The model to train. Nothing of it is changed, now or later.
+        teacher: The model to learn from; run under ``no_grad`` and in eval mode if ``freeze_teacher``.
+        mapping: ``{student path: teacher path or Match}``, or a list of ``Match``. ``*`` stands for one
+            path segment.
+        feature_loss: Name or callable ``(student, teacher, weights) -> scalar`` for matches that name
+            none: mse, l2, smooth_l1, l1, cosine.
+        feature_weight: λ above.
+        logit_loss: Name or callable ``(student_logits, teacher_logits, *, temperature, weights)``:
+            forward_kl, reverse_kl, jsd, soft_cross_entropy.
+        logit_weight: Its weight.
+        temperature: τ of the logit loss.
+        label_loss: Name or callable ``(student_logits, labels, *, weights)``, used where labels are
+            passed.
+        label_weight: Its weight.
+        task: How labels line up with logits: "causal_lm" (shifted by one), "masked_lm", "seq2seq",
+            "classification", or "auto" to read it from the model.
+        vocab_size: How many vocabulary columns are real, where the two models differ by more than 5 %.
+        freeze_teacher: ``False`` trains the teacher too.
+        example_inputs: Keyword arguments (or a tuple of positional ones) of a call. The capture, paths
+            and shapes are checked on them now; nothing is executed.
+        compile: ``True``: one graph, by Inductor. ``"regional"``: the models run as they are and the
+            losses are one compiled graph. ``False``: all eager. A dict: one graph with ``backend``,
+            ``options``, ``mode``, ``dynamic`` as of ``torch.compile``, and ``fallback="regional"`` to
+            go there, with a warning, when the models cannot be captured.
+        outputs: ``("logits",)`` adds the student's logits to the output, detached.
+        passes: Passes of your own, run on the joint program after compose.
+
+    Raises:
+        FxDistillError: A subclass for each thing that can be wrong; see ``fxdistill.errors``.
+    """
+    guards.check_trainable(student)
+    plan = _plan(compile, tuple(outputs), tuple(passes), freeze_teacher)
+    found_task = find_task(student, task)
+    pairs = resolve_pairs(student, teacher, mapping)
+    projections = nn.ModuleList()
+    objective = Objective(
+        features=_terms(student, pairs, feature_loss, found_task, projections),
+        logit_loss=_optional(logit_loss, LOGIT_LOSSES, "logit_loss"),
+        label_loss=_optional(label_loss, LABEL_LOSSES, "label_loss"),
+        task=found_task,
+        vocab_size=vocab_size,
+    )
+    settings = {
+        "logit_weight": logit_weight,
+        "feature_weight": feature_weight,
+        "label_weight": label_weight,
+        "temperature": temperature,
+        **{term.name: term.weight for term in objective.features},
+    }
+    return _checked(student, teacher, objective, projections, settings, plan, example_inputs)
+
+
+def _checked(
+    student: nn.Module,
+    teacher: nn.Module,
+    objective: Objective,
+    projections: nn.ModuleList,
+    settings: Mapping[str, float],
+    plan: Plan,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None,
+) -> Distiller:
+    """Make the distiller and try it on the examples; on an error the teacher's modes are put back."""
+    modes = [(module, module.training) for module in teacher.modules()]
+    try:
+        distiller = Distiller(student, teacher, objective, projections, settings, plan)
+        if isinstance(example_inputs, tuple):
+            distiller.check(*example_inputs)
+        elif example_inputs is not None:
+            distiller.check(**example_inputs)
+    except CaptureError:
+        if plan.mode == "one_graph" and not plan.fallback:
+            _restore(modes)
+            raise
+    except BaseException:
+        _restore(modes)
+        raise
+    return distiller
+
+
+def _restore(modes: list[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
+
+
+def _optional(loss: LossLike, table: dict[str, Any], what: str) -> Any:
+    return None if loss is None else resolve(loss, table, what)
+
+
+def _terms(
+    student: nn.Module,
+    pairs: list[Pair],
+    default: str | Callable[..., Tensor],
+    task: Task | None,
+    projections: nn.ModuleList,
+) -> tuple[Term, ...]:
+    """One term a pair, named by the student's tap; ``#2`` where that is matched again."""
+    seen: dict[str, int] = {}
+    terms = []
+    for pair in pairs:
+        base = str(pair.student)
+        seen[base] = seen.get(base, 0) + 1
+        name = base if seen[base] == 1 else f"{base}#{seen[base]}"
+        loss = resolve(pair.loss if pair.loss is not None else default, FEATURE_LOSSES, "loss")
+        stream = stream_of(student, pair.student, task)
+        term = Term(name, loss, pair.student, pair.teacher, pair.weight, stream)
+        if pair.project is not None:
+            if not isinstance(pair.project, nn.Module):
+                raise OptionError(
+                    f"project={pair.project!r} for {name!r}: pass an nn.Module from the student's to "
+                    "the teacher's width, such as nn.Linear(d_student, d_teacher)"
+                )
+            projections.append(pair.project)
+            term = replace(term, projection=len(projections) - 1)
+        terms.append(term)
+    return tuple(terms)
+
+
+def _plan(
+    compile: bool | str | Mapping[str, Any],
+    outputs: tuple[str, ...],
+    passes: tuple[Pass, ...],
+    freeze_teacher: bool,
+) -> Plan:
+    for name in outputs:
+        if name != "logits":
+            raise OptionError(f"outputs={outputs!r}: only 'logits' can be asked for")
+    options: Mapping[str, Any] = compile if isinstance(compile, Mapping) else {}
+    for key in options:
+        if key not in _COMPILE_KEYS:
+            near = did_you_mean(key, _COMPILE_KEYS)
+            raise OptionError(f"compile={{{key!r}: ...}} is no option. Nearest: {near}.")
+    if isinstance(compile, str) and compile != "regional":
+        raise OptionError(f"compile={compile!r}: True, False, 'regional', or a dict of options")
+    if options.get("fallback") not in (None, "regional"):
+        raise OptionError("compile's fallback can only be 'regional'")
+    mode: Mode = "regional" if compile == "regional" else "one_graph" if compile else "eager"
+    if isinstance(compile, Mapping):
+        mode = "one_graph"
+    lowering = Lowering(
+        options.get("backend", "inductor"),
+        _inductor_options(options),
+        (KeepTeacher(),) if freeze_teacher else (),
+    )
+    return Plan(
+        mode=mode,
+        lowering=lowering,
+        dynamic=options.get("dynamic"),
+        fallback="fallback" in options,
+        passes=passes,
+        freeze_teacher=freeze_teacher,
+        outputs=outputs,
+    )
+
+
+def _inductor_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``mode`` means what it means to ``torch.compile``: a named set of Inductor options."""
+    named: dict[str, Any] = {}
+    if (mode := options.get("mode")) is not None:
+        named = torch._inductor.list_mode_options(mode, options.get("dynamic"))
+    return {**named, **options.get("options", {})}

@@ -1,0 +1,181 @@
+"""Capture one step as one graph. The only file that knows dynamo.
+
+The step is traced by ``torch.compile`` with a backend of our own: guards, recompilation, dynamic
+shapes, autocast and mutation are dynamo's. The backend cuts the graph into programs, runs the passes,
+composes and lowers. Private to torch and used here only: the exceptions of ``torch._dynamo.exc``,
+which become ours.
+"""
+
+import functools
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo import exc
+
+from fxdistill import pipeline
+from fxdistill.compose import compose
+from fxdistill.errors import CaptureError, FxDistillError
+from fxdistill.lower import Lowering, lower
+from fxdistill.passes import ExposeOutputs, PruneTeacher
+from fxdistill.pipeline import Dump, Observer
+from fxdistill.program import JointProgram, Pass, PassRecord, Program, output_values
+from fxdistill.split import split
+from fxdistill.taps import CHECKS, Tap, TapTable, begin, hooked, recording
+
+Step = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the backend does between capture and code."""
+
+    lowering: Lowering = Lowering()
+    passes: tuple[Pass, ...] = ()
+    keep: Callable[[JointProgram], None] = lambda program: None
+    dry: bool = False
+
+
+class _Captured(Exception):  # noqa: N818 - not an error: it ends a dry run
+    """Thrown out of the backend when only the capture was wanted."""
+
+
+def backend(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, recipe: Recipe | None = None, **_: Any
+) -> Callable[..., Any]:
+    """The ``torch.compile`` backend: split, expose, compose, user passes, prune, lower.
+
+    A graph without our markers (something else that was compiled with ``backend="fxdistill"``) goes
+    to the lowering as it is.
+    """
+    recipe = recipe or Recipe()
+    if not any(node.target is begin for node in gm.graph.nodes):
+        return lower(gm, example_inputs, Lowering(recipe.lowering.backend))
+    dump = Dump()
+    joint = joint_program(gm, recipe.passes, dump)
+    history = list(joint.history)
+    recipe.keep(joint)
+    if recipe.dry:
+        raise _Captured
+
+    def note(record: PassRecord, program: Program) -> None:
+        history.append(record)
+        recipe.keep(JointProgram(joint.gm, joint.outputs, tuple(history), title="joint"))
+
+    return lower(joint.gm, example_inputs, recipe.lowering, (dump, note))
+
+
+def joint_program(gm: fx.GraphModule, passes: Sequence[Pass], dump: Dump) -> JointProgram:
+    """Everything that happens on the captured level."""
+    names = tuple(f"output_{i}" for i in range(len(output_values(gm.graph))))
+    dump.write("capture", Program(gm, names, title="capture"))
+    _erase_checks(gm)
+    *towers, objective = split(gm).items()
+    observers: list[Observer] = [dump]
+    exposed = {name: pipeline.run(p, (ExposeOutputs(),), observers) for name, p in towers}
+    joint = compose(gm, {**exposed, objective[0]: objective[1]})
+    records = tuple(record for program in exposed.values() for record in program.history)
+    joint = JointProgram(joint.gm, joint.outputs, records, title=joint.title)
+    dump.write("joint_compose", joint)
+    return pipeline.run(joint, (*passes, PruneTeacher()), observers)
+
+
+def _erase_checks(gm: fx.GraphModule) -> None:
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in reversed(module.graph.nodes):
+                if node.op == "call_function" and node.target in CHECKS:
+                    module.graph.erase_node(node)
+
+
+def one_graph(step: Step, recipe: Recipe, dynamic: bool | None = None) -> Step:
+    """``step`` as one compiled graph. Each gets its own code object: dynamo counts recompilations
+    per code object, and distillers must not use up each other's."""
+    own = types.FunctionType(
+        step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__, step.__closure__
+    )
+    compiled = torch.compile(
+        own, backend=functools.partial(backend, recipe=recipe), fullgraph=True, dynamic=dynamic
+    )
+    return functools.partial(_call, compiled)
+
+
+def _call(compiled: Step, table: TapTable, *args: Any) -> Any:
+    """Call, and turn dynamo's exceptions into what happened."""
+    table.failure = None
+    try:
+        return compiled(*args)
+    except FxDistillError:
+        raise
+    except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
+        if table.failure is not None:
+            raise table.failure from None
+        inner = getattr(error, "inner_exception", None)
+        if isinstance(inner, (FxDistillError, _Captured)):
+            raise inner from None
+        raise CaptureError(_explain(error)) from error
+
+
+def dry_run(step: Step, passes: tuple[Pass, ...], table: TapTable, *args: Any) -> JointProgram:
+    """Capture ``step`` on the shapes of ``args`` and return the program; nothing is executed."""
+    kept: list[JointProgram] = []
+    compiled = one_graph(step, Recipe(passes=passes, keep=kept.append, dry=True))
+    try:
+        compiled(table, *args)
+    except _Captured:
+        return kept[-1]
+    raise AssertionError("a dry run ends in the backend")
+
+
+def _explain(error: Exception) -> str:
+    """Say which line of the user's code stopped the capture, and what there is to do."""
+    stack = list(getattr(error, "real_stack", None) or ())
+    ours = __file__.rsplit("/", 1)[0]
+    frames = [f for f in stack if not f.filename.startswith(ours)] or stack
+    where = ""
+    if frames:
+        last = frames[-1]
+        where = f'\n  at {last.filename}:{last.lineno} in {last.name}\n    {last.line or ""}'
+    reason = str(error).strip().split("\n\n")[0]
+    return (
+        f"the models cannot be captured as one graph.{where}\n  torch.compile says: {reason}\n"
+        'What to do: change that line; or wrap(..., compile="regional") (the models run as they are, '
+        'the losses are compiled), compile=False (everything eager), or compile={"fallback": '
+        '"regional"} to fall back by itself, with a warning.'
+    )
+
+
+def trace(module: nn.Module, *args: Any, **kwargs: Any) -> Program:
+    """Capture one call of ``module`` as a Program, for reading and for writing passes.
+
+    Every named submodule that runs is marked, so that ``ExposeOutputs(only=(pattern, ...))`` can make
+    any of their outputs an output of the graph. Parameters are placeholders; nothing is executed.
+    """
+    programs: list[Program] = []
+
+    def keep(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        program = split(gm)["module"]
+        names = tuple(f"output_{i}" for i in range(len(program.outputs)))
+        programs.append(replace(program, outputs=names))
+        raise _Captured
+
+    def step(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        begin("module")
+        return module(*args, **kwargs)
+
+    own = types.FunctionType(
+        step.__code__.replace(), step.__globals__, "trace", None, step.__closure__
+    )
+    compiled = torch.compile(own, backend=keep, fullgraph=True)
+    taps = [Tap(path) for path, _ in module.named_modules() if path]
+    with recording(TapTable(capturing=True)) as table, hooked(
+        module, "module", taps, required=False
+    ):
+        try:
+            _call(compiled, table, module, args, kwargs)
+        except _Captured:
+            return programs[0]
+    raise AssertionError("a capture ends in the backend")

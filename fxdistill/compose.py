@@ -1,0 +1,78 @@
+"""Programs + objective -> JointProgram: one graph, one total, named terms."""
+
+from typing import Any
+
+from torch import fx
+
+from fxdistill.program import JointProgram, Program, output_values
+from fxdistill.split import EDGE
+
+SECTION = "fxdistill"
+
+
+def section_of(node: fx.Node) -> str | None:
+    """Which part of a joint program ``node`` comes from: a tower or the objective.
+
+    Stored in ``meta["custom"]``, which AOTAutograd hands on to the operators it traces.
+    """
+    custom = node.meta.get("custom") or {}
+    value = custom.get(SECTION)
+    return value if isinstance(value, str) else None
+
+
+def compose(captured: fx.GraphModule, programs: dict[str, Program]) -> JointProgram:
+    """Inline the towers, then the objective, reading what the towers expose.
+
+    The placeholders are those of ``captured``, in order, used or not: dynamo's calling convention.
+    """
+    graph, env = fx.Graph(), {}
+    for node in captured.graph.find_nodes(op="placeholder"):
+        env[node.name] = graph.node_copy(node)
+        env[node.name].meta = dict(node.meta)
+    attributes: dict[str, Any] = {}
+    for section, program in programs.items():
+        values = _inline(graph, program, env, section, attributes)
+        for name, value in zip(program.outputs, values, strict=True):
+            edge = name.startswith(EDGE)
+            env[name.removeprefix(EDGE) if edge else f"{section}:{name}"] = value
+    graph.output(tuple(values))
+    gm = fx.GraphModule(attributes, graph, "Joint")
+    gm.meta.update(captured.meta)
+    outputs = tuple(name.removeprefix(EDGE) for name in program.outputs)
+    joint = JointProgram(gm, outputs, title="joint")
+    joint.gm.graph.lint()
+    return joint
+
+
+def _inline(
+    graph: fx.Graph,
+    program: Program,
+    env: dict[str, Any],
+    section: str,
+    attributes: dict[str, Any],
+) -> list[Any]:
+    """Copy a program's nodes into ``graph`` and return the values of its outputs."""
+    local: dict[fx.Node, Any] = {}
+    for node in program.gm.graph.nodes:
+        if node.op == "placeholder":
+            local[node] = env[_source(node)]
+        elif node.op != "output":
+            copy = local[node] = graph.node_copy(node, lambda n: local[n])
+            copy.meta = {**node.meta, "custom": {**node.meta.get("custom", {}), SECTION: section}}
+            if node.op == "get_attr":
+                attributes[node.target] = _attribute(program.gm, node.target)
+    return [local[v] if isinstance(v, fx.Node) else v for v in output_values(program.gm.graph)]
+
+
+def _source(placeholder: fx.Node) -> str:
+    if (tapped := placeholder.meta.get("tap")) is not None:
+        section, tap = tapped
+        return f"{section}:{tap}"
+    return str(placeholder.target)
+
+
+def _attribute(gm: fx.GraphModule, target: str) -> Any:
+    value: Any = gm
+    for name in target.split("."):
+        value = getattr(value, name)
+    return value

@@ -1,0 +1,154 @@
+"""What the nodes of a captured graph share and write.
+
+Captured graphs mutate: ``relu(inplace=True)``, ``add_``, running statistics. Whoever moves or removes
+nodes asks here first. The answer comes from running the graph once on its fake tensors and watching
+the operators below: no list of torch functions to keep up with.
+
+Private to torch and used here only: fake-tensor modes found on values, and ``untyped_storage``
+identities of fakes. If they move, this file is the one to mend.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+
+
+@dataclass
+class Effects:
+    """For every node, also inside checkpointed regions: its place, its storages, what it writes."""
+
+    place: dict[fx.Node, int] = field(default_factory=dict)
+    storages: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
+    writes: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
+
+    def written_after(self, value: fx.Node, moment: fx.Node) -> bool:
+        """Whether ``value`` or an alias of it is written at or after ``moment``."""
+        mine, start = self.storages[value], self.place[moment]
+        return any(mine & w and self.place[node] >= start for node, w in self.writes.items())
+
+    def live(self, graph: fx.Graph) -> set[fx.Node]:
+        """The nodes that the outputs, the outside world or the interpreter's state depend on."""
+        outside = frozenset().union(
+            *(self.storages.get(n, frozenset()) for n in graph.nodes if n.op in _EXTERNAL)
+        )
+        todo = [n for n in graph.nodes if self._must_stay(n, outside)]
+        live: set[fx.Node] = set()
+        seen: set[int] = set()
+        while todo:
+            node = todo.pop()
+            if node in live:
+                continue
+            live.add(node)
+            todo += node.all_input_nodes
+            fresh = self.storages.get(node, frozenset()) - seen
+            seen |= fresh
+            todo += [n for n in graph.nodes if fresh & self.writes.get(n, frozenset())]
+        return live
+
+    def _must_stay(self, node: fx.Node, outside: frozenset[int]) -> bool:
+        if node.op in ("placeholder", "output"):
+            return True
+        if self.writes.get(node, frozenset()) & outside:
+            return True
+        # No value, no user: it is there for what it does (grad mode, autocast, assertions).
+        return node.op == "call_function" and not node.users and node not in self.storages
+
+
+_EXTERNAL = ("placeholder", "get_attr")
+
+
+def effects_of(gm: fx.GraphModule) -> Effects:
+    """Run ``gm`` on its own fake tensors and record what every node shares and writes."""
+    examples = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
+    effects = Effects()
+    with _fake(examples), _Watch() as watch:
+        _Runner(gm, effects, watch).run(*examples)
+    return effects
+
+
+@contextlib.contextmanager
+def _fake(examples: list[Any]) -> Iterator[None]:
+    mode = _fake_mode(examples)
+    grad, env = torch.is_grad_enabled(), getattr(mode, "shape_env", None)
+    fresh = env.ignore_fresh_unbacked_symbols() if env is not None else contextlib.nullcontext()
+    try:
+        with mode or contextlib.nullcontext(), fresh:
+            yield
+    finally:
+        torch.set_grad_enabled(grad)
+
+
+def _fake_mode(value: Any) -> FakeTensorMode | None:
+    """The mode that the fakes belong to. Not torch's own detection: inside a backend that prefers the
+    mode of the lowering, and the graph's fakes are those of the capture."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, FakeTensor):
+            return leaf.fake_mode
+        if is_traceable_wrapper_subclass(leaf):
+            return _fake_mode([getattr(leaf, name) for name in leaf.__tensor_flatten__()[0]])
+    return None
+
+
+class _Watch(TorchDispatchMode):
+    """Collects the storages that operators write, by their schemas."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for index, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[index] if index < len(args) else kwargs.get(argument.name)
+                self.written |= _storages(given)
+        if "batch_norm" in func._schema.name and "backward" not in func._schema.name:
+            # The schemas of some batch norms do not say that they write running statistics.
+            self.written |= _storages(args[3:5])
+        return func(*args, **kwargs)
+
+
+class _Runner(fx.Interpreter):
+    """Runs a graph, and the bodies of its checkpointed regions node by node."""
+
+    def __init__(self, gm: fx.GraphModule, effects: Effects, watch: _Watch) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.effects, self.watch = effects, watch
+
+    def run_node(self, n: fx.Node) -> Any:
+        outer, self.watch.written = self.watch.written, set()
+        self.effects.place[n] = len(self.effects.place)
+        result = super().run_node(n)
+        tensors = any(isinstance(leaf, (Tensor, torch.SymInt)) for leaf in tree_leaves(result))
+        if tensors or result is not None:
+            self.effects.storages[n] = _storages(result)
+        if self.watch.written:
+            self.effects.writes[n] = frozenset(self.watch.written)
+        self.watch.written |= outer
+        return result
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is CHECKPOINT:
+            body, *inputs = args
+            return _Runner(body, self.effects, self.watch).run(*inputs)
+        return super().call_function(target, args, kwargs)
+
+
+def _storages(value: Any) -> frozenset[int]:
+    found: set[int] = set()
+    for leaf in tree_leaves(value):
+        if is_traceable_wrapper_subclass(leaf):
+            names, _ = leaf.__tensor_flatten__()
+            found |= _storages([getattr(leaf, name) for name in names])
+        elif isinstance(leaf, Tensor):
+            found.add(leaf.untyped_storage()._cdata)
+    return frozenset(found)

@@ -1,0 +1,79 @@
+"""What can be known before a step runs: devices, modes, trainable parameters."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from fxdistill.errors import DeviceError, FrozenStudentError, ModeError
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter (or buffer); CPU for a model that has none."""
+    for tensor in model.parameters():
+        return tensor.device
+    for tensor in model.buffers():
+        return tensor.device
+    return torch.device("cpu")
+
+
+def check_devices(student: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise DeviceError where an input is not where the student is (if that is one place)."""
+    device = device_of(student)
+    named = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
+    wrong = {
+        name: value.device
+        for name, value in named.items()
+        if isinstance(value, Tensor) and value.device != device
+    }
+    if wrong and len({p.device for p in student.parameters()}) == 1:
+        places = ", ".join(f"{name} on {where}" for name, where in wrong.items())
+        raise DeviceError(f"the student is on {device}, but {places}. Move the batch: x.to({device}).")
+
+
+def check_trainable(student: nn.Module) -> None:
+    """Raise FrozenStudentError where there is nothing to train."""
+    parameters = list(student.parameters())
+    if not any(p.requires_grad for p in parameters):
+        raise FrozenStudentError(
+            f"none of the student's {len(parameters)} parameters requires a gradient: there is "
+            "nothing to train. student.requires_grad_(True), or unfreeze the part to train."
+        )
+
+
+def first_trainable(model: nn.Module) -> Tensor:
+    """A parameter that gradients can reach."""
+    return next((p for p in model.parameters() if p.requires_grad), next(model.parameters()))
+
+
+def settle_modes(student: nn.Module, teacher: nn.Module) -> None:
+    """Put the teacher in eval mode; modules that are the student's too keep the student's mode.
+
+    Raises ModeError where that would change what the teacher computes.
+    """
+    shared = {id(m) for m in student.modules()}
+    for name, module in teacher.named_modules():
+        if id(module) not in shared:
+            if module.training:
+                module.training = False
+        elif module.training and (reason := _mode_matters(module)):
+            raise ModeError(
+                f"teacher module {name or 'itself'!r} ({type(module).__name__}, {reason}) is the "
+                "student's module too: the student trains, the teacher must be in eval mode. Set its "
+                "probability to 0, keep the shared part in eval mode, or give the teacher a copy."
+            )
+
+
+def _mode_matters(module: nn.Module) -> str | None:
+    """Why ``module`` computes something else in train mode; ``None`` if it does not seem to."""
+    if isinstance(module, _DropoutNd):
+        return f"p={module.p}" if module.p > 0 else None
+    if isinstance(module, _BatchNorm):
+        return "batch statistics"
+    for name, value in vars(module).items():
+        if "drop" in name and isinstance(value, float) and value > 0:
+            return f"{name}={value}"
+    return None

@@ -1,0 +1,102 @@
+"""Divergences between two vocabularies of logits.
+
+``student_logits`` and ``teacher_logits`` are ``[..., V]``; ``weights`` is shaped like their leading
+axes, or ``None``. p = softmax(z/τ) with temperature τ, a number or a 0-d tensor. The value of a token
+is a sum over the vocabulary times τ², which keeps gradients comparable across temperatures (Hinton et
+al., 2015, section 2); the result is Σ w·value / Σ w.
+
+The forms are chosen so that equal logits give exactly 0 and exactly zero gradients.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fxdistill.losses.reduce import weighted_mean, wide
+
+
+def _scaled(logits: Tensor, temperature: Tensor | float) -> Tensor:
+    z = wide(logits)
+    if isinstance(temperature, Tensor):
+        return z / temperature.to(z.dtype)
+    return z if temperature == 1.0 else z / temperature
+
+
+def _result(values: Tensor, temperature: Tensor | float, weights: Tensor | None) -> Tensor:
+    return weighted_mean(values, weights) * temperature**2
+
+
+@torch.compiler.allow_in_graph
+def forward_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: Tensor | float = 1.0,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """τ² KL(p_T ‖ p_S) = τ² [Σ p_T (z_T - z_S)/τ - lse_T + lse_S] (Hinton et al., 2015)."""
+    s, t = _scaled(student_logits, temperature), _scaled(teacher_logits, temperature)
+    lse_s, lse_t = s.logsumexp(-1), t.logsumexp(-1)
+    p = (t - lse_t.unsqueeze(-1)).exp()
+    # A token the teacher rules out (logit -inf) adds nothing, whatever the student says of it.
+    gap = torch.where(p > 0, t - s, torch.zeros_like(s))
+    return _result((p * gap).sum(-1) - lse_t + lse_s, temperature, weights)
+
+
+@torch.compiler.allow_in_graph
+def reverse_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: Tensor | float = 1.0,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """τ² KL(p_S ‖ p_T) = τ² Σ p_S (log p_S - log p_T) (MiniLLM, Gu et al., 2024)."""
+    s, t = _scaled(student_logits, temperature), _scaled(teacher_logits, temperature)
+    log_q, log_p = s.log_softmax(-1), t.log_softmax(-1)
+    q = (s - s.logsumexp(-1, keepdim=True)).exp()
+    # Σ q ∂log q is 0, so the gradient through log q is left out: it would only add rounding.
+    gap = torch.where(q > 0, log_q.detach() - log_p, torch.zeros_like(s))
+    return _result((q * gap).sum(-1), temperature, weights)
+
+
+@torch.compiler.allow_in_graph
+def jsd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: Tensor | float = 1.0,
+    weights: Tensor | None = None,
+    beta: float = 0.5,
+) -> Tensor:
+    """τ² [β KL(p_T ‖ m) + (1-β) KL(p_S ‖ m)] with m = β p_T + (1-β) p_S (GKD, Agarwal et al., 2024).
+
+    At β = 0 and 1, where the formula is 0, forward and reverse KL, as users of GKD mean it.
+    """
+    if beta in (0, 1):
+        kl = reverse_kl if beta else forward_kl
+        return kl(student_logits, teacher_logits, temperature=temperature, weights=weights)
+    if not 0 < beta < 1:
+        raise ValueError(f"jsd takes beta between 0 and 1, not {beta}")
+    log_q = _scaled(student_logits, temperature).log_softmax(-1)
+    log_p = _scaled(teacher_logits, temperature).log_softmax(-1)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    of_teacher = (log_p.exp() * (log_p - log_m)).sum(-1)
+    of_student = (log_q.exp() * (log_q - log_m)).sum(-1)
+    return _result(beta * of_teacher + (1 - beta) * of_student, temperature, weights)
+
+
+@torch.compiler.allow_in_graph
+def soft_cross_entropy(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: Tensor | float = 1.0,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """-τ² Σ p_T log p_S: forward KL plus the teacher's entropy, with the same student gradient."""
+    s, t = _scaled(student_logits, temperature), _scaled(teacher_logits, temperature)
+    p = t.softmax(-1)
+    values = (p * (s.logsumexp(-1, keepdim=True) - s)).sum(-1)
+    return _result(values, temperature, weights)

@@ -1,0 +1,43 @@
+"""Means that are the same on one device and on shards: a sum divided by a count, never ``mean()``."""
+
+import torch
+from torch import Tensor
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32: losses are not formed in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Σ w·value / Σ w over all elements; 0, with zero gradients, where Σ w = 0.
+
+    A value whose weight is zero does not count even if it is not finite.
+    """
+    if weights is None:
+        return values.sum() / values.numel()
+    w = weights.to(values.dtype)
+    total = w.sum()
+    counted = torch.where(w != 0, values * w, torch.zeros_like(values))
+    return counted.sum() / torch.where(total == 0, torch.ones_like(total), total)
+
+
+def width_axes(x: Tensor, weights: Tensor | None) -> tuple[int, ...]:
+    """The axes that make up one value's width.
+
+    With weights: all axes behind those of the weights. Without: the last one, and for feature maps
+    (4 axes and more, ``[B, C, H, W]``) everything behind the batch, so that the mean is per sample.
+    """
+    if weights is not None:
+        leading = weights.ndim
+    else:
+        leading = x.ndim - 1 if x.ndim <= 3 else 1
+    return tuple(range(min(leading, x.ndim - 1), x.ndim))
+
+
+def width_of(x: Tensor, axes: tuple[int, ...]) -> int:
+    """How many elements lie along ``axes``."""
+    size = 1
+    for axis in axes:
+        size = size * x.shape[axis]
+    return size

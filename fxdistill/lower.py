@@ -1,0 +1,75 @@
+"""Hand a joint program to AOTAutograd and Inductor. The only file that knows them.
+
+Passes of the joint level run here, on AOTAutograd's functional forward-and-backward graph, just
+before it is partitioned. Private to torch and used here only: ``compile_fx``, the partitioner hook of
+Inductor's configuration, and ``aot_autograd`` of ``torch._dynamo.backends``. If the hook moves, joint
+passes stop running, and ``test_lower.py`` fails.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from functorch.compile import min_cut_rematerialization_partition
+from torch import fx
+from torch._dynamo import lookup_backend
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
+from torch.utils._pytree import tree_leaves
+
+from fxdistill import pipeline
+from fxdistill.pipeline import Observer
+from fxdistill.program import Pass, Program
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What becomes of the joint program: a backend of torch.compile and its options."""
+
+    backend: str | Callable[..., Any] = "inductor"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    joint_passes: tuple[Pass, ...] = ()
+
+
+def lower(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    lowering: Lowering,
+    observers: Sequence[Observer] = (),
+) -> Callable[..., Any]:
+    """Compile ``gm``. ``"inductor"`` and ``"aot_eager"`` run the joint passes; other backends are
+    called as they are."""
+    partition = _Partition(lowering.joint_passes, observers)
+    if lowering.backend == "inductor":
+        patches = {"custom_partitioner_fn": partition, **lowering.options}
+        compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs), config_patches=patches)
+        return compiled
+    if lowering.backend == "aot_eager":
+        return aot_autograd(  # type: ignore[no-any-return]
+            fw_compiler=boxed_nop, partition_fn=partition, keep_inference_input_mutations=True
+        )(gm, list(example_inputs))
+    backend = lowering.backend
+    compiler = lookup_backend(backend) if isinstance(backend, str) else backend
+    options = {"options": dict(lowering.options)} if lowering.options else {}
+    return compiler(gm, list(example_inputs), **options)  # type: ignore[no-any-return]
+
+
+class _Partition(CustomPartitionerFn):  # type: ignore[misc]
+    """Run the joint passes, then torch's own partitioner."""
+
+    def __init__(self, passes: tuple[Pass, ...], observers: Sequence[Observer]) -> None:
+        self.passes, self.observers = passes, observers
+
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
+        count = len(tree_leaves(gm.graph.output_node().args))
+        outputs = tuple(f"output_{i}" for i in range(count))
+        program = Program(gm, outputs, level="joint", title="backward")
+        program = pipeline.run(program, self.passes, self.observers)
+        return min_cut_rematerialization_partition(program.gm, joint_inputs, **kwargs)
+
+    def uuid(self) -> str:
+        """Part of the key of Inductor's caches: a changed pass must not be served old code."""
+        return f"{get_hash_for_files((__file__,))!r} {self.passes!r} {torch.__version__}"

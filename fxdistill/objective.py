@@ -1,0 +1,202 @@
+"""The objective: which loss, on which values, with which weight.
+
+L = λ_logit · L_logit + λ · (1/N) Σ weight_i · loss_i + λ_label · L_label
+
+One object computes it for eager, regional and captured runs alike: the captured graph is a trace of
+the very same lines.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxdistill.errors import ShapeError, TaskError, VocabularyError
+from fxdistill.losses import Loss
+from fxdistill.taps import Tap, check, tapped
+from fxdistill.tokens import (
+    Batch,
+    Stream,
+    Task,
+    align_labels,
+    feature_weights,
+    prediction_weights,
+    rescaled,
+)
+
+Lookup = Callable[[str, Tap], Tensor]
+LOGITS = Tap("", "logits")
+GLOBAL_SETTINGS = ("logit_weight", "feature_weight", "label_weight", "temperature")
+PADDING_LIMIT = 0.05
+
+
+@dataclass(frozen=True)
+class Term:
+    """One match: ``loss(student value, teacher value, weights)``, times ``weight``."""
+
+    name: str
+    loss: Loss
+    student: Tap
+    teacher: Tap
+    weight: float = 1.0
+    stream: Stream = "tokens"
+    projection: int | None = None
+
+
+class Losses(NamedTuple):
+    """The total, with gradients, and the unweighted terms by name, without."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """All terms of a distiller. ``None`` for a loss turns its term off."""
+
+    features: tuple[Term, ...] = ()
+    logit_loss: Loss | None = None
+    label_loss: Loss | None = None
+    task: Task | None = None
+    vocab_size: int | None = None
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether any term compares with the teacher."""
+        return bool(self.features) or self.logit_loss is not None
+
+    def without_labels(self) -> "Objective":
+        """The objective of a call that brings no labels."""
+        return replace(self, label_loss=None)
+
+    def __call__(
+        self,
+        lookup: Lookup,
+        batch: Batch,
+        settings: Tensor,
+        projections: torch.nn.ModuleList,
+        anchor: Tensor,
+    ) -> Losses:
+        """Compute the total and its terms.
+
+        ``lookup(tower, tap)`` gives the tapped values; ``settings`` is a vector: the weights of
+        logits, features and labels, the temperature, then one weight for each match. ``anchor`` is a
+        trainable value that ties a total without any term to the student (its gradient is zero).
+        """
+        logit_weight, feature_weight, label_weight, temperature = settings[:4].unbind()
+        total = anchor.reshape(-1)[:1].sum() * 0.0
+        terms: dict[str, Tensor] = {}
+        if self.logit_loss is not None or self.label_loss is not None:
+            student = lookup("student", LOGITS)
+            task = self.task or ("classification" if student.ndim == 2 else None)
+            require_task(task, batch.labels, batch.loss_mask, batch.token_weights)
+            weights = prediction_weights(batch, task, student)
+            if self.logit_loss is not None:
+                s, t = shared_vocabulary(student, lookup("teacher", LOGITS), self.vocab_size)
+                loss = self.logit_loss(s, t, temperature=temperature, weights=weights)
+                loss = rescaled(loss, weights, 0, batch.num_items)
+                total = total + logit_weight * loss
+                terms["logits"] = loss.detach()
+            if self.label_loss is not None:
+                assert batch.labels is not None and task is not None
+                labels = align_labels(batch.labels, task)
+                loss = self.label_loss(student, labels, weights=weights)
+                loss = rescaled(loss, weights, 0, batch.num_items)
+                total = total + label_weight * loss
+                terms["labels"] = loss.detach()
+        if self.features:
+            weight = settings[4:].unbind()
+            named = self._feature_terms(lookup, batch, projections)
+            mean = sum(w * loss for w, loss in zip(weight, named.values(), strict=True))
+            mean = mean / len(self.features)
+            total = total + feature_weight * mean
+            terms["features"] = mean.detach()
+            terms.update({name: loss.detach() for name, loss in named.items()})
+        return Losses(total, terms)
+
+    def _feature_terms(
+        self, lookup: Lookup, batch: Batch, projections: torch.nn.ModuleList
+    ) -> dict[str, Tensor]:
+        losses = {}
+        for term in self.features:
+            s, t = lookup("student", term.student), lookup("teacher", term.teacher)
+            if term.projection is not None:
+                s = projections[term.projection](s)
+            require_same_shape(s, t, str(term.student), str(term.teacher))
+            weights = feature_weights(batch, self.task, term.stream, s)
+            loss = term.loss(s, t, weights)
+            losses[term.name] = rescaled(loss, weights, s.shape[0], batch.num_feature_items)
+        return losses
+
+
+def lookup_marker(tower: str, tap: Tap) -> Tensor:
+    """The lookup of traced and eager runs: ask the markers."""
+    return tapped(tower, tap.path, tap.port, tap.call)
+
+
+def shared_vocabulary(
+    student: Tensor, teacher: Tensor, vocab_size: int | None
+) -> tuple[Tensor, Tensor]:
+    """Cut trailing padding columns: what is beyond both vocabularies has probability zero."""
+    require_vocabulary(student, teacher, vocab_size)
+    size = min(student.shape[-1], teacher.shape[-1]) if vocab_size is None else vocab_size
+    if student.shape[-1] != size:
+        student = student[..., :size]
+    if teacher.shape[-1] != size:
+        teacher = teacher[..., :size]
+    return student, teacher
+
+
+@check
+def require_vocabulary(student: Tensor, teacher: Tensor, vocab_size: int | None) -> None:
+    """Raise where the vocabularies differ by more than padding."""
+    v_s, v_t = student.shape[-1], teacher.shape[-1]
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ShapeError(
+            f"the student's logits are {list(student.shape)}, the teacher's {list(teacher.shape)}: "
+            "they must agree in all but the vocabulary."
+        )
+    if vocab_size is not None and vocab_size > min(v_s, v_t):
+        raise VocabularyError(
+            f"vocab_size={vocab_size}, but the student has {v_s} columns and the teacher {v_t}."
+        )
+    if vocab_size is None and abs(v_s - v_t) > PADDING_LIMIT * max(v_s, v_t):
+        raise VocabularyError(
+            f"the student's vocabulary has {v_s} entries and the teacher's {v_t}: more than padding. "
+            "If they do share their first entries, say how many are real: vocab_size=...; if the "
+            "tokenizers differ, use logit_loss=None."
+        )
+
+
+@check
+def require_same_shape(student: Tensor, teacher: Tensor, s_name: str, t_name: str) -> None:
+    """Raise where the two values of a match cannot be compared."""
+    if student.shape == teacher.shape:
+        return
+    s, t = list(student.shape), list(teacher.shape)
+    advice = "map values of one shape."
+    if len(s) == len(t) and s[:-1] == t[:-1]:
+        advice = 'project the student: Match(..., project="linear").'
+    raise ShapeError(
+        f"student {s_name!r} is {s} and teacher {t_name!r} is {t}: a loss needs equal shapes; {advice}"
+    )
+
+
+@check
+def require_task(
+    task: str | None,
+    labels: Tensor | None,
+    loss_mask: Tensor | None,
+    token_weights: Tensor | None,
+) -> None:
+    """Raise where labels or weights are given and nothing says how they line up with the logits."""
+    given = {"labels": labels, "loss_mask": loss_mask, "token_weights": token_weights}
+    names = [name for name, tensor in given.items() if tensor is not None]
+    if task is None and names:
+        raise TaskError(
+            f"{' and '.join(names)} given, but the student does not say how labels line up with its "
+            'logits. Say it: wrap(..., task="causal_lm") where logits predict the next token, '
+            '"masked_lm" or "seq2seq" where they predict their own, "classification" for [B, C].'
+        )

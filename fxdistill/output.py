@@ -1,0 +1,44 @@
+"""What a distiller returns."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import register_pytree_node
+
+
+class DistillOutput(OrderedDict[str, Any]):
+    """An ordered mapping with attribute access: ``out.loss``, ``out["loss"]``, ``out[0]``.
+
+    ``loss`` is the total, a 0-d tensor with gradients. ``losses`` maps the name of every term to its
+    unweighted value, detached, on the device: reading one is the reader's synchronisation. ``logits``
+    is there when asked for (``wrap(..., outputs=("logits",))``), detached.
+    """
+
+    loss: Tensor
+    losses: Mapping[str, Tensor]
+    logits: Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no output {name!r}; there are {', '.join(self)}") from None
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, (int, slice)):
+            return self.to_tuple()[key]
+        return super().__getitem__(key)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values in order."""
+        return tuple(super(DistillOutput, self).__getitem__(key) for key in self)
+
+
+register_pytree_node(
+    DistillOutput,
+    lambda out: (list(out.to_tuple()), list(out)),
+    lambda values, names: DistillOutput(zip(names, values, strict=True)),
+    serialized_type_name="fxdistill.DistillOutput",
+)

@@ -1,0 +1,91 @@
+"""What a model says about itself: its task, its logits, its encoder."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from fxdistill.errors import OptionError
+from fxdistill.taps import Tap
+from fxdistill.tokens import Stream, Task
+
+TASKS: tuple[Task, ...] = ("causal_lm", "masked_lm", "seq2seq", "classification")
+
+# Endings of Hugging Face class names (transformers' auto classes name models by their head).
+_CLASS_ENDINGS: dict[str, Task] = {
+    "ForCausalLM": "causal_lm",
+    "LMHeadModel": "causal_lm",
+    "DoubleHeadsModel": "causal_lm",
+    "ForMaskedLM": "masked_lm",
+    "ForPreTraining": "masked_lm",
+    "ForTokenClassification": "masked_lm",
+    "ForSequenceClassification": "classification",
+    "ForImageClassification": "classification",
+    "ForAudioClassification": "classification",
+    "ForMultipleChoice": "classification",
+}
+
+
+def find_task(model: nn.Module, task: str) -> Task | None:
+    """The task that was asked for, or what class name and config say; ``None`` if they do not."""
+    if task in TASKS:
+        return cast(Task, task)
+    if task != "auto":
+        raise OptionError(f"task={task!r}: a task is 'auto', {', '.join(map(repr, TASKS))}")
+    candidates = [model, *(m for m in _wrapped(model))]
+    for module in candidates:
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+            return "seq2seq"
+        name = type(module).__name__
+        names = [name, *(getattr(getattr(module, "config", None), "architectures", None) or ())]
+        for ending, found in _CLASS_ENDINGS.items():
+            if any(n.endswith(ending) for n in names):
+                return found
+    return None
+
+
+def _wrapped(model: nn.Module) -> list[nn.Module]:
+    """The models inside wrappers such as DDP, OptimizedModule or PeftModel."""
+    inner = [getattr(model, name, None) for name in ("module", "_orig_mod", "base_model", "model")]
+    return [m for m in inner if isinstance(m, nn.Module)]
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The model's tensor output, or its ``logits`` field or key."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        return output.get("logits")
+    return getattr(output, "logits", None)
+
+
+def stream_of(model: nn.Module, tap: Tap, task: Task | None) -> Stream:
+    """Whose tokens a tapped value is indexed by."""
+    if task != "seq2seq":
+        return "tokens"
+    encoder = encoder_of(model)
+    module = model.get_submodule(tap.path)
+    if encoder is not None:
+        return "encoder" if any(m is module for m in encoder.modules()) else "decoder"
+    return "encoder" if "encoder" in tap.path.split(".") else "decoder"
+
+
+def encoder_of(model: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder-decoder, where the model has a way to say so."""
+    get = getattr(model, "get_encoder", None)
+    encoder = get() if callable(get) else getattr(model, "encoder", None)
+    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
+
+
+def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor | None:
+    """The decoder's tokens made from labels as the model's own class makes them."""
+    for name in ("prepare_decoder_input_ids_from_labels", "_shift_right"):
+        if callable(make := getattr(model, name, None)):
+            return cast(Tensor, make(labels))
+    # Whisper and its kin shift with a function of their module.
+    make = getattr(sys.modules[type(model).__module__], "shift_tokens_right", None)
+    config: Any = getattr(model, "config", None)
+    if make is None or config is None:
+        return None
+    return cast(Tensor, make(labels, config.pad_token_id, config.decoder_start_token_id))

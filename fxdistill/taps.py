@@ -1,0 +1,285 @@
+"""Taps: reading values out of a running model without touching it.
+
+Three markers carry everything. ``begin(section)`` says whose operators follow, ``tap(x, ...)`` names
+a value inside a tower, ``tapped(...)`` asks for it back outside. Run eagerly they go through a table
+of real tensors. Traced by dynamo they stay in the graph as single calls (``allow_in_graph``) while
+the table holds fake tensors, so that the traced objective knows shapes and dtypes; the passes then
+replace ``tapped`` by the value itself, threading it out of checkpointed regions. The markers read and
+write nothing that dynamo can see, which is why they may stand inside such regions.
+
+``tap`` is a plain function rather than a custom operator: an operator may not return its argument,
+and would need a sharding rule for every placement.
+"""
+
+import contextlib
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxdistill import errors
+from fxdistill.errors import CheckpointError, FxDistillError, TapError
+
+
+@dataclass(frozen=True, order=True)
+class Tap:
+    """One value of a model: a port of the ``call``-th call of the module at ``path``."""
+
+    path: str
+    port: str = "output"
+    call: int = 0
+
+    def __str__(self) -> str:
+        """``path``, with ``@call`` and ``:port`` where they are not the default."""
+        call = f"@{self.call}" if self.call else ""
+        port = f":{self.port}" if self.port != "output" else ""
+        return f"{self.path}{call}{port}"
+
+
+class TapTable:
+    """What one run of the towers has tapped so far; filled by ``tap``, read by ``tapped``."""
+
+    def __init__(self, *, capturing: bool) -> None:
+        self.capturing = capturing
+        self.section = ""
+        self.values: dict[tuple[str, Tap], Tensor] = {}
+        self.failure: FxDistillError | None = None
+
+    def begin(self, section: str) -> None:
+        """Start a tower. Dynamo may trace a function again from its top: then this starts over."""
+        self.section = section
+        for key in [key for key in self.values if key[0] == section]:
+            del self.values[key]
+
+    def add(self, path: str, port: str, value: Tensor) -> None:
+        """Keep ``value`` as the next call of ``path``."""
+        call = 0
+        while (key := (self.section, Tap(path, port, call))) in self.values:
+            call += 1
+        self.values[key] = value
+
+    def fail(self, error: FxDistillError) -> FxDistillError:
+        """Remember ``error``: what dynamo makes of an exception does not reach the user."""
+        self.failure = error
+        return error
+
+
+class _Active(threading.local):
+    table: TapTable | None = None
+
+
+_active = _Active()
+
+
+@contextlib.contextmanager
+def recording(table: TapTable) -> Iterator[TapTable]:
+    """Make ``table`` the one that markers write to."""
+    before, _active.table = _active.table, table
+    try:
+        yield table
+    finally:
+        _active.table = before
+
+
+@torch.compiler.allow_in_graph
+def begin(section: str) -> None:
+    """Mark that the operators which follow belong to ``section``."""
+    if _active.table is not None:
+        _active.table.begin(section)
+
+
+@torch.compiler.allow_in_graph
+def tap(x: Tensor, section: str, path: str, port: str) -> Tensor:
+    """Name ``x`` in ``section``, and return it.
+
+    A module that stands in both towers is hooked for both; a tap of the other section is not taken.
+    The value is the one at return: what is kept is a copy, since ``x`` may be written later.
+    """
+    table = _active.table
+    if table is None or table.section != section:
+        return x
+    if not table.capturing and _is_traced(x):
+        raise table.fail(
+            TapError(
+                f"{section} tap {path!r} lies inside a region that torch.compile compiles by itself. "
+                "Do not compile the parts of the models that hold taps (compile=True compiles "
+                "everything as one graph), or tap outside of the compiled part."
+            )
+        )
+    if _inside_reentrant_checkpoint():
+        raise table.fail(
+            CheckpointError(
+                f"{section} tap {path!r} lies inside a checkpoint with use_reentrant=True, which "
+                "runs its body without gradients: the tap would teach the student nothing. Use "
+                "use_reentrant=False (Hugging Face: gradient_checkpointing_enable("
+                'gradient_checkpointing_kwargs={"use_reentrant": False})).'
+            )
+        )
+    table.add(path, port, x.clone())
+    return x
+
+
+@torch.compiler.allow_in_graph
+def tapped(section: str, path: str, port: str, call: int) -> Tensor:
+    """Return the value that ``tap`` has named."""
+    table = _active.table
+    assert table is not None, "tapped() is only called while a table is recording"
+    key = Tap(path, port, call)
+    if (value := table.values.get((section, key))) is not None:
+        return value
+    calls = sum(k[0] == section and k[1].path == path for k in table.values)
+    what = f"call {call} of {section} module {path!r}" if calls else f"{section} module {path!r}"
+    raise table.fail(
+        TapError(
+            f"{what} was not executed"
+            + (f" (it ran {calls} times)" if calls else "")
+            + ", so there is nothing to match. Map a module that runs in forward(), or drop the pair."
+        )
+    )
+
+
+def check(fn: Callable[..., None]) -> Callable[..., None]:
+    """Make ``fn`` a check: it sees shapes while the graph is traced, and leaves nothing in it.
+
+    What it raises reaches the user as it is, although dynamo wraps the exceptions of traced code.
+    """
+
+    @functools.wraps(fn)
+    def checked(*args: Any) -> None:
+        try:
+            fn(*args)
+        except FxDistillError as error:
+            if _active.table is not None:
+                _active.table.fail(error)
+            raise
+
+    marker: Callable[..., None] = torch.compiler.allow_in_graph(checked)
+    CHECKS.add(marker)
+    return marker
+
+
+CHECKS: set[Callable[..., None]] = set()
+
+
+@check
+def reject(kind: str, message: str) -> None:
+    """Raise the error class called ``kind``."""
+    raise getattr(errors, kind)(message)
+
+
+@torch.compiler.allow_in_graph
+def named(x: Tensor, name: str) -> Tensor:
+    """Name an output of the objective."""
+    return x.view_as(x)
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether ``x`` is a stand-in of a tracer rather than a value."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch._subclasses.functional_tensor import FunctionalTensor
+
+    return isinstance(x, (FakeTensor, FunctionalTensor))
+
+
+def _inside_reentrant_checkpoint() -> bool:
+    """Whether a ``torch.utils.checkpoint`` that runs its body under ``no_grad`` is on the stack."""
+    if torch.is_grad_enabled():
+        return False
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_filename.endswith("utils/checkpoint.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def pick(value: Any, port: str) -> Tensor | None:
+    """Find the tensor that ``port`` means in what a module took or returned.
+
+    ``"output"`` and ``"input"`` mean the first tensor; ``[i]`` an element; ``.field`` a field or key.
+    """
+    selector = port.removeprefix("output").removeprefix("input")
+    if selector.startswith("["):
+        value = list(_elements(value))[int(selector[1:-1])]
+    elif selector.startswith("."):
+        name = selector[1:]
+        value = value[name] if isinstance(value, Mapping) else getattr(value, name)
+    return _first_tensor(value)
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value
+    for element in _elements(value):
+        if (found := _first_tensor(element)) is not None:
+            return found
+    return None
+
+
+def _elements(value: Any) -> Iterable[Any]:
+    if isinstance(value, (tuple, list)):
+        return value
+    if isinstance(value, Mapping):
+        return value.values()
+    if hasattr(value, "__dataclass_fields__"):
+        return [getattr(value, name) for name in value.__dataclass_fields__]
+    return ()
+
+
+def _take(value: Any, section: str, path: str, port: str, required: bool) -> None:
+    try:
+        found = pick(value, port)
+    except (IndexError, KeyError, AttributeError):
+        found = None
+    if found is not None:
+        tap(found, section, path, port)
+    elif required:
+        reject(
+            "PortError",
+            f"{section} module {path!r} has no tensor at port {port!r}. Ports are 'output', "
+            "'output[i]', 'output.field', 'input' and 'input[i]'.",
+        )
+
+
+@contextlib.contextmanager
+def hooked(
+    model: nn.Module, section: str, taps: Iterable[Tap], *, required: bool = True
+) -> Iterator[None]:
+    """Put a hook on every tapped module of ``model`` for as long as the context lasts.
+
+    Unless ``required``, modules that return no tensor are passed over.
+    """
+    handles = []
+    try:
+        for path, port in dict.fromkeys((tap.path, tap.port) for tap in taps):
+            module = model.get_submodule(path)
+            if port.startswith("input"):
+                pre = _input_hook(section, path, port, required)
+                handles.append(module.register_forward_pre_hook(pre, with_kwargs=True))
+            else:
+                post = _output_hook(section, path, port, required)
+                handles.append(module.register_forward_hook(post))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _output_hook(section: str, path: str, port: str, required: bool) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        _take(output, section, path, port, required)
+
+    return hook
+
+
+def _input_hook(section: str, path: str, port: str, required: bool) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        _take((*args, *kwargs.values()), section, path, port, required)
+
+    return hook

@@ -1,0 +1,104 @@
+"""Matched modules' values become named graph outputs."""
+
+import fnmatch
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxdistill.effects import CHECKPOINT, Effects, effects_of
+from fxdistill.program import P, fork_module, output_values
+from fxdistill.split import is_tap
+from fxdistill.taps import Tap
+
+
+@dataclass(frozen=True)
+class ExposeOutputs:
+    """Return tapped values, after the existing outputs, and erase the markers.
+
+    1. A value is named ``path``, with ``@k`` for the k-th further call of its module and ``:port``
+       where that is not the output.
+    2. A value in a checkpointed region is threaded out of it as one more output of the region, which
+       stays checkpointed.
+    3. A value that is written later, itself or through an alias, is cloned where it was tapped.
+
+    ``only`` restricts what is exposed to the names that match one of its patterns; the markers of
+    the others are erased too. Works on the captured level.
+    """
+
+    only: tuple[str, ...] | None = None
+
+    def __call__(self, program: P) -> P:
+        """Expose; a program without markers is returned as it is."""
+        if not any(is_tap(node) for node in _all_nodes(program.gm)):
+            return program
+        gm = fork_module(program.gm)
+        effects = effects_of(gm)
+        found = {str(tap): node for tap, node in _hoist(gm, effects, {}, self._wants).items()}
+        new = {name: node for name, node in found.items() if name not in program.outputs}
+        out = gm.graph.output_node()
+        out.args = ((*output_values(gm.graph), *new.values()),)
+        return replace(program, gm=gm, outputs=(*program.outputs, *new))
+
+    def _wants(self, tap: Tap) -> bool:
+        return self.only is None or any(fnmatch.fnmatchcase(str(tap), p) for p in self.only)
+
+
+def _all_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    inner = [n for m in gm.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes]
+    return inner
+
+
+def _hoist(
+    gm: fx.GraphModule, effects: Effects, calls: dict[tuple[str, str], int], wants: Any
+) -> dict[Tap, fx.Node]:
+    """Erase the markers of ``gm`` in order, and return the tapped values as nodes of ``gm``."""
+    found: dict[Tap, fx.Node] = {}
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and node.target is CHECKPOINT:
+            body = getattr(gm, node.args[0].target)
+            inner = _hoist(body, effects, calls, wants)
+            found.update(_thread_out(gm, node, body, inner))
+        elif is_tap(node):
+            value, section, path, port = node.args
+            call = calls.get((path, port), 0)
+            calls[path, port] = call + 1
+            tap = Tap(path, port, call)
+            if wants(tap):
+                found[tap] = _at_return(gm.graph, node, value, effects)
+            node.replace_all_uses_with(value)
+            gm.graph.erase_node(node)
+    return found
+
+
+def _at_return(graph: fx.Graph, marker: fx.Node, value: fx.Node, effects: Effects) -> fx.Node:
+    """The value as it was when its module returned."""
+    if not effects.written_after(value, marker):
+        return value
+    with graph.inserting_after(marker):
+        clone = graph.call_function(torch.clone, (value,))
+    clone.meta = dict(marker.meta)
+    return clone
+
+
+def _thread_out(
+    gm: fx.GraphModule, region: fx.Node, body: fx.GraphModule, inner: dict[Tap, fx.Node]
+) -> dict[Tap, fx.Node]:
+    """Return ``inner`` values from a region, and pick them up behind it."""
+    if not inner:
+        return {}
+    old = output_values(body.graph)
+    out = body.graph.output_node()
+    out.args = ((*old, *inner.values()),)
+    body.recompile()
+    examples = tuple(node.meta.get("example_value") for node in inner.values())
+    region.meta["example_value"] = (*region.meta.get("example_value", ()), *examples)
+    found, last = {}, region
+    for i, (tap, node) in enumerate(inner.items()):
+        with gm.graph.inserting_after(last):
+            last = gm.graph.call_function(operator.getitem, (region, len(old) + i))
+        last.meta = {k: v for k, v in node.meta.items() if k != "custom"}
+        found[tap] = last
+    return found

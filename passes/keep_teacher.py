@@ -1,0 +1,32 @@
+"""Never run the frozen teacher twice."""
+
+from dataclasses import dataclass, replace
+
+from torch.utils.checkpoint import CheckpointPolicy
+
+from fxdistill.compose import section_of
+from fxdistill.program import P, fork_module
+
+
+@dataclass(frozen=True)
+class KeepTeacher:
+    """Forbid the partitioner to recompute, in the backward, what the teacher hands to the terms.
+
+    The partitioner weighs bytes saved against operators run again and does not know that the teacher
+    takes no part in the backward: at a low ``activation_memory_budget`` it runs whole teacher layers
+    a second time. Behind the values marked here (those that the teacher's nodes hand to others)
+    nothing of the teacher is ever needed again. Works on the joint level.
+    """
+
+    def __call__(self, program: P) -> P:
+        """Mark the teacher's last values; a program without a teacher is returned as it is."""
+        gm = fork_module(program.gm)
+        frontier = [
+            node
+            for node in gm.graph.nodes
+            if section_of(node) == "teacher"
+            and any(section_of(user) != "teacher" for user in node.users)
+        ]
+        for node in frontier:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        return replace(program, gm=gm) if frontier else program

@@ -1,0 +1,32 @@
+"""Remove what no term needs from the teacher."""
+
+from dataclasses import dataclass, replace
+
+from fxdistill.compose import section_of
+from fxdistill.effects import effects_of
+from fxdistill.program import P, fork_module
+
+
+@dataclass(frozen=True)
+class PruneTeacher:
+    """Erase the teacher's nodes on which no output depends.
+
+    1. Its head goes where there is no logit term, and the layers above the deepest tap.
+    2. What writes a parameter or a buffer stays, and so does what writes a value that is read.
+    3. What has no value (grad mode, autocast, assertions) stays.
+
+    The last pass of the captured level. The placeholders stay: they are the calling convention.
+    """
+
+    def __call__(self, program: P) -> P:
+        """Prune; a teacher that is needed to its last node is returned as it is."""
+        if not any(section_of(node) == "teacher" for node in program.gm.graph.nodes):
+            return program
+        gm = fork_module(program.gm)
+        live = effects_of(gm).live(gm.graph)
+        dead = [n for n in gm.graph.nodes if section_of(n) == "teacher" and n not in live]
+        if not dead:
+            return program
+        for node in reversed(dead):
+            gm.graph.erase_node(node)
+        return replace(program, gm=gm)
