@@ -7,6 +7,7 @@ which become ours.
 """
 
 import functools
+import itertools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -92,15 +93,26 @@ def _erase_checks(gm: fx.GraphModule) -> None:
 
 
 def one_graph(step: Step, recipe: Recipe, dynamic: bool | None = None) -> Step:
-    """``step`` as one compiled graph. Each gets its own code object: dynamo counts recompilations
-    per code object, and distillers must not use up each other's."""
-    own = types.FunctionType(
-        step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__, step.__closure__
-    )
+    """``step`` as one compiled graph."""
+    own = _own_code(step)
     compiled = torch.compile(
         own, backend=functools.partial(backend, recipe=recipe), fullgraph=True, dynamic=dynamic
     )
     return functools.partial(_call, compiled)
+
+
+_serial = itertools.count()
+
+
+def _own_code(step: Step) -> Step:
+    """Copy ``step`` with a code object and a name of its own.
+
+    Dynamo keeps compiled versions, and their number, by code object, and what it has learnt about
+    dynamic sizes by the code's name: distillers must not use up or misread each other's.
+    """
+    name = f"{step.__name__}_{next(_serial)}"
+    code = step.__code__.replace(co_name=name)
+    return types.FunctionType(code, step.__globals__, name, step.__defaults__, step.__closure__)
 
 
 def _call(compiled: Step, table: TapTable, *args: Any) -> Any:
@@ -166,10 +178,7 @@ def trace(module: nn.Module, *args: Any, **kwargs: Any) -> Program:
         begin("module")
         return module(*args, **kwargs)
 
-    own = types.FunctionType(
-        step.__code__.replace(), step.__globals__, "trace", None, step.__closure__
-    )
-    compiled = torch.compile(own, backend=keep, fullgraph=True)
+    compiled = torch.compile(_own_code(step), backend=keep, fullgraph=True)
     taps = [Tap(path) for path, _ in module.named_modules() if path]
     with recording(TapTable(capturing=True)) as table, hooked(
         module, "module", taps, required=False

@@ -70,6 +70,10 @@ class _Partition(CustomPartitionerFn):  # type: ignore[misc]
         program = pipeline.run(program, self.passes, self.observers)
         return min_cut_rematerialization_partition(program.gm, joint_inputs, **kwargs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Inductor pickles its configuration to key its caches; observers do not change the code."""
+        return {"passes": self.passes, "observers": ()}
+
     def uuid(self) -> str:
         """Part of the key of Inductor's caches: a changed pass must not be served old code."""
         return f"{get_hash_for_files((__file__,))!r} {self.passes!r} {torch.__version__}"

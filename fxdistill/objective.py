@@ -133,7 +133,7 @@ class Objective:
 
 def lookup_marker(tower: str, tap: Tap) -> Tensor:
     """The lookup of traced and eager runs: ask the markers."""
-    return tapped(tower, tap.path, tap.port, tap.call)
+    return tapped(tower, tap.path, tap.port, str(tap.call))
 
 
 def shared_vocabulary(

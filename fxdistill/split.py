@@ -56,7 +56,7 @@ def _extract(nodes: list[fx.Node], inside: set[fx.Node]) -> tuple[fx.Graph, dict
         if node.op == "call_function" and node.target is tapped:
             section, path, port, call = node.args
             env[node] = _placeholder(graph, node)
-            env[node].meta["tap"] = (section, Tap(path, port, call))
+            env[node].meta["tap"] = (section, Tap(path, port, int(call)))
         elif node.op == "call_function" and node.target is named:
             env[node] = env[node.args[0]]
         else:

@@ -125,11 +125,11 @@ def tap(x: Tensor, section: str, path: str, port: str) -> Tensor:
 
 
 @torch.compiler.allow_in_graph
-def tapped(section: str, path: str, port: str, call: int) -> Tensor:
-    """Return the value that ``tap`` has named."""
+def tapped(section: str, path: str, port: str, call: str) -> Tensor:
+    """Return the value that ``tap`` has named. ``call`` is text: dynamo makes numbers symbolic."""
     table = _active.table
     assert table is not None, "tapped() is only called while a table is recording"
-    key = Tap(path, port, call)
+    key = Tap(path, port, int(call))
     if (value := table.values.get((section, key))) is not None:
         return value
     calls = sum(k[0] == section and k[1].path == path for k in table.values)
