@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fxdistill import guards
-from fxdistill.capture import CaptureError
 from fxdistill.distiller import Distiller, Mode, Plan
-from fxdistill.errors import OptionError, did_you_mean
+from fxdistill.errors import CaptureError, OptionError, did_you_mean
 from fxdistill.losses import FEATURE_LOSSES, LABEL_LOSSES, LOGIT_LOSSES, resolve
 from fxdistill.lower import Lowering
 from fxdistill.matching import Mapped, Pair, resolve_pairs
@@ -46,15 +45,18 @@ def wrap(
 ) -> Distiller:
     """Make student, teacher and losses one module that is called like a model.
 
-    L = logit_weight · L_logit + feature_weight · (1/N) Σ weight_i · loss_i + label_weight · L_label,
-    of which any part may be missing: no ``mapping``, ``logit_loss=None``, no labels in the call.
+    L = logit_weight · L_logit + feature_weight · (1/N) Σ weight_i · loss_i + label_weight ·
+    L_label, of which any part may be missing: no ``mapping``, ``logit_loss=None``, no labels in the
+    call.
 
     Args:
         student: The model to train. Nothing of it is changed, now or later.
-        teacher: The model to learn from; run under ``no_grad`` and in eval mode if ``freeze_teacher``.
-        mapping: ``{student path: teacher path or Match}``, or a list of ``Match``. ``*`` stands for one
-            path segment.
-        feature_loss: Name or callable ``(student, teacher, weights) -> scalar`` for matches that name
+        teacher: The model to learn from; run under ``no_grad`` and in eval mode if
+            ``freeze_teacher``.
+        mapping: ``{student path: teacher path or Match}``, or a list of ``Match``. ``*`` stands for
+            one path segment.
+        feature_loss: Name or callable ``(student, teacher, weights) -> scalar`` for matches that
+            name
             none: mse, l2, smooth_l1, l1, cosine.
         feature_weight: λ above.
         logit_loss: Name or callable ``(student_logits, teacher_logits, *, temperature, weights)``:
@@ -66,14 +68,15 @@ def wrap(
         label_weight: Its weight.
         task: How labels line up with logits: "causal_lm" (shifted by one), "masked_lm", "seq2seq",
             "classification", or "auto" to read it from the model.
-        vocab_size: How many vocabulary columns are real, where the two models differ by more than 5 %.
+        vocab_size: How many vocabulary columns are real, where the two models differ by more than 5
+            %.
         freeze_teacher: ``False`` trains the teacher too.
-        example_inputs: Keyword arguments (or a tuple of positional ones) of a call. The capture, paths
-            and shapes are checked on them now; nothing is executed.
-        compile: ``True``: one graph, by Inductor. ``"regional"``: the models run as they are and the
-            losses are one compiled graph. ``False``: all eager. A dict: one graph with ``backend``,
-            ``options``, ``mode``, ``dynamic`` as of ``torch.compile``, and ``fallback="regional"`` to
-            go there, with a warning, when the models cannot be captured.
+        example_inputs: Keyword arguments (or a tuple of positional ones) of a call. The capture,
+            paths and shapes are checked on them now; nothing is executed.
+        compile: ``True``: one graph, by Inductor. ``"regional"``: the models run as they are and
+            the losses are one compiled graph. ``False``: all eager. A dict: one graph with
+            ``backend``, ``options``, ``mode``, ``dynamic`` as of ``torch.compile``, and
+            ``fallback="regional"`` to go there, with a warning, when the models cannot be captured.
         outputs: ``("logits",)`` adds the student's logits to the output, detached.
         passes: Passes of your own, run on the joint program after compose.
 
@@ -111,7 +114,7 @@ def _checked(
     plan: Plan,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None,
 ) -> Distiller:
-    """Make the distiller and try it on the examples; on an error the teacher's modes are put back."""
+    """Make the distiller and try it on the examples; an error puts the teacher's modes back."""
     modes = [(module, module.training) for module in teacher.modules()]
     try:
         distiller = Distiller(student, teacher, objective, projections, settings, plan)
@@ -158,8 +161,8 @@ def _terms(
         if pair.project is not None:
             if not isinstance(pair.project, nn.Module):
                 raise OptionError(
-                    f"project={pair.project!r} for {name!r}: pass an nn.Module from the student's to "
-                    "the teacher's width, such as nn.Linear(d_student, d_teacher)"
+                    f"project={pair.project!r} for {name!r}: pass an nn.Module from the student's "
+                    "to the teacher's width, such as nn.Linear(d_student, d_teacher)"
                 )
             projections.append(pair.project)
             term = replace(term, projection=len(projections) - 1)

@@ -1,9 +1,9 @@
 """Capture one step as one graph. The only file that knows dynamo.
 
 The step is traced by ``torch.compile`` with a backend of our own: guards, recompilation, dynamic
-shapes, autocast and mutation are dynamo's. The backend cuts the graph into programs, runs the passes,
-composes and lowers. Private to torch and used here only: the exceptions of ``torch._dynamo.exc``,
-which become ours.
+shapes, autocast and mutation are dynamo's. The backend cuts the graph into programs, runs the
+passes, composes and lowers. Private to torch and used here only: the exceptions of
+``torch._dynamo.exc``, which become ours.
 """
 
 import functools
@@ -40,7 +40,7 @@ class Recipe:
     dry: bool = False
 
 
-class _Captured(Exception):  # noqa: N818 - not an error: it ends a dry run
+class _Captured(Exception):
     """Thrown out of the backend when only the capture was wanted."""
 
 
@@ -150,12 +150,12 @@ def _explain(error: Exception) -> str:
     where = ""
     if frames:
         last = frames[-1]
-        where = f'\n  at {last.filename}:{last.lineno} in {last.name}\n    {last.line or ""}'
+        where = f"\n  at {last.filename}:{last.lineno} in {last.name}\n    {last.line or ''}"
     reason = str(error).strip().split("\n\n")[0]
     return (
         f"the models cannot be captured as one graph.{where}\n  torch.compile says: {reason}\n"
-        'What to do: change that line; or wrap(..., compile="regional") (the models run as they are, '
-        'the losses are compiled), compile=False (everything eager), or compile={"fallback": '
+        'What to do: change that line; or wrap(..., compile="regional") (the models run as they '
+        'are, the losses are compiled), compile=False (everything eager), or compile={"fallback": '
         '"regional"} to fall back by itself, with a warning.'
     )
 
@@ -163,8 +163,9 @@ def _explain(error: Exception) -> str:
 def trace(module: nn.Module, *args: Any, **kwargs: Any) -> Program:
     """Capture one call of ``module`` as a Program, for reading and for writing passes.
 
-    Every named submodule that runs is marked, so that ``ExposeOutputs(only=(pattern, ...))`` can make
-    any of their outputs an output of the graph. Parameters are placeholders; nothing is executed.
+    Every named submodule that runs is marked, so that ``ExposeOutputs(only=(pattern, ...))`` can
+    make any of their outputs an output of the graph. Parameters are placeholders; nothing is
+    executed.
     """
     programs: list[Program] = []
 
@@ -180,8 +181,9 @@ def trace(module: nn.Module, *args: Any, **kwargs: Any) -> Program:
 
     compiled = torch.compile(_own_code(step), backend=keep, fullgraph=True)
     taps = [Tap(path) for path, _ in module.named_modules() if path]
-    with recording(TapTable(capturing=True)) as table, hooked(
-        module, "module", taps, required=False
+    with (
+        recording(TapTable(capturing=True)) as table,
+        hooked(module, "module", taps, required=False),
     ):
         try:
             _call(compiled, table, module, args, kwargs)

@@ -1,8 +1,8 @@
 """What the nodes of a captured graph share and write.
 
-Captured graphs mutate: ``relu(inplace=True)``, ``add_``, running statistics. Whoever moves or removes
-nodes asks here first. The answer comes from running the graph once on its fake tensors and watching
-the operators below: no list of torch functions to keep up with.
+Captured graphs mutate: ``relu(inplace=True)``, ``add_``, running statistics. Whoever moves or
+removes nodes asks here first. The answer comes from running the graph once on its fake tensors and
+watching the operators below: no list of torch functions to keep up with.
 
 Private to torch and used here only: fake-tensor modes found on values, and ``untyped_storage``
 identities of fakes. If they move, this file is the one to mend.
@@ -88,8 +88,11 @@ def _fake(examples: list[Any]) -> Iterator[None]:
 
 
 def _fake_mode(value: Any) -> FakeTensorMode | None:
-    """The mode that the fakes belong to. Not torch's own detection: inside a backend that prefers the
-    mode of the lowering, and the graph's fakes are those of the capture."""
+    """Find the mode that the fakes belong to.
+
+    Not torch's own detection: inside a backend that prefers the mode of the lowering, and the
+    graph's fakes are those of the capture.
+    """
     for leaf in tree_leaves(value):
         if isinstance(leaf, FakeTensor):
             return leaf.fake_mode
@@ -102,7 +105,7 @@ class _Watch(TorchDispatchMode):
     """Collects the storages that operators write, by their schemas."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.written: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -13,11 +13,10 @@ from fxdistill.errors import DeviceError, FrozenStudentError, ModeError
 
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter (or buffer); CPU for a model that has none."""
-    for tensor in model.parameters():
-        return tensor.device
-    for tensor in model.buffers():
-        return tensor.device
-    return torch.device("cpu")
+    first: Tensor | None = next(model.parameters(), None)
+    if first is None:
+        first = next(model.buffers(), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def check_devices(student: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
@@ -31,7 +30,9 @@ def check_devices(student: nn.Module, args: Iterable[Any], kwargs: Mapping[str, 
     }
     if wrong and len({p.device for p in student.parameters()}) == 1:
         places = ", ".join(f"{name} on {where}" for name, where in wrong.items())
-        raise DeviceError(f"the student is on {device}, but {places}. Move the batch: x.to({device}).")
+        raise DeviceError(
+            f"the student is on {device}, but {places}. Move the batch: x.to({device})."
+        )
 
 
 def check_trainable(student: nn.Module) -> None:
@@ -62,8 +63,9 @@ def settle_modes(student: nn.Module, teacher: nn.Module) -> None:
         elif module.training and (reason := _mode_matters(module)):
             raise ModeError(
                 f"teacher module {name or 'itself'!r} ({type(module).__name__}, {reason}) is the "
-                "student's module too: the student trains, the teacher must be in eval mode. Set its "
-                "probability to 0, keep the shared part in eval mode, or give the teacher a copy."
+                "student's module too: the student trains, the teacher must be in eval mode. Set "
+                "its probability to 0, keep the shared part in eval mode, or give the teacher a "
+                "copy."
             )
 
 

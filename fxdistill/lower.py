@@ -1,14 +1,14 @@
 """Hand a joint program to AOTAutograd and Inductor. The only file that knows them.
 
 Passes of the joint level run here, on AOTAutograd's functional forward-and-backward graph, just
-before it is partitioned. Private to torch and used here only: ``compile_fx``, the partitioner hook of
-Inductor's configuration, and ``aot_autograd`` of ``torch._dynamo.backends``. If the hook moves, joint
-passes stop running, and ``test_lower.py`` fails.
+before it is partitioned. Private to torch and used here only: ``compile_fx``, the partitioner hook
+of Inductor's configuration, and ``aot_autograd`` of ``torch._dynamo.backends``. If the hook moves,
+joint passes stop running, and ``test_lower.py`` fails.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from functorch.compile import min_cut_rematerialization_partition
@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_leaves
 from fxdistill import pipeline
 from fxdistill.pipeline import Observer
 from fxdistill.program import Pass, Program
+
+Compiled = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -39,25 +41,28 @@ def lower(
     example_inputs: Sequence[Any],
     lowering: Lowering,
     observers: Sequence[Observer] = (),
-) -> Callable[..., Any]:
-    """Compile ``gm``. ``"inductor"`` and ``"aot_eager"`` run the joint passes; other backends are
-    called as they are."""
+) -> Compiled:
+    """Compile ``gm``.
+
+    ``"inductor"`` and ``"aot_eager"`` run the joint passes; other backends are called as they are.
+    """
     partition = _Partition(lowering.joint_passes, observers)
     if lowering.backend == "inductor":
         patches = {"custom_partitioner_fn": partition, **lowering.options}
-        compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs), config_patches=patches)
-        return compiled
+        inputs = list(example_inputs)
+        return cast(Compiled, compile_fx(gm, inputs, config_patches=patches))
     if lowering.backend == "aot_eager":
-        return aot_autograd(  # type: ignore[no-any-return]
+        aot = aot_autograd(
             fw_compiler=boxed_nop, partition_fn=partition, keep_inference_input_mutations=True
-        )(gm, list(example_inputs))
+        )
+        return aot(gm, list(example_inputs))
     backend = lowering.backend
     compiler = lookup_backend(backend) if isinstance(backend, str) else backend
     options = {"options": dict(lowering.options)} if lowering.options else {}
-    return compiler(gm, list(example_inputs), **options)  # type: ignore[no-any-return]
+    return cast(Compiled, compiler(gm, list(example_inputs), **options))
 
 
-class _Partition(CustomPartitionerFn):  # type: ignore[misc]
+class _Partition(CustomPartitionerFn):
     """Run the joint passes, then torch's own partitioner."""
 
     def __init__(self, passes: tuple[Pass, ...], observers: Sequence[Observer]) -> None:
@@ -71,7 +76,7 @@ class _Partition(CustomPartitionerFn):  # type: ignore[misc]
         return min_cut_rematerialization_partition(program.gm, joint_inputs, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Inductor pickles its configuration to key its caches; observers do not change the code."""
+        """Inductor pickles its configuration to key its caches; observers change no code."""
         return {"passes": self.passes, "observers": ()}
 
     def uuid(self) -> str:

@@ -1,8 +1,8 @@
 """Which student value is compared with which teacher value.
 
-A mapping is explicit in the end: one ``Match`` for every pair of module calls. Patterns are a way of
-writing many at once: ``*`` stands for one path segment, and the matches of both sides pair in natural
-order (numbers as numbers).
+A mapping is explicit in the end: one ``Match`` for every pair of module calls. Patterns are a way
+of writing many at once: ``*`` stands for one path segment, and the matches of both sides pair in
+natural order (numbers as numbers).
 """
 
 import re
@@ -23,11 +23,11 @@ _PORT = re.compile(r"(output|input)(\[\d+\]|\.\w+)?")
 class Match:
     """Compare one value of the student with one of the teacher.
 
-    ``student`` and ``teacher`` are module paths or patterns; ``path@k`` is the k-th further call of a
-    module that runs more than once. A port is ``"output"`` (of a tuple, dict or dataclass: its first
-    tensor), ``"output[i]"``, ``"output.field"``, ``"input"`` or ``"input[i]"``. ``loss`` is a name or a
-    callable ``(student, teacher, weights) -> scalar``. ``project`` maps the student's value to the
-    teacher's width: ``"linear"``, ``"auto"`` (only where widths differ) or a module.
+    ``student`` and ``teacher`` are module paths or patterns; ``path@k`` is the k-th further call of
+    a module that runs more than once. A port is ``"output"`` (of a tuple, dict or dataclass: its
+    first tensor), ``"output[i]"``, ``"output.field"``, ``"input"`` or ``"input[i]"``. ``loss`` is a
+    name or a callable ``(student, teacher, weights) -> scalar``. ``project`` maps the student's
+    value to the teacher's width: ``"linear"``, ``"auto"`` (only where widths differ) or a module.
     """
 
     student: str | None = None
@@ -83,13 +83,14 @@ def _from_item(student: str, value: Any) -> Match:
 def resolve_pairs(student: nn.Module, teacher: nn.Module, mapping: Mapped) -> list[Pair]:
     """Expand patterns to explicit pairs, in order.
 
-    Raises PathError for a path that does not exist, naming the nearest that do; CountError where the
-    two sides of a pattern match different numbers of modules; PortError for an unknown port.
+    Raises PathError for a path that does not exist, naming the nearest that do; CountError where
+    the two sides of a pattern match different numbers of modules; PortError for an unknown port.
     """
     s_paths, t_paths = module_names(student), module_names(teacher)
     pairs = []
     for match in as_matches(mapping):
-        assert match.student is not None and match.teacher is not None
+        assert match.student is not None
+        assert match.teacher is not None
         s_taps = _expand(match.student, match.student_port, s_paths, "student")
         t_taps = _expand(match.teacher, match.teacher_port, t_paths, "teacher")
         if len(s_taps) != len(t_taps):
@@ -119,7 +120,9 @@ def _expand(pattern: str, port: str, paths: list[str], tower: str) -> list[Tap]:
         )
     path, at, call = pattern.partition("@")
     if at and not call.isdigit():
-        raise PathError(f"{tower} path {pattern!r}: after @ comes the number of the call, as in 'a@1'")
+        raise PathError(
+            f"{tower} path {pattern!r}: after @ comes the number of the call, as in 'a@1'"
+        )
     if "*" in path:
         regex = re.compile(re.escape(path).replace(r"\*", r"[^.]+"))
         found = sorted((p for p in paths if regex.fullmatch(p)), key=natural)
@@ -136,8 +139,8 @@ def _expand(pattern: str, port: str, paths: list[str], tower: str) -> list[Tap]:
 def _unequal(match: Match, s_taps: list[Tap], t_taps: list[Tap]) -> str:
     return (
         f"student {match.student!r} matches {len(s_taps)} modules ({_ends(s_taps)}) and teacher "
-        f"{match.teacher!r} {len(t_taps)} ({_ends(t_taps)}). Both sides of a pattern must match equally "
-        "many; name the pairs, or a pattern that selects as many on both sides."
+        f"{match.teacher!r} {len(t_taps)} ({_ends(t_taps)}). Both sides of a pattern must match "
+        "equally many; name the pairs, or a pattern that selects as many on both sides."
     )
 
 

@@ -82,8 +82,8 @@ class Objective:
         """Compute the total and its terms.
 
         ``lookup(tower, tap)`` gives the tapped values; ``settings`` is a vector: the weights of
-        logits, features and labels, the temperature, then one weight for each match. ``anchor`` is a
-        trainable value that ties a total without any term to the student (its gradient is zero).
+        logits, features and labels, the temperature, then one weight for each match. ``anchor`` is
+        a trainable value that ties a total without any term to the student (its gradient is zero).
         """
         logit_weight, feature_weight, label_weight, temperature = settings[:4].unbind()
         total = anchor.reshape(-1)[:1].sum() * 0.0
@@ -100,7 +100,8 @@ class Objective:
                 total = total + logit_weight * loss
                 terms["logits"] = loss.detach()
             if self.label_loss is not None:
-                assert batch.labels is not None and task is not None
+                assert batch.labels is not None
+                assert task is not None
                 labels = align_labels(batch.labels, task)
                 loss = self.label_loss(student, labels, weights=weights)
                 loss = rescaled(loss, weights, 0, batch.num_items)
@@ -109,8 +110,8 @@ class Objective:
         if self.features:
             weight = settings[4:].unbind()
             named = self._feature_terms(lookup, batch, projections)
-            mean = sum(w * loss for w, loss in zip(weight, named.values(), strict=True))
-            mean = mean / len(self.features)
+            weighted = [w * loss for w, loss in zip(weight, named.values(), strict=True)]
+            mean = torch.stack(weighted).sum() / len(self.features)
             total = total + feature_weight * mean
             terms["features"] = mean.detach()
             terms.update({name: loss.detach() for name, loss in named.items()})
@@ -164,9 +165,9 @@ def require_vocabulary(student: Tensor, teacher: Tensor, vocab_size: int | None)
         )
     if vocab_size is None and abs(v_s - v_t) > PADDING_LIMIT * max(v_s, v_t):
         raise VocabularyError(
-            f"the student's vocabulary has {v_s} entries and the teacher's {v_t}: more than padding. "
-            "If they do share their first entries, say how many are real: vocab_size=...; if the "
-            "tokenizers differ, use logit_loss=None."
+            f"the student's vocabulary has {v_s} entries and the teacher's {v_t}: more than "
+            "padding. If they do share their first entries, say how many are real: vocab_size=...; "
+            "if the tokenizers differ, use logit_loss=None."
         )
 
 
@@ -180,7 +181,8 @@ def require_same_shape(student: Tensor, teacher: Tensor, s_name: str, t_name: st
     if len(s) == len(t) and s[:-1] == t[:-1]:
         advice = 'project the student: Match(..., project="linear").'
     raise ShapeError(
-        f"student {s_name!r} is {s} and teacher {t_name!r} is {t}: a loss needs equal shapes; {advice}"
+        f"student {s_name!r} is {s} and teacher {t_name!r} is {t}: a loss needs equal shapes; "
+        f"{advice}"
     )
 
 
@@ -196,7 +198,7 @@ def require_task(
     names = [name for name, tensor in given.items() if tensor is not None]
     if task is None and names:
         raise TaskError(
-            f"{' and '.join(names)} given, but the student does not say how labels line up with its "
-            'logits. Say it: wrap(..., task="causal_lm") where logits predict the next token, '
+            f"{' and '.join(names)} given, but the student does not say how labels line up with "
+            'its logits. Say it: wrap(..., task="causal_lm") where logits predict the next token, '
             '"masked_lm" or "seq2seq" where they predict their own, "classification" for [B, C].'
         )

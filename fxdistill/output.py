@@ -11,9 +11,9 @@ from torch.utils._pytree import register_pytree_node
 class DistillOutput(OrderedDict[str, Any]):
     """An ordered mapping with attribute access: ``out.loss``, ``out["loss"]``, ``out[0]``.
 
-    ``loss`` is the total, a 0-d tensor with gradients. ``losses`` maps the name of every term to its
-    unweighted value, detached, on the device: reading one is the reader's synchronisation. ``logits``
-    is there when asked for (``wrap(..., outputs=("logits",))``), detached.
+    ``loss`` is the total, a 0-d tensor with gradients. ``losses`` maps the name of every term to
+    its unweighted value, detached, on the device: reading one is the reader's synchronisation.
+    ``logits`` is there when asked for (``wrap(..., outputs=("logits",))``), detached.
     """
 
     loss: Tensor

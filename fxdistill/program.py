@@ -92,7 +92,8 @@ def fork_module(gm: fx.GraphModule) -> fx.GraphModule:
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """Copy nodes with shallow metadata: fake tensors in ``meta`` keep their identity."""
     new = fx.Graph()
-    value = new.graph_copy(graph, env := {})
+    env: dict[fx.Node, fx.Node] = {}
+    value = new.graph_copy(graph, env)
     out = new.output(value)
     old = graph.output_node()
     out.meta = copy.copy(old.meta)

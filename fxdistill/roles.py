@@ -30,7 +30,7 @@ _CLASS_ENDINGS: dict[str, Task] = {
 def find_task(model: nn.Module, task: str) -> Task | None:
     """The task that was asked for, or what class name and config say; ``None`` if they do not."""
     if task in TASKS:
-        return cast(Task, task)
+        return task
     if task != "auto":
         raise OptionError(f"task={task!r}: a task is 'auto', {', '.join(map(repr, TASKS))}")
     candidates = [model, *(m for m in _wrapped(model))]

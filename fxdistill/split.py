@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import fx
 
-from fxdistill.program import Program
+from fxdistill.program import Program, output_values
 from fxdistill.taps import CHECKS, Tap, begin, named, tap, tapped
 
 EDGE = "edge:"
@@ -18,14 +18,14 @@ def split(gm: fx.GraphModule) -> dict[str, Program]:
     the objective are the outputs of ``gm``, in order.
     """
     section_of, names = _sections(gm.graph)
-    out = gm.graph.output_node()
+    returned = output_values(gm.graph)
     programs = {}
     for name in names:
         nodes = [n for n, section in section_of.items() if section == name]
         graph, env = _extract(nodes, set(nodes))
         if name == names[-1]:
-            values = [_place(value, env, graph) for value in out.args[0]]
-            outputs = [_output_name(value, i) for i, value in enumerate(out.args[0])]
+            values = [_place(value, env, graph) for value in returned]
+            outputs = [_output_name(value, i) for i, value in enumerate(returned)]
         else:
             read = [n for n in nodes if any(section_of.get(u, "") != name for u in n.users)]
             values, outputs = [env[n] for n in read], [EDGE + n.name for n in read]
@@ -48,13 +48,14 @@ def _sections(graph: fx.Graph) -> tuple[dict[fx.Node, str], list[str]]:
 
 def _extract(nodes: list[fx.Node], inside: set[fx.Node]) -> tuple[fx.Graph, dict[fx.Node, Any]]:
     """Copy ``nodes`` into a graph of their own, reading the rest through placeholders."""
-    graph, env = fx.Graph(), {}
+    graph = fx.Graph()
+    env: dict[Any, Any] = {}
     for node in nodes:
         for source in node.all_input_nodes:
             if source not in inside and source not in env:
                 env[source] = _placeholder(graph, source)
         if node.op == "call_function" and node.target is tapped:
-            section, path, port, call = node.args
+            section, path, port, call = (str(argument) for argument in node.args)
             env[node] = _placeholder(graph, node)
             env[node].meta["tap"] = (section, Tap(path, port, int(call)))
         elif node.op == "call_function" and node.target is named:

@@ -1,11 +1,12 @@
 """Taps: reading values out of a running model without touching it.
 
-Three markers carry everything. ``begin(section)`` says whose operators follow, ``tap(x, ...)`` names
-a value inside a tower, ``tapped(...)`` asks for it back outside. Run eagerly they go through a table
-of real tensors. Traced by dynamo they stay in the graph as single calls (``allow_in_graph``) while
-the table holds fake tensors, so that the traced objective knows shapes and dtypes; the passes then
-replace ``tapped`` by the value itself, threading it out of checkpointed regions. The markers read and
-write nothing that dynamo can see, which is why they may stand inside such regions.
+Three markers carry everything. ``begin(section)`` says whose operators follow, ``tap(x, ...)``
+names a value inside a tower, ``tapped(...)`` asks for it back outside. Run eagerly they go through
+a table of real tensors. Traced by dynamo they stay in the graph as single calls
+(``allow_in_graph``) while the table holds fake tensors, so that the traced objective knows shapes
+and dtypes; the passes then replace ``tapped`` by the value itself, threading it out of checkpointed
+regions. The markers read and write nothing that dynamo can see, which is why they may stand inside
+such regions.
 
 ``tap`` is a plain function rather than a custom operator: an operator may not return its argument,
 and would need a sharding rule for every placement.
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from fxdistill import errors
 from fxdistill.errors import CheckpointError, FxDistillError, TapError
+from fxdistill.nodes import one_node
 
 
 @dataclass(frozen=True, order=True)
@@ -86,14 +88,14 @@ def recording(table: TapTable) -> Iterator[TapTable]:
         _active.table = before
 
 
-@torch.compiler.allow_in_graph
+@one_node
 def begin(section: str) -> None:
     """Mark that the operators which follow belong to ``section``."""
     if _active.table is not None:
         _active.table.begin(section)
 
 
-@torch.compiler.allow_in_graph
+@one_node
 def tap(x: Tensor, section: str, path: str, port: str) -> Tensor:
     """Name ``x`` in ``section``, and return it.
 
@@ -106,9 +108,9 @@ def tap(x: Tensor, section: str, path: str, port: str) -> Tensor:
     if not table.capturing and _is_traced(x):
         raise table.fail(
             TapError(
-                f"{section} tap {path!r} lies inside a region that torch.compile compiles by itself. "
-                "Do not compile the parts of the models that hold taps (compile=True compiles "
-                "everything as one graph), or tap outside of the compiled part."
+                f"{section} tap {path!r} lies inside a part that torch.compile compiles by itself. "
+                "Do not compile the parts of the models that hold taps (compile=True compiles all "
+                "as one graph), or tap outside of the compiled part."
             )
         )
     if _inside_reentrant_checkpoint():
@@ -124,7 +126,7 @@ def tap(x: Tensor, section: str, path: str, port: str) -> Tensor:
     return x
 
 
-@torch.compiler.allow_in_graph
+@one_node
 def tapped(section: str, path: str, port: str, call: str) -> Tensor:
     """Return the value that ``tap`` has named. ``call`` is text: dynamo makes numbers symbolic."""
     table = _active.table
@@ -138,7 +140,7 @@ def tapped(section: str, path: str, port: str, call: str) -> Tensor:
         TapError(
             f"{what} was not executed"
             + (f" (it ran {calls} times)" if calls else "")
-            + ", so there is nothing to match. Map a module that runs in forward(), or drop the pair."
+            + ", so there is nothing to match. Map a module that runs, or drop the pair."
         )
     )
 
@@ -158,7 +160,7 @@ def check(fn: Callable[..., None]) -> Callable[..., None]:
                 _active.table.fail(error)
             raise
 
-    marker: Callable[..., None] = torch.compiler.allow_in_graph(checked)
+    marker = one_node(checked)
     CHECKS.add(marker)
     return marker
 
@@ -172,7 +174,7 @@ def reject(kind: str, message: str) -> None:
     raise getattr(errors, kind)(message)
 
 
-@torch.compiler.allow_in_graph
+@one_node
 def named(x: Tensor, name: str) -> Tensor:
     """Name an output of the objective."""
     return x.view_as(x)
@@ -202,7 +204,8 @@ def _inside_reentrant_checkpoint() -> bool:
 def pick(value: Any, port: str) -> Tensor | None:
     """Find the tensor that ``port`` means in what a module took or returned.
 
-    ``"output"`` and ``"input"`` mean the first tensor; ``[i]`` an element; ``.field`` a field or key.
+    ``"output"`` and ``"input"`` mean the first tensor; ``[i]`` an element; ``.field`` a field or
+    key.
     """
     selector = port.removeprefix("output").removeprefix("input")
     if selector.startswith("["):

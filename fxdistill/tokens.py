@@ -1,8 +1,8 @@
 """Which tokens count, and how much: one rule for every term.
 
 ``labels``, ``loss_mask`` and ``token_weights`` are indexed by token. Token j's weight scales the
-features at j, and the label and logit terms of the prediction *of* j: made at j - 1 by a causal model,
-at j otherwise. A prediction counts only where the position that makes it is attended too.
+features at j, and the label and logit terms of the prediction *of* j: made at j - 1 by a causal
+model, at j otherwise. A prediction counts only where the position that makes it is attended too.
 
 B batch, L sequence, D width, V vocabulary.
 """
@@ -57,7 +57,7 @@ def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def align_labels(labels: Tensor, task: Task) -> Tensor:
-    """Labels by the position that predicts them: a causal model's are shifted to the left by one."""
+    """Labels by the position that predicts them: a causal model's move left by one."""
     if task != "causal_lm":
         return labels
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)], dim=1)
@@ -120,8 +120,9 @@ def feature_weights(
 ) -> Tensor | None:
     """The weights of a feature's leading axes; ``None`` where those are not tokens or samples.
 
-    A feature is matched to the tokens by its leading axes, ``[B, L, ...]`` or flattened ``[B·L, D]``.
-    In classification the chosen weights are per sample, and scale all of the sample's positions.
+    A feature is matched to the tokens by its leading axes, ``[B, L, ...]`` or flattened ``[B·L,
+    D]``. In classification the chosen weights are per sample, and scale all of the sample's
+    positions.
     """
     tokens = batch.decoder_tokens if stream == "decoder" else batch.tokens
     chosen = None if stream == "encoder" else chosen_weights(batch)

@@ -20,7 +20,8 @@ class ExposeOutputs:
 
     1. A value is named ``path``, with ``@k`` for the k-th further call of its module and ``:port``
        where that is not the output.
-    2. A value in a checkpointed region is threaded out of it as one more output of the region, which
+    2. A value in a checkpointed region is threaded out of it as one more output of the region,
+    which
        stays checkpointed.
     3. A value that is written later, itself or through an alias, is cloned where it was tapped.
 
@@ -62,7 +63,7 @@ def _hoist(
             inner = _hoist(body, effects, calls, wants)
             found.update(_thread_out(gm, node, body, inner))
         elif is_tap(node):
-            value, section, path, port = node.args
+            value, _, path, port = node.args
             call = calls.get((path, port), 0)
             calls[path, port] = call + 1
             tap = Tap(path, port, call)

@@ -12,10 +12,10 @@ from fxdistill.program import P, fork_module
 class KeepTeacher:
     """Forbid the partitioner to recompute, in the backward, what the teacher hands to the terms.
 
-    The partitioner weighs bytes saved against operators run again and does not know that the teacher
-    takes no part in the backward: at a low ``activation_memory_budget`` it runs whole teacher layers
-    a second time. Behind the values marked here (those that the teacher's nodes hand to others)
-    nothing of the teacher is ever needed again. Works on the joint level.
+    The partitioner weighs bytes saved against operators run again and does not know that the
+    teacher takes no part in the backward: at a low ``activation_memory_budget`` it runs whole
+    teacher layers a second time. Behind the values marked here (those that the teacher's nodes hand
+    to others) nothing of the teacher is ever needed again. Works on the joint level.
     """
 
     def __call__(self, program: P) -> P:

@@ -1,6 +1,6 @@
 """The losses, one family a file. A loss is one plain function of tensors with one meaning.
 
-Loss functions are single nodes of a captured graph (``torch.compiler.allow_in_graph``), so that
+Loss functions are single nodes of a captured graph (``one_node``), so that
 passes can read them; AOTAutograd traces through them.
 """
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fxdistill.losses.reduce import weighted_mean, wide, width_axes, width_of
+from fxdistill.nodes import one_node
 
 
-@torch.compiler.allow_in_graph
+@one_node
 def mse(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     """(1/D) Σ (s - t)², the mean over tokens.
 
@@ -22,7 +23,7 @@ def mse(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tens
     return weighted_mean(squares / width_of(student, axes), weights)
 
 
-@torch.compiler.allow_in_graph
+@one_node
 def l2(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     """‖s - t‖₂, unsquared, the mean over tokens (the activation loss of Fast-LLM).
 
@@ -33,7 +34,7 @@ def l2(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tenso
     return weighted_mean(norms, weights)
 
 
-@torch.compiler.allow_in_graph
+@one_node
 def l1(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     """(1/D) Σ |s - t|, the mean over tokens."""
     axes = width_axes(student, weights)
@@ -41,7 +42,7 @@ def l1(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tenso
     return weighted_mean(distances / width_of(student, axes), weights)
 
 
-@torch.compiler.allow_in_graph
+@one_node
 def smooth_l1(
     student: Tensor, teacher: Tensor, weights: Tensor | None = None, *, beta: float = 1.0
 ) -> Tensor:
@@ -53,7 +54,7 @@ def smooth_l1(
     return weighted_mean(values / width_of(student, axes), weights)
 
 
-@torch.compiler.allow_in_graph
+@one_node
 def cosine(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     """1 - s·t / (‖s‖ ‖t‖), the mean over tokens (DistilBERT, Sanh et al., 2019).
 

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from fxdistill.losses.reduce import weighted_mean, wide
+from fxdistill.nodes import one_node
 
 IGNORE = -100
 
 
-@torch.compiler.allow_in_graph
+@one_node
 def cross_entropy(
     student_logits: Tensor,
     labels: Tensor,

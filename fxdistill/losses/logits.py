@@ -1,9 +1,9 @@
 """Divergences between two vocabularies of logits.
 
 ``student_logits`` and ``teacher_logits`` are ``[..., V]``; ``weights`` is shaped like their leading
-axes, or ``None``. p = softmax(z/τ) with temperature τ, a number or a 0-d tensor. The value of a token
-is a sum over the vocabulary times τ², which keeps gradients comparable across temperatures (Hinton et
-al., 2015, section 2); the result is Σ w·value / Σ w.
+axes, or ``None``. p = softmax(z/τ) with temperature τ, a number or a 0-d tensor. The value of a
+token is a sum over the vocabulary times τ², which keeps gradients comparable across temperatures
+(Hinton et al., 2015, section 2); the result is Σ w·value / Σ w.
 
 The forms are chosen so that equal logits give exactly 0 and exactly zero gradients.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxdistill.losses.reduce import weighted_mean, wide
+from fxdistill.nodes import one_node
 
 
 def _scaled(logits: Tensor, temperature: Tensor | float) -> Tensor:
@@ -27,7 +28,7 @@ def _result(values: Tensor, temperature: Tensor | float, weights: Tensor | None)
     return weighted_mean(values, weights) * temperature**2
 
 
-@torch.compiler.allow_in_graph
+@one_node
 def forward_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -44,7 +45,7 @@ def forward_kl(
     return _result((p * gap).sum(-1) - lse_t + lse_s, temperature, weights)
 
 
-@torch.compiler.allow_in_graph
+@one_node
 def reverse_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -61,7 +62,7 @@ def reverse_kl(
     return _result((q * gap).sum(-1), temperature, weights)
 
 
-@torch.compiler.allow_in_graph
+@one_node
 def jsd(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -70,9 +71,10 @@ def jsd(
     weights: Tensor | None = None,
     beta: float = 0.5,
 ) -> Tensor:
-    """τ² [β KL(p_T ‖ m) + (1-β) KL(p_S ‖ m)] with m = β p_T + (1-β) p_S (GKD, Agarwal et al., 2024).
+    """τ² [β KL(p_T ‖ m) + (1-β) KL(p_S ‖ m)] with m = β p_T + (1-β) p_S.
 
-    At β = 0 and 1, where the formula is 0, forward and reverse KL, as users of GKD mean it.
+    GKD, Agarwal et al., 2024. At β = 0 and 1, where the formula is 0, forward and
+    reverse KL, as users of GKD mean it.
     """
     if beta in (0, 1):
         kl = reverse_kl if beta else forward_kl
@@ -87,7 +89,7 @@ def jsd(
     return _result(beta * of_teacher + (1 - beta) * of_student, temperature, weights)
 
 
-@torch.compiler.allow_in_graph
+@one_node
 def soft_cross_entropy(
     student_logits: Tensor,
     teacher_logits: Tensor,

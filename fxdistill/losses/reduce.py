@@ -1,4 +1,4 @@
-"""Means that are the same on one device and on shards: a sum divided by a count, never ``mean()``."""
+"""Means that are the same on one device and on shards: sums over counts, never ``mean()``."""
 
 import torch
 from torch import Tensor

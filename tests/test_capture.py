@@ -1,0 +1,197 @@
+"""One graph: how many compilations, what is in it, what reaches the lowering."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo import lookup_backend
+
+import fxdistill
+from fxdistill.errors import CaptureError
+from fxdistill.passes import ExposeOutputs
+from fxdistill.taps import begin, tap, tapped
+from toys import MAPPING, VOCABULARY, assert_same_gradients, gradients, tokens, toy_pair
+
+AOT = {"backend": "aot_eager"}
+
+
+class Counter:
+    """A backend that counts, and shows what it was given."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, gm, example_inputs):
+        self.graphs.append(gm)
+        return lookup_backend("aot_eager")(gm, example_inputs)
+
+
+@pytest.fixture
+def counted():
+    counter = Counter()
+    student, teacher = toy_pair()
+    distiller = fxdistill.wrap(
+        student, teacher, MAPPING, task="causal_lm", compile={"backend": counter}
+    )
+    return distiller.train(), counter.graphs
+
+
+def step(distiller, batch=3, length=7, **kwargs):
+    ids = torch.randint(0, VOCABULARY, (batch, length))
+    distiller(ids, labels=ids, **kwargs).loss.backward()
+
+
+def test_six_shapes_that_vary_together_make_two_graphs(counted):
+    distiller, graphs = counted
+    for shape in [(3, 10), (4, 12), (5, 9), (2, 20), (7, 16), (6, 8)]:
+        step(distiller, *shape)
+    assert len(graphs) <= 2
+
+
+def test_shapes_that_vary_one_after_the_other_make_three_and_size_one_a_fourth(counted):
+    distiller, graphs = counted
+    for shape in [(3, 10), (4, 10), (4, 12), (5, 9), (5, 8), (2, 8)]:
+        step(distiller, *shape)
+    assert len(graphs) <= 3
+    step(distiller, 1, 8)
+    assert len(graphs) <= 4
+
+
+def test_switching_modes_makes_one_more_and_leaves_the_teacher_in_eval(counted):
+    distiller, graphs = counted
+    for mode in (True, False, True, False):
+        step(distiller.train(mode))
+        assert not any(module.training for module in distiller.teacher.modules())
+    assert len(graphs) <= 2
+
+
+def test_set_and_num_items_recompile_nothing(counted):
+    distiller, graphs = counted
+    step(distiller, num_items=3)
+    before = len(graphs)
+    for i in range(3):
+        distiller.set(
+            feature_weight=0.1 * i, temperature=1.0 + i, weights={"blocks.1.mlp": 0.5 * i}
+        )
+        step(distiller, num_items=5 + i)
+    assert len(graphs) == before == 1
+
+
+def test_distillers_do_not_use_up_each_others_compilations():
+    for _ in range(10):
+        student, teacher = toy_pair()
+        fxdistill.wrap(student, teacher, compile=AOT)(tokens())
+
+
+def test_no_marker_reaches_the_lowering(counted):
+    distiller, graphs = counted
+    step(distiller)
+    targets = {node.target for node in graphs[0].graph.nodes}
+    assert not targets & {begin, tap, tapped}
+    assert "loss" in distiller.program.outputs
+    assert "blocks.1.mlp" in distiller.program.outputs
+
+
+def test_the_objective_stays_readable_at_the_captured_level(counted):
+    distiller, graphs = counted
+    step(distiller)
+    targets = [node.target for node in graphs[0].graph.nodes]
+    assert targets.count(fxdistill.losses.mse) == 2
+    assert targets.count(fxdistill.losses.forward_kl) == 1
+
+
+def test_autocast_in_every_path():
+    losses = []
+    for mode in (False, AOT):
+        student, teacher = toy_pair()
+        distiller = fxdistill.wrap(student, teacher, MAPPING, task="causal_lm", compile=mode)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = distiller(tokens(), labels=tokens())
+        out.loss.backward()
+        assert out.loss.dtype == torch.float32
+        losses.append((out.loss.detach(), gradients(student)))
+    torch.testing.assert_close(losses[1][0], losses[0][0], rtol=1e-2, atol=1e-3)
+    assert_same_gradients(losses[1][1], losses[0][1], rtol=2e-2)
+
+
+class Breaks(nn.Module):
+    """A model with a line that no graph can hold."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids):
+        out = self.inner(ids)
+        print("this line breaks the graph")
+        return out
+
+
+def test_a_graph_break_names_the_line_and_the_way_out(capsys):
+    student, teacher = toy_pair()
+    mapping = {f"inner.{s}": t for s, t in MAPPING.items()}
+    with pytest.raises(CaptureError) as caught:
+        fxdistill.wrap(Breaks(student), teacher, mapping, compile=AOT)(tokens())
+    message = str(caught.value)
+    assert "test_capture.py" in message
+    assert "this line breaks the graph" in message
+    assert 'compile="regional"' in message
+
+
+def test_fallback_is_said_aloud_and_has_the_same_numbers():
+    student, teacher = toy_pair()
+    mapping = {f"inner.{s}": t for s, t in MAPPING.items()}
+    options = {**AOT, "fallback": "regional"}
+    distiller = fxdistill.wrap(Breaks(student), teacher, mapping, compile=options)
+    with pytest.warns(UserWarning, match="falling back"):
+        out = distiller(tokens())
+    reference = fxdistill.wrap(*toy_pair(), MAPPING, compile=False)(tokens())
+    torch.testing.assert_close(out.loss, reference.loss, rtol=1e-6, atol=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distiller(tokens())
+
+
+def test_trace_and_expose():
+    student, _ = toy_pair(remat=True)
+    program = fxdistill.trace(student, tokens())
+    exposed = fxdistill.run(program, (ExposeOutputs(("blocks.*.mlp",)),))
+    assert exposed.outputs == ("output_0", "blocks.0.mlp", "blocks.1.mlp")
+    assert not any(node.target is tap for node in exposed.gm.graph.nodes)
+    assert program.outputs == ("output_0",)
+    assert fxdistill.run(exposed, (ExposeOutputs(),)).history[-1].changed is False
+
+
+def test_dump_writes_numbered_programs(tmp_path, monkeypatch):
+    monkeypatch.setenv("FXDISTILL_DUMP", str(tmp_path))
+    student, teacher = toy_pair()
+    fxdistill.wrap(student, teacher, MAPPING, compile=AOT)(tokens()).loss.backward()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names[0] == "00_capture.py"
+    assert any("ExposeOutputs" in name for name in names)
+    assert any("PruneTeacher" in name for name in names)
+    assert any("KeepTeacher" in name for name in names)
+    assert "mse" in (tmp_path / next(n for n in names if "PruneTeacher" in n)).read_text()
+
+
+def test_the_registered_backend():
+    student, teacher = toy_pair()
+    compiled = torch.compile(
+        fxdistill.wrap(student, teacher, MAPPING, compile=AOT), backend="fxdistill"
+    )
+    reference = fxdistill.wrap(*toy_pair(), MAPPING, compile=False)(tokens())
+    torch.testing.assert_close(compiled(tokens()).loss, reference.loss)
+
+
+def test_passes_of_the_user_run_after_compose():
+    seen = []
+
+    def look(program):
+        seen.append(program.outputs)
+        return program
+
+    student, teacher = toy_pair()
+    fxdistill.wrap(student, teacher, MAPPING, compile=AOT, passes=(look,))(tokens())
+    assert seen
+    assert seen[0][0] == "loss"

@@ -1,0 +1,254 @@
+"""The public face: errors, life cycle, outputs."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+import fxdistill
+from fxdistill import errors
+from toys import MAPPING, WIDTH, Toy, gradients, tokens, toy_pair
+
+AOT = {"backend": "aot_eager"}
+MODES = pytest.mark.parametrize("mode", [False, AOT], ids=["eager", "graph"])
+
+
+def test_an_unknown_path_names_the_nearest():
+    with pytest.raises(errors.PathError, match=r"blocks\.0\.mixer"):
+        fxdistill.wrap(*toy_pair(), {"blocks.0.mixr": "blocks.1.mixer"})
+
+
+def test_unequal_counts():
+    with pytest.raises(errors.CountError, match=r"matches 2 .*blocks\.1\.mlp.* 3 "):
+        fxdistill.wrap(*toy_pair(), {"blocks.*.mlp": "blocks.*.mlp"})
+
+
+def test_patterns_pair_in_natural_order():
+    student, teacher = Toy(11), Toy(11)
+    distiller = fxdistill.wrap(student, teacher, {"blocks.*.mlp": "blocks.*.mlp"})
+    assert [t.name for t in distiller.objective.features] == [f"blocks.{i}.mlp" for i in range(11)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"feature_loss": "mes"},
+        {"logit_loss": "kl"},
+        {"task": "language"},
+        {"compile": "region"},
+        {"compile": {"bakend": "inductor"}},
+        {"outputs": ("hidden",)},
+    ],
+)
+def test_unknown_options(options):
+    with pytest.raises(errors.OptionError):
+        fxdistill.wrap(*toy_pair(), MAPPING, **options)
+
+
+def test_a_student_without_trainable_parameters():
+    student, teacher = toy_pair()
+    with pytest.raises(errors.FrozenStudentError):
+        fxdistill.wrap(student.requires_grad_(False), teacher)
+
+
+@MODES
+def test_a_width_clash(mode):
+    student, teacher = toy_pair()
+    teacher.blocks[1].mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH))
+    with pytest.raises(errors.ShapeError, match=r"\[3, 7, 8\].*\[3, 7, 16\].*project"):
+        fxdistill.wrap(student, teacher, {"blocks.0.mlp": "blocks.1.mlp.0"}, compile=mode)(tokens())
+
+
+@MODES
+def test_logits_that_cannot_be_found(mode):
+    class Headless(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return {"hidden": self.linear(x)}
+
+    with pytest.raises(errors.LogitsError, match="logit_loss=None"):
+        fxdistill.wrap(Headless(), Headless(), compile=mode)(torch.randn(2, 4))
+
+
+@MODES
+def test_labels_without_a_task(mode):
+    with pytest.raises(errors.TaskError, match="causal_lm"):
+        fxdistill.wrap(*toy_pair(), compile=mode)(tokens(), labels=tokens())
+
+
+@MODES
+def test_labels_of_another_shape(mode):
+    distiller = fxdistill.wrap(*toy_pair(), task="causal_lm", compile=mode)
+    with pytest.raises(errors.BatchError, match="labels"):
+        distiller(tokens(), labels=tokens(2, 7))
+
+
+def test_a_batch_on_the_wrong_device():
+    with pytest.raises(errors.DeviceError, match="meta"):
+        fxdistill.wrap(*toy_pair())(tokens().to("meta"))
+
+
+def test_examples_are_checked_in_wrap_and_nothing_is_changed():
+    student, teacher = toy_pair()
+    teacher.blocks[0].mlp = nn.Linear(WIDTH, WIDTH, bias=False)
+    teacher.train()
+    before = copy.deepcopy(student.state_dict())
+    fxdistill.wrap(student, teacher, MAPPING, example_inputs=(tokens(),))
+    teacher.train()
+    teacher.blocks[2].mlp = nn.Linear(WIDTH, 2 * WIDTH)
+    with pytest.raises(fxdistill.FxDistillError):
+        fxdistill.wrap(student, teacher, MAPPING, example_inputs=(tokens(),))
+    assert all(module.training for module in teacher.modules())
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_shared_modules_with_dropout_conflict():
+    student = Toy(2, dropout=0.1)
+    teacher = Toy(2)
+    teacher.blocks = student.blocks
+    distiller = fxdistill.wrap(student.eval(), teacher, compile=False)
+    distiller(tokens())
+    with pytest.raises(errors.ModeError, match="Dropout"):
+        distiller.train()
+    student.eval()
+
+
+def test_shared_modules_without_dropout_are_fine():
+    student = Toy(2)
+    teacher = Toy(2)
+    teacher.blocks = student.blocks
+    distiller = fxdistill.wrap(
+        student.train(), teacher, {"blocks.0.mlp": "blocks.1.mlp"}, compile=AOT
+    )
+    distiller(tokens()).loss.backward()
+    assert student.blocks.training
+
+
+@pytest.mark.parametrize("mode", [False, AOT, "regional"], ids=["eager", "graph", "regional"])
+def test_the_student_is_not_touched(mode):
+    student, teacher = toy_pair()
+    kinds = {name: type(m) for name, m in student.named_modules()}
+    ids = {name: id(p) for name, p in student.named_parameters()}
+    keys = list(student.state_dict())
+    distiller = fxdistill.wrap(student, teacher, MAPPING, compile=mode)
+    distiller(tokens()).loss.backward()
+    assert {name: type(m) for name, m in student.named_modules()} == kinds
+    assert {name: id(p) for name, p in student.named_parameters()} == ids
+    assert list(student.state_dict()) == keys
+    assert distiller.student is student
+
+
+def test_state_dict_holds_student_and_projections():
+    student, teacher = toy_pair()
+    projection = nn.Linear(WIDTH, WIDTH)
+    mapping = {"blocks.0.mlp": fxdistill.Match(teacher="blocks.1.mlp", project=projection)}
+    distiller = fxdistill.wrap(student, teacher, mapping, compile=AOT)
+    out = distiller(tokens())
+    out.loss.backward()
+    assert projection.weight.grad is not None
+    assert projection.weight.grad.norm() > 0
+    state = distiller.state_dict()
+    assert {key.split(".")[0] for key in state} == {"student", "projections"}
+    other = fxdistill.wrap(*toy_pair(), mapping, compile=False)
+    other.load_state_dict(state)
+    names = {id(p) for p in distiller.parameters()}
+    assert not names & {id(p) for p in teacher.parameters()}
+    assert [len(g["params"]) for g in distiller.param_groups(lr=1.0)][1] == 2
+
+
+def test_to_moves_the_teacher_too():
+    distiller = fxdistill.wrap(*toy_pair(), MAPPING, compile=False).double()
+    assert distiller.teacher.embed.weight.dtype == torch.float64
+    assert distiller(tokens()).loss.dtype == torch.float64
+
+
+def test_an_unfrozen_teacher_is_trained():
+    student, teacher = toy_pair()
+    distiller = fxdistill.wrap(student, teacher, MAPPING, freeze_teacher=False, compile=AOT)
+    distiller(tokens()).loss.backward()
+    assert gradients(teacher)["blocks.1.mixer.linear.weight"].norm() > 0
+
+
+def test_a_frozen_teacher_gets_no_gradient():
+    student, teacher = toy_pair()
+    fxdistill.wrap(student, teacher, MAPPING, compile=AOT)(tokens()).loss.backward()
+    assert all(g is None for g in gradients(teacher).values())
+    assert all(p.requires_grad for p in teacher.parameters())
+
+
+def test_output_is_a_mapping_that_survives_rebuilding():
+    out = fxdistill.wrap(*toy_pair(), MAPPING, compile=False, outputs=("logits",))(tokens())
+    assert out["loss"] is out.loss is out[0]
+    again = type(out)(dict(out))
+    assert again.loss is out.loss
+    assert list(again) == ["loss", "losses", "logits"]
+    doubled = tree_map(lambda t: t * 2, out)
+    assert torch.equal(doubled.losses["logits"], out.losses["logits"] * 2)
+    assert out.logits.shape == (3, 7, 50)
+    assert not out.logits.requires_grad
+    with pytest.raises(AttributeError, match="loss"):
+        out.nothing  # noqa: B018
+
+
+@MODES
+def test_no_term_at_all(mode):
+    student, teacher = toy_pair()
+    out = fxdistill.wrap(student, teacher, logit_loss=None, compile=mode)(tokens())
+    out.loss.backward()
+    assert out.loss.item() == 0
+    assert not out.losses
+
+
+def test_warmup_leaves_no_trace():
+    student, teacher = toy_pair("batchnorm")
+    distiller = fxdistill.wrap(student, teacher, MAPPING, compile=AOT)
+    before, state = copy.deepcopy(student.state_dict()), torch.get_rng_state()
+    distiller.warmup(tokens())
+    assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(g is None for g in gradients(student).values())
+
+
+def test_a_distiller_can_be_pickled_and_copied():
+    distiller = fxdistill.wrap(*toy_pair(), MAPPING, compile=AOT)
+    want = distiller(tokens()).loss
+    for other in (copy.deepcopy(distiller), pickle.loads(pickle.dumps(distiller))):
+        torch.testing.assert_close(other(tokens()).loss, want)
+
+
+class NoSync(TorchDispatchMode):
+    """Forbids what would make the host wait for the device."""
+
+    BANNED = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        assert not name.startswith(self.BANNED), f"{name} synchronises"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_does_not_synchronise():
+    student, teacher = toy_pair()
+    distiller = fxdistill.wrap(student, teacher, MAPPING, task="causal_lm", compile=False)
+    mask = torch.ones(3, 7)
+    with NoSync():
+        ids = tokens()
+        out = distiller(ids, labels=ids, loss_mask=mask, num_items=7)
+        out.loss.backward()
+        distiller.set(temperature=2.0, feature_weight=torch.tensor(0.5))
+        distiller(ids, labels=ids, num_items=torch.tensor(9)).loss.backward()
+
+
+def test_the_graph_does_not_synchronise():
+    distiller = fxdistill.wrap(*toy_pair(), MAPPING, task="causal_lm", compile=AOT)
+    distiller(tokens(), labels=tokens(), num_items=7).loss.backward()
+    targets = " ".join(str(node.target) for node in distiller.program.gm.graph.nodes)
+    assert not any(word in targets for word in (".item", "nonzero", "_local_scalar_dense"))
