@@ -196,7 +196,7 @@ class Distiller(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> "Distiller":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.plan.freeze_teacher:
-            self.teacher._apply(fn)  # type: ignore[no-untyped-call]
+            self.teacher._apply(fn)
         self._vector = None
         return self
 
@@ -241,7 +241,7 @@ class Distiller(nn.Module):
             return capture.dry_run(step, self.plan.passes, table, *inputs)
 
     def summary(self) -> Group:
-        """What was compiled, for ``rich``: the pairs and what each pass did, after the first call."""
+        """What was compiled, for ``rich``: pairs, and what each pass did at the first call."""
         return summary(self.objective, self.program, self.plan.mode)
 
     def __getstate__(self) -> dict[str, Any]:

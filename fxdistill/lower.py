@@ -16,6 +16,7 @@ from torch import fx
 from torch._dynamo import lookup_backend
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
+from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 from torch.utils._pytree import tree_leaves
@@ -25,6 +26,7 @@ from fxdistill.pipeline import Observer
 from fxdistill.program import Pass, Program
 
 Compiled = Callable[..., Any]
+SMALLEST_BUDGET = 1e-6
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,10 @@ class _Partition(CustomPartitionerFn):
         outputs = tuple(f"output_{i}" for i in range(count))
         program = Program(gm, outputs, level="joint", title="backward")
         program = pipeline.run(program, self.passes, self.observers)
-        return min_cut_rematerialization_partition(program.gm, joint_inputs, **kwargs)
+        # At a budget of exactly 0 torch saves the inputs only, whatever a pass has marked.
+        budget = max(functorch_config.activation_memory_budget, SMALLEST_BUDGET)
+        with functorch_config.patch(activation_memory_budget=budget):
+            return min_cut_rematerialization_partition(program.gm, joint_inputs, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         """Inductor pickles its configuration to key its caches; observers change no code."""

@@ -12,7 +12,7 @@ from fxdistill.program import Program
 
 
 def summary(objective: Objective, program: Program | None, mode: str) -> Group:
-    """Tables for a terminal of 80 columns. Without a program (eager, or not called yet): the pairs."""
+    """Tables for 80 columns. Without a program (eager, or not called yet): only the pairs."""
     parts: list[Table | Text] = [_terms(objective)]
     if program is None:
         parts.append(Text(f"no graph yet (mode {mode}): one graph is captured at the first call"))

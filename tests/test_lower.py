@@ -1,0 +1,71 @@
+"""The joint level: passes run there, and what they are for holds."""
+
+import functorch.compile
+import pytest
+import torch
+
+import fxdistill
+from fxdistill import lower
+from fxdistill.compose import section_of
+from fxdistill.passes import KeepTeacher
+from toys import MAPPING, assert_same_gradients, gradients, tokens, toy_pair
+
+
+@pytest.fixture
+def backwards(monkeypatch):
+    """Every backward graph that the partitioner makes."""
+    graphs = []
+    partition = functorch.compile.min_cut_rematerialization_partition
+
+    def record(gm, *args, **kwargs):
+        forward, backward = partition(gm, *args, **kwargs)
+        graphs.append(backward)
+        return forward, backward
+
+    monkeypatch.setattr(lower, "min_cut_rematerialization_partition", record)
+    return graphs
+
+
+def from_teacher(graph):
+    """What computes something: views of saved values cost nothing."""
+    calls = [n for n in graph.graph.nodes if n.op == "call_function" and section_of(n) == "teacher"]
+    return [n for n in calls if not getattr(n.target, "is_view", False)]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("budget", [0.0, 0.1])
+def test_the_teacher_is_not_recomputed_in_the_backward(backwards, monkeypatch, keep, budget):
+    if not keep:
+        monkeypatch.setattr(KeepTeacher, "__call__", lambda self, program: program)
+    student, teacher = toy_pair()
+    distiller = fxdistill.wrap(student, teacher, MAPPING, compile={"backend": "aot_eager"})
+    with torch._functorch.config.patch(activation_memory_budget=budget):
+        distiller(tokens()).loss.backward()
+    assert bool(from_teacher(backwards[0])) is not keep
+    reference = toy_pair()
+    fxdistill.wrap(*reference, MAPPING, compile=False)(tokens()).loss.backward()
+    assert_same_gradients(gradients(student), gradients(reference[0]))
+
+
+def test_the_joint_passes_are_recorded():
+    distiller = fxdistill.wrap(*toy_pair(), MAPPING, compile={"backend": "aot_eager"})
+    distiller(tokens()).loss.backward()
+    assert [r.name for r in distiller.program.history] == [
+        "ExposeOutputs",
+        "ExposeOutputs",
+        "PruneTeacher",
+        "KeepTeacher",
+    ]
+    assert distiller.program.history[-1].changed
+
+
+@pytest.mark.slow
+def test_inductor_runs_the_joint_passes_and_takes_its_options():
+    student, teacher = toy_pair()
+    options = {"options": {"epilogue_fusion": False}, "mode": "default"}
+    distiller = fxdistill.wrap(student, teacher, MAPPING, compile=options)
+    distiller(tokens()).loss.backward()
+    assert distiller.program.history[-1].name == "KeepTeacher"
+    reference = toy_pair()
+    fxdistill.wrap(*reference, MAPPING, compile=False)(tokens()).loss.backward()
+    assert_same_gradients(gradients(student), gradients(reference[0]))
