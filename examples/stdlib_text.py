@@ -31,17 +31,17 @@ class Text(NamedTuple):
 
     train: Tensor
     heldout: Tensor
+    digest: str
 
 
 def load(folder: Path, vocabulary: int) -> Text:
-    """The standard library by a byte-level BPE learned on its training files; cached in ``folder``."""
+    """The standard library, by a byte-level BPE of its training files; cached in ``folder``."""
     sources = [path.read_text("utf-8", errors="replace") for path in source_files()]
     heldout = sources[::20]
     train = [source for number, source in enumerate(sources) if number % 20]
     digest = hashlib.sha256("\0".join([str(vocabulary), *sources]).encode()).hexdigest()[:12]
-    return Text(
-        **cached(folder / f"stdlib-{digest}.pt", lambda: tokenize(train, heldout, vocabulary))
-    )
+    path = folder / f"stdlib-{digest}.pt"
+    return Text(*cached(path, lambda: tokenize(train, heldout, vocabulary)), digest)
 
 
 def source_files() -> list[Path]:
@@ -51,7 +51,7 @@ def source_files() -> list[Path]:
     return [path for path in files if not SKIPPED & set(path.relative_to(root).parts)]
 
 
-def tokenize(train: list[str], heldout: list[str], vocabulary: int) -> dict[str, Tensor]:
+def tokenize(train: list[str], heldout: list[str], vocabulary: int) -> tuple[Tensor, Tensor]:
     """Learn the tokens on the training files, then encode both sides."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(train, vocabulary, special_tokens=[END_OF_FILE], show_progress=False)
@@ -59,9 +59,9 @@ def tokenize(train: list[str], heldout: list[str], vocabulary: int) -> dict[str,
 
     def encode(sources: list[str]) -> Tensor:
         encoded = bpe.encode_batch(sources)
-        return torch.tensor([token for source in encoded for token in (*source.ids, end)])
+        return torch.tensor([token for source in encoded for token in [*source.ids, end]])
 
-    return {"train": encode(train), "heldout": encode(heldout)}
+    return encode(train), encode(heldout)
 
 
 def batches(ids: Tensor, batch: int, length: int, steps: int, seed: int) -> Iterator[Tensor]:
@@ -79,7 +79,7 @@ def windows(ids: Tensor, count: int, length: int) -> Tensor:
 
 
 def cached(path: Path, make: Callable[[], T]) -> T:
-    """What ``make`` returns, kept in ``path``. Written aside and renamed: never seen half-written."""
+    """What ``make`` returns, kept in ``path``: written aside, then renamed, so never half there."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(f".{os.getpid()}.tmp")

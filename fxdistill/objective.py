@@ -86,7 +86,7 @@ class Objective:
         a trainable value that ties a total without any term to the student (its gradient is zero).
         """
         logit_weight, feature_weight, label_weight, temperature = settings[:4].unbind()
-        total = anchor.reshape(-1)[:1].sum() * 0.0
+        parts: list[Tensor] = []
         terms: dict[str, Tensor] = {}
         if self.logit_loss is not None or self.label_loss is not None:
             student = lookup("student", LOGITS)
@@ -97,7 +97,7 @@ class Objective:
                 s, t = shared_vocabulary(student, lookup("teacher", LOGITS), self.vocab_size)
                 loss = self.logit_loss(s, t, temperature=temperature, weights=weights)
                 loss = rescaled(loss, weights, 0, batch.num_items)
-                total = total + logit_weight * loss
+                parts.append(logit_weight * loss)
                 terms["logits"] = loss.detach()
             if self.label_loss is not None:
                 assert batch.labels is not None
@@ -105,16 +105,17 @@ class Objective:
                 labels = align_labels(batch.labels, task)
                 loss = self.label_loss(student, labels, weights=weights)
                 loss = rescaled(loss, weights, 0, batch.num_items)
-                total = total + label_weight * loss
+                parts.append(label_weight * loss)
                 terms["labels"] = loss.detach()
         if self.features:
             weight = settings[4:].unbind()
             named = self._feature_terms(lookup, batch, projections)
             weighted = [w * loss for w, loss in zip(weight, named.values(), strict=True)]
             mean = torch.stack(weighted).sum() / len(self.features)
-            total = total + feature_weight * mean
+            parts.append(feature_weight * mean)
             terms["features"] = mean.detach()
             terms.update({name: loss.detach() for name, loss in named.items()})
+        total = torch.stack(parts).sum() if parts else anchor.reshape(-1)[:1].sum() * 0.0
         return Losses(total, terms)
 
     def _feature_terms(

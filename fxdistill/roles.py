@@ -17,6 +17,7 @@ _CLASS_ENDINGS: dict[str, Task] = {
     "ForCausalLM": "causal_lm",
     "LMHeadModel": "causal_lm",
     "DoubleHeadsModel": "causal_lm",
+    "ForConditionalGeneration": "causal_lm",  # without an encoder: vision-language models
     "ForMaskedLM": "masked_lm",
     "ForPreTraining": "masked_lm",
     "ForTokenClassification": "masked_lm",
