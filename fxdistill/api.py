@@ -1,5 +1,6 @@
 """``wrap``: options in, Distiller out. Everything that can be checked is checked here."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -115,26 +116,19 @@ def _checked(
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None,
 ) -> Distiller:
     """Make the distiller and try it on the examples; an error puts the teacher's modes back."""
-    modes = [(module, module.training) for module in teacher.modules()]
-    try:
+    with guards.modes_kept_on_error(teacher):
         distiller = Distiller(student, teacher, objective, projections, settings, plan)
-        if isinstance(example_inputs, tuple):
-            distiller.check(*example_inputs)
-        elif example_inputs is not None:
-            distiller.check(**example_inputs)
-    except CaptureError:
-        if plan.mode == "one_graph" and not plan.fallback:
-            _restore(modes)
-            raise
-    except BaseException:
-        _restore(modes)
-        raise
-    return distiller
-
-
-def _restore(modes: list[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training
+        if example_inputs is None:
+            return distiller
+        args = example_inputs if isinstance(example_inputs, tuple) else ()
+        kwargs = {} if isinstance(example_inputs, tuple) else example_inputs
+        try:
+            distiller.check(*args, **kwargs)
+        except CaptureError as error:
+            if plan.mode == "one_graph" and not plan.fallback:
+                raise
+            warnings.warn(f"the example inputs could not be checked: {error}", stacklevel=3)
+        return distiller
 
 
 def _optional(loss: LossLike, table: dict[str, Any], what: str) -> Any:

@@ -22,6 +22,7 @@ from fxdistill.program import JointProgram, Pass
 from fxdistill.report import summary
 from fxdistill.step import run_towers, step, terms_of
 from fxdistill.taps import TapTable, hooked, recording
+from fxdistill.tokens import TOKEN_FIELDS
 
 Mode = Literal["one_graph", "regional", "eager"]
 
@@ -68,7 +69,10 @@ class Distiller(nn.Module):
         self._vector: Tensor | None = None
         self._steps: dict[str, Callable[..., Any]] = {}
         self.program: JointProgram | None = None
-        self.train(student.training)
+        # Not self.train(): parts of the student may be in a mode of their own.
+        self.training = student.training
+        self.projections.train(student.training)
+        self._settle_modes()
 
     @property
     def teacher(self) -> nn.Module:
@@ -89,8 +93,7 @@ class Distiller(nn.Module):
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DistillOutput:
         call = self._sort(args, kwargs)
-        guards.check_devices(self.student, call.args, call.student)
-        self._settle_modes()
+        self._guard(call)
         objective = self.objective
         if call.batch.labels is None:
             objective = objective.without_labels()
@@ -150,6 +153,14 @@ class Distiller(nn.Module):
                     raise table.failure from None
                 raise
 
+    def _guard(self, call: Call) -> None:
+        """What is checked before every step; a look at flags and devices."""
+        tokens = {name: getattr(call.batch, name) for name in TOKEN_FIELDS}
+        guards.check_devices(self.student, call.args, {**call.student, **tokens})
+        if self.objective.uses_teacher:
+            guards.check_same_device(self.student, self.teacher)
+        self._settle_modes()
+
     def _sort(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         return sort_call(self.student, self.teacher, self.objective.task, args, kwargs)
 
@@ -184,8 +195,8 @@ class Distiller(nn.Module):
 
     def train(self, mode: bool = True) -> "Distiller":
         """Student and projections to train or eval mode; a frozen teacher stays in eval mode."""
-        super().train(mode)
-        if hasattr(self, "_towers"):
+        with guards.modes_kept_on_error(self):
+            super().train(mode)
             self._settle_modes()
         return self
 
@@ -231,8 +242,7 @@ class Distiller(nn.Module):
     def check(self, *args: Any, **kwargs: Any) -> JointProgram:
         """Capture the step on these inputs' shapes, raising what would go wrong; runs nothing."""
         call = self._sort(args, kwargs)
-        guards.check_devices(self.student, call.args, call.student)
-        self._settle_modes()
+        self._guard(call)
         labelled = call.batch.labels is not None
         objective = self.objective if labelled else self.objective.without_labels()
         settings = self._settings_on(guards.device_of(self.student))

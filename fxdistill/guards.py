@@ -1,6 +1,7 @@
 """What can be known before a step runs: devices, modes, trainable parameters."""
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +33,17 @@ def check_devices(student: nn.Module, args: Iterable[Any], kwargs: Mapping[str, 
         places = ", ".join(f"{name} on {where}" for name, where in wrong.items())
         raise DeviceError(
             f"the student is on {device}, but {places}. Move the batch: x.to({device})."
+        )
+
+
+def check_same_device(student: nn.Module, teacher: nn.Module) -> None:
+    """Raise DeviceError where two models that are each in one place are not in the same."""
+    places = [{p.device for p in model.parameters()} for model in (student, teacher)]
+    if len(places[0]) == len(places[1]) == 1 and places[0] != places[1]:
+        (s,), (t,) = places
+        raise DeviceError(
+            f"the student is on {s} and the teacher on {t}: their values cannot be compared. "
+            f"distiller.to({str(s)!r}) moves both."
         )
 
 
@@ -67,6 +79,18 @@ def settle_modes(student: nn.Module, teacher: nn.Module) -> None:
                 "its probability to 0, keep the shared part in eval mode, or give the teacher a "
                 "copy."
             )
+
+
+@contextlib.contextmanager
+def modes_kept_on_error(model: nn.Module) -> Iterator[None]:
+    """Put the train and eval modes of ``model`` back if the body raises."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, training in modes:
+            module.training = training
+        raise
 
 
 def _mode_matters(module: nn.Module) -> str | None:

@@ -91,7 +91,7 @@ class Objective:
         if self.logit_loss is not None or self.label_loss is not None:
             student = lookup("student", LOGITS)
             task = self.task or ("classification" if student.ndim == 2 else None)
-            require_task(task, batch.labels, batch.loss_mask, batch.token_weights)
+            require_task(task, student, batch)
             weights = prediction_weights(batch, task, student)
             if self.logit_loss is not None:
                 s, t = shared_vocabulary(student, lookup("teacher", LOGITS), self.vocab_size)
@@ -187,19 +187,35 @@ def require_same_shape(student: Tensor, teacher: Tensor, s_name: str, t_name: st
     )
 
 
+def require_task(task: str | None, logits: Tensor, batch: Batch) -> None:
+    """Make sure that what is indexed by token can be lined up with the logits."""
+    require_alignment(
+        task,
+        logits,
+        batch.labels,
+        batch.loss_mask,
+        batch.token_weights,
+        batch.attention_mask,
+    )
+
+
 @check
-def require_task(
+def require_alignment(
     task: str | None,
+    logits: Tensor,
     labels: Tensor | None,
     loss_mask: Tensor | None,
     token_weights: Tensor | None,
+    attention_mask: Tensor | None,
 ) -> None:
-    """Raise where labels or weights are given and nothing says how they line up with the logits."""
+    """Raise where tokens are labelled, weighted or masked and nothing says what predicts them."""
     given = {"labels": labels, "loss_mask": loss_mask, "token_weights": token_weights}
+    if attention_mask is not None and attention_mask.shape == logits.shape[:-1]:
+        given["attention_mask"] = attention_mask
     names = [name for name, tensor in given.items() if tensor is not None]
     if task is None and names:
         raise TaskError(
-            f"{' and '.join(names)} given, but the student does not say how labels line up with "
+            f"{' and '.join(names)} given, but the student does not say how tokens line up with "
             'its logits. Say it: wrap(..., task="causal_lm") where logits predict the next token, '
             '"masked_lm" or "seq2seq" where they predict their own, "classification" for [B, C].'
         )

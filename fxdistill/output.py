@@ -26,6 +26,9 @@ class DistillOutput(OrderedDict[str, Any]):
         except KeyError:
             raise AttributeError(f"no output {name!r}; there are {', '.join(self)}") from None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
     def __getitem__(self, key: str | int | slice) -> Any:
         if isinstance(key, (int, slice)):
             return self.to_tuple()[key]

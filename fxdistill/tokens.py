@@ -20,6 +20,9 @@ Task = Literal["causal_lm", "masked_lm", "seq2seq", "classification"]
 Stream = Literal["tokens", "encoder", "decoder"]
 
 
+TOKEN_FIELDS = ("labels", "loss_mask", "token_weights")
+
+
 class Batch(NamedTuple):
     """What a call says about its tokens; every field is optional.
 
@@ -170,4 +173,5 @@ def rescaled(value: Tensor, weights: Tensor | None, count: int, items: Tensor | 
     if items is None:
         return value
     total: Tensor | int = count if weights is None else weights.sum()
-    return value * (total / items)
+    # No items at all: nothing counts, and the value is 0 already.
+    return value * (total / torch.where(items == 0, torch.ones_like(items), items))

@@ -95,6 +95,23 @@ def test_a_batch_on_the_wrong_device():
         fxdistill.wrap(*toy_pair())(tokens().to("meta"))
 
 
+def test_a_teacher_on_another_device():
+    student, teacher = toy_pair()
+    with pytest.raises(errors.DeviceError, match="teacher on meta"):
+        fxdistill.wrap(student, teacher.to("meta"))(tokens())
+    distiller = fxdistill.wrap(*toy_pair(), task="causal_lm")
+    with pytest.raises(errors.DeviceError, match="labels on meta"):
+        distiller(tokens(), labels=tokens().to("meta"))
+
+
+def test_wrap_keeps_the_modes_of_the_students_parts():
+    student, teacher = toy_pair("batchnorm")
+    student.train().blocks[0].norm.eval()
+    fxdistill.wrap(student, teacher, MAPPING, compile=False)(tokens())
+    assert student.training
+    assert not student.blocks[0].norm.training
+
+
 def test_examples_are_checked_in_wrap_and_nothing_is_changed():
     student, teacher = toy_pair()
     teacher.blocks[0].mlp = nn.Linear(WIDTH, WIDTH, bias=False)
@@ -118,7 +135,9 @@ def test_shared_modules_with_dropout_conflict():
     distiller(tokens())
     with pytest.raises(errors.ModeError, match="Dropout"):
         distiller.train()
-    student.eval()
+    assert not any(module.training for module in student.modules())
+    with pytest.raises(errors.ModeError, match="Dropout"):
+        fxdistill.wrap(student.train(), teacher, compile=False)
 
 
 def test_shared_modules_without_dropout_are_fine():
@@ -190,6 +209,8 @@ def test_output_is_a_mapping_that_survives_rebuilding():
     again = type(out)(dict(out))
     assert again.loss is out.loss
     assert list(again) == ["loss", "losses", "logits"]
+    again.loss = out.loss * 2
+    assert again["loss"] is again[0]
     doubled = tree_map(lambda t: t * 2, out)
     assert torch.equal(doubled.losses["logits"], out.losses["logits"] * 2)
     assert out.logits.shape == (3, 7, 50)

@@ -16,6 +16,8 @@ from torch import Tensor
 from fxdistill.losses.reduce import weighted_mean, wide
 from fxdistill.nodes import one_node
 
+FLOOR = -1e4
+
 
 def _scaled(logits: Tensor, temperature: Tensor | float) -> Tensor:
     z = wide(logits)
@@ -81,8 +83,9 @@ def jsd(
         return kl(student_logits, teacher_logits, temperature=temperature, weights=weights)
     if not 0 < beta < 1:
         raise ValueError(f"jsd takes beta between 0 and 1, not {beta}")
-    log_q = _scaled(student_logits, temperature).log_softmax(-1)
-    log_p = _scaled(teacher_logits, temperature).log_softmax(-1)
+    # The floor keeps columns that are -inf on both sides out of -inf - -inf; e^FLOOR is 0 exactly.
+    log_q = _scaled(student_logits, temperature).log_softmax(-1).clamp_min(FLOOR)
+    log_p = _scaled(teacher_logits, temperature).log_softmax(-1).clamp_min(FLOOR)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     of_teacher = (log_p.exp() * (log_p - log_m)).sum(-1)
     of_student = (log_q.exp() * (log_q - log_m)).sum(-1)
@@ -100,5 +103,6 @@ def soft_cross_entropy(
     """-τ² Σ p_T log p_S: forward KL plus the teacher's entropy, with the same student gradient."""
     s, t = _scaled(student_logits, temperature), _scaled(teacher_logits, temperature)
     p = t.softmax(-1)
-    values = (p * (s.logsumexp(-1, keepdim=True) - s)).sum(-1)
+    surprise = torch.where(p > 0, s.logsumexp(-1, keepdim=True) - s, torch.zeros_like(s))
+    values = (p * surprise).sum(-1)
     return _result(values, temperature, weights)
