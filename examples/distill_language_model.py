@@ -161,6 +161,9 @@ def main() -> None:
     settings = replace(SMOKE if options.smoke else Settings(), seed=options.seed)
     compile = options.compile and ({"backend": "aot_eager"} if options.smoke else True)
 
+    # Sizes this small gain little from a second thread, and lose much when another program has the
+    # second core: every operator would wait for it.
+    torch.set_num_threads(1)
     start = perf_counter()
     text = load(options.out, settings.vocabulary)
     columns = (
