@@ -59,7 +59,7 @@ def recipes(settings: Settings) -> dict[str, dict]:
     return {
         "labels": {"logit_loss": None},
         "labels, logits": {},
-        "labels, logits, activations": {"mapping": pairs},
+        "labels, logits, activations": {"mapping": pairs, "feature_weight": 0.1},
     }
 
 

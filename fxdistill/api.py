@@ -14,13 +14,14 @@ from fxdistill.errors import CaptureError, OptionError, did_you_mean
 from fxdistill.losses import FEATURE_LOSSES, LABEL_LOSSES, LOGIT_LOSSES, resolve
 from fxdistill.lower import Lowering
 from fxdistill.matching import Mapped, Pair, resolve_pairs
-from fxdistill.objective import Objective, Term
+from fxdistill.objective import GLOBAL_SETTINGS, Objective, Term
 from fxdistill.passes import KeepTeacher
 from fxdistill.program import Pass
 from fxdistill.roles import find_task, stream_of
 from fxdistill.tokens import Task
 
 LossLike = str | Callable[..., Tensor] | None
+RESERVED = ("loss", "logits", "labels", "features", *GLOBAL_SETTINGS)
 _COMPILE_KEYS = ("backend", "options", "mode", "dynamic", "fallback")
 
 
@@ -95,6 +96,7 @@ def wrap(
         label_loss=_optional(label_loss, LABEL_LOSSES, "label_loss"),
         task=found_task,
         vocab_size=vocab_size,
+        freeze_teacher=freeze_teacher,
     )
     settings = {
         "logit_weight": logit_weight,
@@ -103,6 +105,7 @@ def wrap(
         "temperature": temperature,
         **{term.name: term.weight for term in objective.features},
     }
+    guards.check_settings(settings)
     return _checked(student, teacher, objective, projections, settings, plan, example_inputs)
 
 
@@ -147,6 +150,8 @@ def _terms(
     terms = []
     for pair in pairs:
         base = str(pair.student)
+        if base in RESERVED:  # a module called like a term: say its port
+            base += ":output"
         seen[base] = seen.get(base, 0) + 1
         name = base if seen[base] == 1 else f"{base}#{seen[base]}"
         loss = resolve(pair.loss if pair.loss is not None else default, FEATURE_LOSSES, "loss")
@@ -194,7 +199,7 @@ def _plan(
         mode=mode,
         lowering=lowering,
         dynamic=options.get("dynamic"),
-        fallback="fallback" in options,
+        fallback=options.get("fallback") is not None,
         passes=passes,
         freeze_teacher=freeze_teacher,
         outputs=outputs,

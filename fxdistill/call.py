@@ -52,13 +52,14 @@ def sort_call(
                 inputs["decoder_input_ids"] = decoder_inputs(model, labels)
     device = device_of(student_model)
     items = own.get("num_items", own.get("num_items_in_batch"))
+    feature_items = own.get("num_feature_items")
     batch = Batch(
         labels=labels,
         loss_mask=own.get("loss_mask"),
         token_weights=own.get("token_weights"),
         attention_mask=_tensor(shared.get("attention_mask")),
-        num_items=scalar(items, device),
-        num_feature_items=scalar(own.get("num_feature_items"), device),
+        num_items=None if items is None else scalar(items, device),
+        num_feature_items=None if feature_items is None else scalar(feature_items, device),
         tokens=_token_grid(args, shared, own, task),
         decoder_tokens=_tensor(student.get("decoder_input_ids", labels)),
     )
@@ -69,10 +70,8 @@ def _tensor(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def scalar(value: Any, device: torch.device) -> Tensor | None:
+def scalar(value: Any, device: torch.device) -> Tensor:
     """A 0-d tensor; a number is filled in on the device, without a copy from the host."""
-    if value is None:
-        return None
     if isinstance(value, Tensor):
         return value.detach().to(device=device, dtype=torch.float32).reshape(())
     return torch.full((), float(value), device=device)

@@ -181,14 +181,15 @@ class Distiller(nn.Module):
         for name in weights or {}:
             if name not in names:
                 raise OptionError(f"no term {name!r}. Nearest: {did_you_mean(name, names)}.")
-        self._settings = {**self._settings, **values, **(weights or {})}
+        new = {**values, **(weights or {})}
+        guards.check_settings(new)
+        self._settings = {**self._settings, **new}
         self._vector = None
 
     def _settings_on(self, device: torch.device) -> Tensor:
         if self._vector is None or self._vector.device != device:
             keys = (*GLOBAL_SETTINGS, *(term.name for term in self.objective.features))
-            scalars = [scalar(self._settings[key], device) for key in keys]
-            self._vector = torch.stack([s for s in scalars if s is not None])
+            self._vector = torch.stack([scalar(self._settings[key], device) for key in keys])
         return self._vector
 
     # ------------------------------------------------------------------ life cycle
@@ -231,13 +232,15 @@ class Distiller(nn.Module):
         params = [p for p in self.parameters() if p.requires_grad]
         buffers = {b: b.detach().clone() for b in self.buffers()}
         cuda = [p.device for p in params[:1] if p.is_cuda]
-        with torch.random.fork_rng(devices=cuda):
-            out = self(*args, **kwargs)
-            if out.loss.requires_grad:
-                torch.autograd.grad(out.loss, params, allow_unused=True)
-        with torch.no_grad():
-            for buffer, before in buffers.items():
-                buffer.copy_(before)
+        try:
+            with torch.random.fork_rng(devices=cuda):
+                out = self(*args, **kwargs)
+                if out.loss.requires_grad:
+                    torch.autograd.grad(out.loss, params, allow_unused=True)
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers.items():
+                    buffer.copy_(before)
 
     def check(self, *args: Any, **kwargs: Any) -> JointProgram:
         """Capture the step on these inputs' shapes, raising what would go wrong; runs nothing."""

@@ -26,6 +26,7 @@ CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 class Effects:
     """For every node, also inside checkpointed regions: its place, its storages, what it writes."""
 
+    graph: fx.Graph
     place: dict[fx.Node, int] = field(default_factory=dict)
     storages: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
     writes: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
@@ -34,6 +35,11 @@ class Effects:
         """Whether ``value`` or an alias of it is written at or after ``moment``."""
         mine, start = self.storages[value], self.place[moment]
         return any(mine & w and self.place[node] >= start for node, w in self.writes.items())
+
+    def aliases_input(self, value: fx.Node) -> bool:
+        """Whether ``value`` lies in an input's storage, which other programs may write."""
+        outside = (n for n in self.place if n.op == "placeholder" and n.graph is self.graph)
+        return any(self.storages[value] & self.storages.get(n, frozenset()) for n in outside)
 
     def live(self, graph: fx.Graph) -> set[fx.Node]:
         """The nodes that the outputs, the outside world or the interpreter's state depend on."""
@@ -69,7 +75,7 @@ _EXTERNAL = ("placeholder", "get_attr")
 def effects_of(gm: fx.GraphModule) -> Effects:
     """Run ``gm`` on its own fake tensors and record what every node shares and writes."""
     examples = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
-    effects = Effects()
+    effects = Effects(gm.graph)
     with _fake(examples), _Watch() as watch:
         _Runner(gm, effects, watch).run(*examples)
     return effects

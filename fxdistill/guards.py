@@ -1,6 +1,7 @@
 """What can be known before a step runs: devices, modes, trainable parameters."""
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from fxdistill.errors import DeviceError, FrozenStudentError, ModeError
+from fxdistill.errors import DeviceError, FrozenStudentError, ModeError, OptionError
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -55,6 +56,17 @@ def check_trainable(student: nn.Module) -> None:
             f"none of the student's {len(parameters)} parameters requires a gradient: there is "
             "nothing to train. student.requires_grad_(True), or unfreeze the part to train."
         )
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise OptionError where a weight or the temperature is not one number."""
+    for name, value in settings.items():
+        single = isinstance(value, Tensor) and value.numel() == 1
+        number = isinstance(value, (int, float)) and math.isfinite(value)
+        if not single and not number:
+            raise OptionError(f"{name}={value!r}: a finite number, or a tensor of one element")
+        if name == "temperature" and number and value <= 0:
+            raise OptionError(f"temperature={value!r}: it divides the logits and must be positive")
 
 
 def first_trainable(model: nn.Module) -> Tensor:

@@ -27,7 +27,7 @@ class Match:
     a module that runs more than once. A port is ``"output"`` (of a tuple, dict or dataclass: its
     first tensor), ``"output[i]"``, ``"output.field"``, ``"input"`` or ``"input[i]"``. ``loss`` is a
     name or a callable ``(student, teacher, weights) -> scalar``. ``project`` maps the student's
-    value to the teacher's width: ``"linear"``, ``"auto"`` (only where widths differ) or a module.
+    value to the teacher's width: a module.
     """
 
     student: str | None = None

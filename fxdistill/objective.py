@@ -61,6 +61,7 @@ class Objective:
     label_loss: Loss | None = None
     task: Task | None = None
     vocab_size: int | None = None
+    freeze_teacher: bool = True
 
     @property
     def uses_teacher(self) -> bool:
@@ -85,12 +86,15 @@ class Objective:
         logits, features and labels, the temperature, then one weight for each match. ``anchor`` is
         a trainable value that ties a total without any term to the student (its gradient is zero).
         """
+        if self.freeze_teacher:
+            lookup = without_teacher_gradients(lookup)
         logit_weight, feature_weight, label_weight, temperature = settings[:4].unbind()
         parts: list[Tensor] = []
+        task = self.task
         terms: dict[str, Tensor] = {}
         if self.logit_loss is not None or self.label_loss is not None:
             student = lookup("student", LOGITS)
-            task = self.task or ("classification" if student.ndim == 2 else None)
+            task = task or ("classification" if student.ndim == 2 else None)
             require_task(task, student, batch)
             weights = prediction_weights(batch, task, student)
             if self.logit_loss is not None:
@@ -109,7 +113,7 @@ class Objective:
                 terms["labels"] = loss.detach()
         if self.features:
             weight = settings[4:].unbind()
-            named = self._feature_terms(lookup, batch, projections)
+            named = self._feature_terms(lookup, batch, task, projections)
             weighted = [w * loss for w, loss in zip(weight, named.values(), strict=True)]
             mean = torch.stack(weighted).sum() / len(self.features)
             parts.append(feature_weight * mean)
@@ -119,7 +123,7 @@ class Objective:
         return Losses(total, terms)
 
     def _feature_terms(
-        self, lookup: Lookup, batch: Batch, projections: torch.nn.ModuleList
+        self, lookup: Lookup, batch: Batch, task: Task | None, projections: torch.nn.ModuleList
     ) -> dict[str, Tensor]:
         losses = {}
         for term in self.features:
@@ -127,10 +131,20 @@ class Objective:
             if term.projection is not None:
                 s = projections[term.projection](s)
             require_same_shape(s, t, str(term.student), str(term.teacher))
-            weights = feature_weights(batch, self.task, term.stream, s)
+            weights = feature_weights(batch, task, term.stream, s)
             loss = term.loss(s, t, weights)
             losses[term.name] = rescaled(loss, weights, s.shape[0], batch.num_feature_items)
         return losses
+
+
+def without_teacher_gradients(lookup: Lookup) -> Lookup:
+    """A teacher may switch gradients on inside: what it hands over is cut off all the same."""
+
+    def detached(tower: str, tap: Tap) -> Tensor:
+        value = lookup(tower, tap)
+        return value.detach() if tower == "teacher" else value
+
+    return detached
 
 
 def lookup_marker(tower: str, tap: Tap) -> Tensor:
@@ -180,7 +194,7 @@ def require_same_shape(student: Tensor, teacher: Tensor, s_name: str, t_name: st
     s, t = list(student.shape), list(teacher.shape)
     advice = "map values of one shape."
     if len(s) == len(t) and s[:-1] == t[:-1]:
-        advice = 'project the student: Match(..., project="linear").'
+        advice = f"project the student: Match(..., project=nn.Linear({s[-1]}, {t[-1]}))."
     raise ShapeError(
         f"student {s_name!r} is {s} and teacher {t_name!r} is {t}: a loss needs equal shapes; "
         f"{advice}"

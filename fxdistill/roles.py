@@ -34,16 +34,22 @@ def find_task(model: nn.Module, task: str) -> Task | None:
         return task
     if task != "auto":
         raise OptionError(f"task={task!r}: a task is 'auto', {', '.join(map(repr, TASKS))}")
-    candidates = [model, *(m for m in _wrapped(model))]
-    for module in candidates:
-        if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-            return "seq2seq"
-        name = type(module).__name__
-        names = [name, *(getattr(getattr(module, "config", None), "architectures", None) or ())]
-        for ending, found in _CLASS_ENDINGS.items():
-            if any(n.endswith(ending) for n in names):
-                return found
-    return None
+    models = [model, *_wrapped(model)]
+    configs = [config for m in models if (config := getattr(m, "config", None)) is not None]
+    for found in map(_by_ending, (type(m).__name__ for m in models)):
+        if found is not None and found != "causal_lm":
+            return found
+    # Before "causal_lm": an encoder-decoder's generation class has that ending too.
+    if any(getattr(config, "is_encoder_decoder", False) for config in configs):
+        return "seq2seq"
+    # A checkpoint's architecture comes last: it may be another head than the model at hand has.
+    names = [type(m).__name__ for m in models]
+    names += [name for c in configs for name in (getattr(c, "architectures", None) or ())]
+    return next((found for name in names if (found := _by_ending(name)) is not None), None)
+
+
+def _by_ending(name: str) -> Task | None:
+    return next((task for ending, task in _CLASS_ENDINGS.items() if name.endswith(ending)), None)
 
 
 def _wrapped(model: nn.Module) -> list[nn.Module]:

@@ -23,7 +23,8 @@ class ExposeOutputs:
     2. A value in a checkpointed region is threaded out of it as one more output of the region,
     which
        stays checkpointed.
-    3. A value that is written later, itself or through an alias, is cloned where it was tapped.
+    3. A value that is written later, itself or through an alias, is cloned where it was tapped; so
+       is one that lies in an input's storage, which the other tower may write.
 
     ``only`` restricts what is exposed to the names that match one of its patterns; the markers of
     the others are erased too. Works on the captured level.
@@ -76,7 +77,7 @@ def _hoist(
 
 def _at_return(graph: fx.Graph, marker: fx.Node, value: fx.Node, effects: Effects) -> fx.Node:
     """The value as it was when its module returned."""
-    if not effects.written_after(value, marker):
+    if not (effects.written_after(value, marker) or effects.aliases_input(value)):
         return value
     with graph.inserting_after(marker):
         clone = graph.call_function(torch.clone, (value,))

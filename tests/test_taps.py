@@ -131,3 +131,15 @@ def test_dropout_trains_in_the_student_only():
     assert first > 0
     assert first != second
     assert distiller.eval()(tokens()).loss.item() < 1e-12
+
+
+@pytest.mark.parametrize("mode", [False, AOT], ids=["eager", "graph"])
+def test_one_tower_writes_what_the_other_towers_tap_aliases(mode):
+    torch.manual_seed(0)
+    student = torch.nn.Sequential(torch.nn.ReLU(inplace=True), torch.nn.Linear(4, 4))
+    teacher = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    match = [fxdistill.Match("0", "0", teacher_port="input")]
+    x = torch.randn(3, 4)
+    want = (x.relu() - x).square().mean()
+    out = fxdistill.wrap(student, teacher, match, logit_loss=None, compile=mode)(x.clone())
+    torch.testing.assert_close(out.losses["0"], want)

@@ -273,3 +273,68 @@ def test_the_graph_does_not_synchronise():
     distiller(tokens(), labels=tokens(), num_items=7).loss.backward()
     targets = " ".join(str(node.target) for node in distiller.program.gm.graph.nodes)
     assert not any(word in targets for word in (".item", "nonzero", "_local_scalar_dense"))
+
+
+def test_a_frozen_teacher_that_switches_gradients_on_gets_none():
+    class Stubborn(nn.Linear):
+        def forward(self, x):
+            with torch.enable_grad():
+                return super().forward(x)
+
+    student, teacher = nn.Linear(4, 4), Stubborn(4, 4)
+    fxdistill.wrap(student, teacher, compile=False)(torch.randn(2, 4)).loss.backward()
+    assert teacher.weight.grad is None
+
+
+def test_the_class_says_the_task_before_the_checkpoint_does():
+    from transformers import BartConfig, BartForSequenceClassification, BertConfig
+    from transformers import BertForSequenceClassification as Classifier
+
+    from fxdistill.roles import find_task
+
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    bert = Classifier(BertConfig(**small, intermediate_size=8, vocab_size=9))
+    bert.config.architectures = ["BertForMaskedLM"]
+    assert find_task(bert, "auto") == "classification"
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 9}
+    heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1}
+    bart = BartForSequenceClassification(BartConfig(**sizes, **heads, eos_token_id=2))
+    assert find_task(bart, "auto") == "classification"
+
+
+def test_a_task_read_from_the_logits_weights_features_too():
+    torch.manual_seed(0)
+    student, teacher = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))
+    x, weights = torch.randn(3, 4), torch.tensor([1.0, 0.0, 0.0])
+    auto, told = (
+        fxdistill.wrap(student, teacher, {"0": "0"}, task=task, compile=False)(
+            x, labels=torch.tensor([0, 1, 2]), token_weights=weights
+        )
+        for task in ("auto", "classification")
+    )
+    assert torch.equal(auto.losses["0"], told.losses["0"])
+
+
+@pytest.mark.parametrize("bad", [{"temperature": torch.ones(2)}, {"temperature": 0.0}])
+def test_settings_that_are_no_number_change_nothing(bad):
+    distiller = fxdistill.wrap(*toy_pair(), compile=False)
+    with pytest.raises(errors.OptionError):
+        distiller.set(**bad)
+    distiller(tokens())
+    with pytest.raises(errors.OptionError):
+        fxdistill.wrap(*toy_pair(), label_weight=None)
+
+
+def test_a_module_called_like_a_term_keeps_its_own_name():
+    class Vgg(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(self.features(x))
+
+    mapping = {"features": "features", "head": "head"}
+    out = fxdistill.wrap(Vgg(), Vgg(), mapping, logit_loss=None, compile=False)(torch.randn(2, 4))
+    mean = (out.losses["features:output"] + out.losses["head"]) / 2
+    torch.testing.assert_close(out.losses["features"], mean)
