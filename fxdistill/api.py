@@ -190,6 +190,8 @@ def _plan(
     mode: Mode = "regional" if compile == "regional" else "one_graph" if compile else "eager"
     if isinstance(compile, Mapping):
         mode = "one_graph"
+    if passes and mode != "one_graph":
+        raise OptionError(f"passes work on the one graph, and compile={compile!r} makes none")
     lowering = Lowering(
         options.get("backend", "inductor"),
         _inductor_options(options),
@@ -208,7 +210,12 @@ def _plan(
 
 def _inductor_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """``mode`` means what it means to ``torch.compile``: a named set of Inductor options."""
+    backend, mode = options.get("backend", "inductor"), options.get("mode")
     named: dict[str, Any] = {}
-    if (mode := options.get("mode")) is not None:
+    if mode is not None:
+        if backend != "inductor":
+            raise OptionError(f"mode={mode!r} names options of Inductor, not of {backend!r}")
         named = torch._inductor.list_mode_options(mode, options.get("dynamic"))
+    if backend == "aot_eager" and options.get("options"):
+        raise OptionError(f"the backend 'aot_eager' takes no options: {options['options']!r}")
     return {**named, **options.get("options", {})}

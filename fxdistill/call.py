@@ -1,13 +1,14 @@
 """Sorting what a call brings: model inputs, and what the objective takes for itself."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fxdistill.guards import device_of
-from fxdistill.roles import decoder_inputs
+from fxdistill.roles import decoder_inputs, input_names
 from fxdistill.tokens import Batch
 
 CALL_KEYWORDS = (
@@ -21,13 +22,19 @@ CALL_KEYWORDS = (
 )
 
 
+class Inputs(NamedTuple):
+    """What one model is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Call:
     """One call, sorted: what goes to which model, and what stays here."""
 
-    args: tuple[Any, ...]
-    student: dict[str, Any]
-    teacher: dict[str, Any]
+    student: Inputs
+    teacher: Inputs
     batch: Batch
 
 
@@ -40,30 +47,56 @@ def sort_call(
 ) -> Call:
     """Sort the arguments of a call: for the student, for the teacher, for the objective.
 
-    An encoder-decoder without ``decoder_input_ids`` gets them from the labels.
+    Positional arguments stay positional; the objective reads them by the names that the student's
+    ``forward`` gives them. An encoder-decoder whose decoder gets nothing gets the labels, shifted.
     """
     own = {key: kwargs[key] for key in CALL_KEYWORDS if kwargs.get(key) is not None}
     shared = {key: value for key, value in kwargs.items() if key not in CALL_KEYWORDS}
+    student = Inputs(args, dict(shared))
+    teacher = _laid_over(teacher_model, Inputs(args, shared), own.get("teacher_inputs", {}))
     labels = own.get("labels")
-    student, teacher = dict(shared), {**shared, **own.get("teacher_inputs", {})}
     if task == "seq2seq" and labels is not None:
         for model, inputs in ((student_model, student), (teacher_model, teacher)):
-            if inputs.get("decoder_input_ids") is None:
-                inputs["decoder_input_ids"] = decoder_inputs(model, labels)
+            _give_decoder(model, inputs, labels)
     device = device_of(student_model)
     items = own.get("num_items", own.get("num_items_in_batch"))
     feature_items = own.get("num_feature_items")
+    seen = _by_name(student_model, student)
+    decoder = seen.get("decoder_input_ids", seen.get("decoder_inputs_embeds"))
     batch = Batch(
         labels=labels,
         loss_mask=own.get("loss_mask"),
         token_weights=own.get("token_weights"),
-        attention_mask=_tensor(shared.get("attention_mask")),
+        attention_mask=_tensor(seen.get("attention_mask")),
         num_items=None if items is None else scalar(items, device),
         num_feature_items=None if feature_items is None else scalar(feature_items, device),
-        tokens=_token_grid(args, shared, own, task),
-        decoder_tokens=_tensor(student.get("decoder_input_ids", labels)),
+        tokens=_token_grid(args, seen, own, task),
+        decoder_tokens=_tensor(labels if decoder is None else decoder),
     )
-    return Call(args, student, teacher, batch)
+    return Call(student, teacher, batch)
+
+
+def _by_name(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """The inputs with positional ones under their names; those without a name are left out."""
+    names = input_names(model) if inputs.args else ()
+    return {**dict(zip(names, inputs.args, strict=False)), **inputs.kwargs}
+
+
+def _laid_over(model: nn.Module, shared: Inputs, own: Mapping[str, Any]) -> Inputs:
+    """``shared``, with what the model gets of its own in place of what has the same name."""
+    names = input_names(model)[: len(shared.args)] if own else ()
+    if not any(name in own for name in names):
+        return Inputs(shared.args, {**shared.kwargs, **own})
+    # Positional ones that are replaced: all that have a name are passed by it.
+    named = {**dict(zip(names, shared.args, strict=False)), **shared.kwargs, **own}
+    return Inputs(shared.args[len(names) :], named)
+
+
+def _give_decoder(model: nn.Module, inputs: Inputs, labels: Tensor) -> None:
+    given = _by_name(model, inputs)
+    names = ("decoder_input_ids", "decoder_inputs_embeds")
+    if all(given.get(name) is None for name in names):
+        inputs.kwargs["decoder_input_ids"] = decoder_inputs(model, labels)
 
 
 def _tensor(value: Any) -> Tensor | None:
@@ -71,29 +104,26 @@ def _tensor(value: Any) -> Tensor | None:
 
 
 def scalar(value: Any, device: torch.device) -> Tensor:
-    """A 0-d tensor; a number is filled in on the device, without a copy from the host."""
+    """A 0-d tensor on the device, without waiting for it: neither copy blocks the host."""
     if isinstance(value, Tensor):
-        return value.detach().to(device=device, dtype=torch.float32).reshape(())
+        moved = value.detach().to(device=device, dtype=torch.float32, non_blocking=True)
+        return moved.reshape(())
     return torch.full((), float(value), device=device)
 
 
 def _token_grid(
-    args: tuple[Any, ...], shared: dict[str, Any], own: dict[str, Any], task: str | None
+    args: tuple[Any, ...], seen: dict[str, Any], own: dict[str, Any], task: str | None
 ) -> Tensor | None:
     """A tensor whose leading two sizes are those of the (encoder's) tokens."""
     for name in ("input_ids", "inputs_embeds"):
-        if isinstance(found := shared.get(name), Tensor) and found.ndim >= 2:
+        if isinstance(found := seen.get(name), Tensor) and found.ndim >= 2:
             return found
-    mask = shared.get("attention_mask")
+    mask = seen.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return mask
-    if (
-        args
-        and isinstance(args[0], Tensor)
-        and args[0].ndim == 2
-        and not args[0].is_floating_point()
-    ):
-        return args[0]
+    first = args[0] if args else None
+    if isinstance(first, Tensor) and first.ndim == 2 and not first.is_floating_point():
+        return first
     if task in ("causal_lm", "masked_lm"):
         candidates = (own.get(name) for name in ("labels", "loss_mask", "token_weights"))
         return next((t for t in candidates if isinstance(t, Tensor)), None)

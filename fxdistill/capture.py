@@ -54,7 +54,7 @@ def backend(
     """
     recipe = recipe or Recipe()
     if not any(node.target is begin for node in gm.graph.nodes):
-        return lower(gm, example_inputs, Lowering(recipe.lowering.backend))
+        return lower(gm, example_inputs, replace(recipe.lowering, joint_passes=()))
     dump = Dump()
     joint = joint_program(gm, recipe.passes, dump)
     history = list(joint.history)
@@ -146,14 +146,14 @@ def _explain(error: Exception) -> str:
     """Say which line of the user's code stopped the capture, and what there is to do."""
     stack = list(getattr(error, "real_stack", None) or ())
     ours = __file__.rsplit("/", 1)[0]
-    frames = [f for f in stack if not f.filename.startswith(ours)] or stack
+    frames = [f for f in stack if not f.filename.startswith(ours)]
     where = ""
     if frames:
         last = frames[-1]
         where = f"\n  at {last.filename}:{last.lineno} in {last.name}\n    {last.line or ''}"
     reason = str(error).strip().split("\n\n")[0]
     return (
-        f"the models cannot be captured as one graph.{where}\n  torch.compile says: {reason}\n"
+        f"the step cannot be captured as one graph.{where}\n  torch.compile says: {reason}\n"
         'What to do: change that line; or wrap(..., compile="regional") (the models run as they '
         'are, the losses are compiled), compile=False (everything eager), or compile={"fallback": '
         '"regional"} to fall back by itself, with a warning.'

@@ -20,7 +20,7 @@ from fxdistill.objective import GLOBAL_SETTINGS, Losses, Objective
 from fxdistill.output import DistillOutput
 from fxdistill.program import JointProgram, Pass
 from fxdistill.report import summary
-from fxdistill.step import run_towers, step, terms_of
+from fxdistill.step import collect, run_towers, step, terms_of
 from fxdistill.taps import TapTable, hooked, recording
 from fxdistill.tokens import TOKEN_FIELDS
 
@@ -103,7 +103,8 @@ class Distiller(nn.Module):
         except CaptureError as error:
             if not self.plan.fallback:
                 raise
-            warnings.warn(f'falling back to compile="regional": {error}', stacklevel=2)
+            lost = ", without your passes" if self.plan.passes else ""
+            warnings.warn(f'falling back to compile="regional"{lost}: {error}', stacklevel=2)
             self.plan = dataclasses.replace(self.plan, mode="regional")
             losses, logits = self._run(objective, call, settings)
         out = DistillOutput(loss=losses.total, losses=losses.terms)
@@ -116,13 +117,13 @@ class Distiller(nn.Module):
     ) -> tuple[Losses, Tensor | None]:
         mode = self.plan.mode
         with self._taps(objective, capturing=mode == "one_graph") as table:
-            inputs = (self, objective, call.args, call.student, call.teacher)
+            inputs = (self, objective, call.student, call.teacher)
             if mode == "one_graph":
                 return self._compiled("step", step)(table, *inputs, call.batch, settings)  # type: ignore[no-any-return]
             if mode == "eager":
                 return step(*inputs, call.batch, settings)
             anchor = run_towers(*inputs)
-            values = dict(table.values)
+            values = collect(objective, "logits" in self.plan.outputs)
         with recording(TapTable(capturing=True)) as table:
             terms = self._compiled("terms", terms_of)
             return terms(table, self, objective, values, call.batch, settings, anchor)  # type: ignore[no-any-return]
@@ -156,9 +157,13 @@ class Distiller(nn.Module):
     def _guard(self, call: Call) -> None:
         """What is checked before every step; a look at flags and devices."""
         tokens = {name: getattr(call.batch, name) for name in TOKEN_FIELDS}
-        guards.check_devices(self.student, call.args, {**call.student, **tokens})
+        guards.check_devices(self.student, "student", call.student.args, call.student.kwargs)
+        guards.check_devices(self.student, "student", (), tokens)
         if self.objective.uses_teacher:
-            guards.check_same_device(self.student, self.teacher)
+            guards.check_same_device(self.student, self.teacher, "teacher")
+            guards.check_devices(self.teacher, "teacher", call.teacher.args, call.teacher.kwargs)
+        for i, projection in enumerate(self.projections):
+            guards.check_same_device(self.student, projection, f"projection {i}")
         self._settle_modes()
 
     def _sort(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -249,7 +254,7 @@ class Distiller(nn.Module):
         labelled = call.batch.labels is not None
         objective = self.objective if labelled else self.objective.without_labels()
         settings = self._settings_on(guards.device_of(self.student))
-        inputs = (self, objective, call.args, call.student, call.teacher, call.batch, settings)
+        inputs = (self, objective, call.student, call.teacher, call.batch, settings)
         with self._taps(objective, capturing=True) as table:
             return capture.dry_run(step, self.plan.passes, table, *inputs)
 

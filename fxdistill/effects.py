@@ -9,7 +9,7 @@ identities of fakes. If they move, this file is the one to mend.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,12 +41,12 @@ class Effects:
         outside = (n for n in self.place if n.op == "placeholder" and n.graph is self.graph)
         return any(self.storages[value] & self.storages.get(n, frozenset()) for n in outside)
 
-    def live(self, graph: fx.Graph) -> set[fx.Node]:
-        """The nodes that the outputs, the outside world or the interpreter's state depend on."""
+    def live(self, graph: fx.Graph, roots: Iterable[fx.Node] = ()) -> set[fx.Node]:
+        """The nodes that outputs, ``roots``, the outside world or the interpreter's state need."""
         outside = frozenset().union(
             *(self.storages.get(n, frozenset()) for n in graph.nodes if n.op in _EXTERNAL)
         )
-        todo = [n for n in graph.nodes if self._must_stay(n, outside)]
+        todo = [*roots, *(n for n in graph.nodes if self._must_stay(n, outside))]
         live: set[fx.Node] = set()
         seen: set[int] = set()
         while todo:

@@ -21,30 +21,32 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def check_devices(student: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
-    """Raise DeviceError where an input is not where the student is (if that is one place)."""
-    device = device_of(student)
+def check_devices(
+    model: nn.Module, name: str, args: Iterable[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Raise DeviceError where an input is not where the model is (if that is one place)."""
+    device = device_of(model)
     named = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
     wrong = {
-        name: value.device
-        for name, value in named.items()
+        key: value.device
+        for key, value in named.items()
         if isinstance(value, Tensor) and value.device != device
     }
-    if wrong and len({p.device for p in student.parameters()}) == 1:
-        places = ", ".join(f"{name} on {where}" for name, where in wrong.items())
+    if wrong and len({p.device for p in model.parameters()}) == 1:
+        places = ", ".join(f"{key} on {where}" for key, where in wrong.items())
         raise DeviceError(
-            f"the student is on {device}, but {places}. Move the batch: x.to({device})."
+            f"the {name} is on {device}, but {places}. Move the batch: x.to({str(device)!r})."
         )
 
 
-def check_same_device(student: nn.Module, teacher: nn.Module) -> None:
+def check_same_device(student: nn.Module, other: nn.Module, name: str) -> None:
     """Raise DeviceError where two models that are each in one place are not in the same."""
-    places = [{p.device for p in model.parameters()} for model in (student, teacher)]
+    places = [{p.device for p in model.parameters()} for model in (student, other)]
     if len(places[0]) == len(places[1]) == 1 and places[0] != places[1]:
         (s,), (t,) = places
         raise DeviceError(
-            f"the student is on {s} and the teacher on {t}: their values cannot be compared. "
-            f"distiller.to({str(s)!r}) moves both."
+            f"the student is on {s} and the {name} on {t}: their values cannot be compared. "
+            f"distiller.to({str(s)!r}) moves all."
         )
 
 
@@ -81,16 +83,16 @@ def settle_modes(student: nn.Module, teacher: nn.Module) -> None:
     """
     shared = {id(m) for m in student.modules()}
     for name, module in teacher.named_modules():
-        if id(module) not in shared:
-            if module.training:
-                module.training = False
-        elif module.training and (reason := _mode_matters(module)):
+        if id(module) in shared and module.training and (reason := _mode_matters(module)):
             raise ModeError(
                 f"teacher module {name or 'itself'!r} ({type(module).__name__}, {reason}) is the "
                 "student's module too: the student trains, the teacher must be in eval mode. Set "
                 "its probability to 0, keep the shared part in eval mode, or give the teacher a "
                 "copy."
             )
+    for module in teacher.modules():
+        if id(module) not in shared and module.training:
+            module.training = False
 
 
 @contextlib.contextmanager

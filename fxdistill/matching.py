@@ -83,8 +83,9 @@ def _from_item(student: str, value: Any) -> Match:
 def resolve_pairs(student: nn.Module, teacher: nn.Module, mapping: Mapped) -> list[Pair]:
     """Expand patterns to explicit pairs, in order.
 
-    Raises PathError for a path that does not exist, naming the nearest that do; CountError where
-    the two sides of a pattern match different numbers of modules; PortError for an unknown port.
+    Raises PathError for a path that does not exist, naming the nearest that do, and for one module
+    under two paths; CountError where the two sides of a pattern match different numbers of modules;
+    PortError for an unknown port.
     """
     s_paths, t_paths = module_names(student), module_names(teacher)
     pairs = []
@@ -99,7 +100,21 @@ def resolve_pairs(student: nn.Module, teacher: nn.Module, mapping: Mapped) -> li
             Pair(s, t, match.loss, match.weight, match.project)
             for s, t in zip(s_taps, t_taps, strict=True)
         ]
+    _require_distinct(student, "student", [pair.student for pair in pairs])
+    _require_distinct(teacher, "teacher", [pair.teacher for pair in pairs])
     return pairs
+
+
+def _require_distinct(model: nn.Module, tower: str, taps: list[Tap]) -> None:
+    """Two paths to one module would both read the module's first call."""
+    first: dict[tuple[int, str, int], str] = {}
+    for tap in taps:
+        key = (id(model.get_submodule(tap.path)), tap.port, tap.call)
+        if (other := first.setdefault(key, tap.path)) != tap.path:
+            raise PathError(
+                f"{tower} paths {other!r} and {tap.path!r} are one module, and both mean its call "
+                f"{tap.call}. Name its further calls: {other + '@1'!r}, {other + '@2'!r}, ..."
+            )
 
 
 def module_names(module: nn.Module) -> list[str]:

@@ -1,5 +1,6 @@
-"""What a model says about itself: its task, its logits, its encoder."""
+"""What a model says about itself: its task, its inputs, its logits, its encoder."""
 
+import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any, cast
@@ -56,6 +57,19 @@ def _wrapped(model: nn.Module) -> list[nn.Module]:
     """The models inside wrappers such as DDP, OptimizedModule or PeftModel."""
     inner = [getattr(model, name, None) for name in ("module", "_orig_mod", "base_model", "model")]
     return [m for m in inner if isinstance(m, nn.Module)]
+
+
+def input_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of the positional parameters of ``forward``, looking through wrappers."""
+    for m in (model, *_wrapped(model)):
+        parameters = inspect.signature(m.forward).parameters.values()
+        names = tuple(p.name for p in parameters if p.kind in _POSITIONAL)
+        if names:
+            return names
+    return ()
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def logits_of(output: Any) -> Tensor | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fxdistill import guards
+from fxdistill.call import Inputs
 from fxdistill.errors import LogitsError
 from fxdistill.objective import LOGITS, Losses, Objective, lookup_marker
 from fxdistill.roles import logits_of
@@ -19,14 +20,13 @@ if TYPE_CHECKING:
 def step(
     distiller: "Distiller",
     objective: Objective,
-    args: tuple[Any, ...],
-    student_inputs: dict[str, Any],
-    teacher_inputs: dict[str, Any],
+    student: Inputs,
+    teacher: Inputs,
     batch: Batch,
     settings: Tensor,
 ) -> tuple[Losses, Tensor | None]:
     """Teacher, student, objective: what becomes one graph, and what eager mode runs."""
-    anchor = run_towers(distiller, objective, args, student_inputs, teacher_inputs)
+    anchor = run_towers(distiller, objective, student, teacher)
     begin("objective")
     losses = objective(lookup_marker, batch, settings, distiller.projections, anchor)
     logits = None
@@ -39,9 +39,8 @@ def step(
 def run_towers(
     distiller: "Distiller",
     objective: Objective,
-    args: tuple[Any, ...],
-    student_inputs: dict[str, Any],
-    teacher_inputs: dict[str, Any],
+    student: Inputs,
+    teacher: Inputs,
 ) -> Tensor:
     """Run the models; what they compute leaves through taps. Returns the anchor of the total."""
     frozen = distiller.plan.freeze_teacher
@@ -49,14 +48,25 @@ def run_towers(
     if objective.uses_teacher:
         begin("teacher")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            output = distiller.teacher(*args, **teacher_inputs)
+            output = distiller.teacher(*teacher.args, **teacher.kwargs)
             if objective.logit_loss is not None:
                 _tap_logits(output, "teacher")
     begin("student")
-    output = distiller.student(*args, **student_inputs)
+    output = distiller.student(*student.args, **student.kwargs)
     if needs_logits or objective.logit_loss is not None:
         _tap_logits(output, "student")
     return guards.first_trainable(distiller)
+
+
+def collect(objective: Objective, logits: bool) -> dict[tuple[str, Tap], Tensor]:
+    """What the towers have tapped and the objective reads; TapError where a module did not run."""
+    wanted = [("student", term.student) for term in objective.features]
+    wanted += [("teacher", term.teacher) for term in objective.features]
+    if logits or objective.label_loss is not None or objective.logit_loss is not None:
+        wanted.append(("student", LOGITS))
+    if objective.logit_loss is not None:
+        wanted.append(("teacher", LOGITS))
+    return {(tower, tap): lookup_marker(tower, tap) for tower, tap in wanted}
 
 
 def terms_of(

@@ -147,7 +147,7 @@ def _lay_over(weights: Tensor, feature: Tensor) -> Tensor | None:
     """Weights ``[B, L]`` in the shape of the feature's leading axes, if those are the tokens."""
     if feature.ndim >= 3 and feature.shape[:2] == weights.shape:
         return weights
-    if feature.ndim == 2 and feature.shape[0] == weights.shape[0] * weights.shape[1]:
+    if feature.ndim >= 2 and feature.shape[0] == weights.shape[0] * weights.shape[1]:
         return weights.reshape(-1)
     return None
 

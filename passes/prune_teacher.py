@@ -23,7 +23,9 @@ class PruneTeacher:
         if not any(section_of(node) == "teacher" for node in program.gm.graph.nodes):
             return program
         gm = fork_module(program.gm)
-        live = effects_of(gm).live(gm.graph)
+        # What is not the teacher's stays, dead or not, and so does what it reads.
+        others = [n for n in gm.graph.nodes if section_of(n) != "teacher"]
+        live = effects_of(gm).live(gm.graph, others)
         dead = [n for n in gm.graph.nodes if section_of(n) == "teacher" and n not in live]
         if not dead:
             return program

@@ -153,6 +153,33 @@ def test_fallback_is_said_aloud_and_has_the_same_numbers():
         distiller(tokens())
 
 
+def test_regional_terms_are_compiled_with_the_same_options(monkeypatch):
+    seen = []
+
+    def remember(gm, example_inputs, options=None):
+        seen.append(options)
+        return gm
+
+    student, teacher = toy_pair()
+    options = {"backend": remember, "options": {"level": 3}, "fallback": "regional"}
+    mapping = {f"inner.{s}": t for s, t in MAPPING.items()}
+    distiller = fxdistill.wrap(Breaks(student), teacher, mapping, compile=options)
+    with pytest.warns(UserWarning, match="falling back"):
+        distiller(tokens())
+    assert seen == [{"level": 3}]
+
+
+def test_a_loss_that_breaks_the_graph_is_named():
+    def talks(student, teacher, weights):
+        print("a word")
+        return (student - teacher).square().mean()
+
+    for mode in (AOT, "regional"):
+        distiller = fxdistill.wrap(*toy_pair(), MAPPING, feature_loss=talks, compile=mode)
+        with pytest.raises(CaptureError, match=r'print\("a word"\)'):
+            distiller(tokens())
+
+
 def test_trace_and_expose():
     student, _ = toy_pair(remat=True)
     program = fxdistill.trace(student, tokens())

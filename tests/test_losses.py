@@ -351,3 +351,25 @@ def test_low_precision_logits_are_compared_in_single(
     s, t = (x.bfloat16() for x in logits)
     got, wanted = divergence(name, s, t), divergence(name, s.float(), t.float())
     torch.testing.assert_close(got.float(), wanted, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", [*FEATURES, *LOGITS, "cross_entropy"])
+def test_what_does_not_count_may_be_anything(name: str, bad: float, side: str) -> None:
+    torch.manual_seed(0)
+    s, t = torch.randn(2, 3, 4)
+    w = torch.tensor([1.0, 0.0, 2.0])
+    spoilt = [x.clone() for x in (s, t)]
+    spoilt[side == "teacher"][1] = bad
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        if name == "cross_entropy":
+            return losses.cross_entropy(x, torch.tensor([0, 1, 2]), weights=w)
+        return (
+            getattr(losses, name)(x, y, w) if name in FEATURES else divergence(name, x, y, 1.0, w)
+        )
+
+    torch.testing.assert_close(loss(*spoilt), loss(s, t))
+    got, want = gradient(lambda x: loss(x, spoilt[1]), spoilt[0]), gradient(lambda x: loss(x, t), s)
+    torch.testing.assert_close(got, want)

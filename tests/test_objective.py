@@ -499,7 +499,36 @@ def test_decoder_inputs_that_are_given_are_taken() -> None:
         compare(towers, batch, pairs, task="seq2seq", encoder_paths=family.encoder_paths, **call)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_decoder_embeddings_that_are_given_are_taken(mode: Any) -> None:
+    family = FAMILIES["bart"]()
+    torch.manual_seed(7)
+    shape = (*family.labels.shape, family.student.config.d_model)
+    batch = {**family.batch, "decoder_inputs_embeds": torch.randn(shape)}
+    towers, pairs = (family.student, family.teacher), list(family.mapping.items())
+    call = {"labels": family.labels, "encoder_paths": family.encoder_paths}
+    compare(towers, batch, pairs, mode=mode, task="seq2seq", **call)
+
+
 # ---- inputs, vocabularies, settings
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_positional_inputs_mean_what_their_names_mean(llamas: Any, mode: Any) -> None:
+    batch = batch_of("left")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    expected = compare(llamas, batch, PAIRS, labels=labels_of(batch))
+    llamas[0].zero_grad(set_to_none=True)
+    distiller = fxdistill.wrap(*llamas, [as_match(p) for p in PAIRS], compile=mode)
+    out = distiller(ids, mask, labels=labels_of(batch))
+    out.loss.backward()
+    check_losses(out, expected)
+    check_gradients(llamas[0], expected)
+    changed = {"input_ids": ids.flip(1)}
+    by_name = distiller(**batch, teacher_inputs=changed).losses["logits"]
+    torch.testing.assert_close(
+        distiller(ids, mask, teacher_inputs=changed).losses["logits"], by_name, rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -103,7 +103,7 @@ def test_ports(mode):
         fxdistill.wrap(student, teacher, wrong, compile=mode)(tokens())
 
 
-@pytest.mark.parametrize("mode", [False, AOT], ids=["eager", "graph"])
+@pytest.mark.parametrize("mode", [False, AOT, "regional"], ids=["eager", "graph", "regional"])
 def test_a_module_that_does_not_run(mode):
     student, teacher = toy_pair()
     student.spare = torch.nn.Linear(8, 8)

@@ -104,6 +104,41 @@ def test_a_teacher_on_another_device():
         distiller(tokens(), labels=tokens().to("meta"))
 
 
+def test_projections_and_inputs_of_the_teacher_on_another_device():
+    project = nn.Linear(WIDTH, WIDTH, device="meta")
+    mapping = {"blocks.0.mlp": fxdistill.Match(teacher="blocks.1.mlp", project=project)}
+    with pytest.raises(errors.DeviceError, match="projection 0 on meta"):
+        fxdistill.wrap(*toy_pair(), mapping)(tokens())
+    with pytest.raises(errors.DeviceError, match="teacher is on cpu, but ids on meta"):
+        fxdistill.wrap(*toy_pair())(tokens(), teacher_inputs={"ids": tokens().to("meta")})
+
+
+def test_one_module_under_two_paths():
+    student, teacher = toy_pair()
+    student.blocks[1] = student.blocks[0]
+    mapping = {"blocks.*.mlp": "blocks.*.mlp"}
+    del teacher.blocks[2]
+    with pytest.raises(errors.PathError, match=r"one module.*blocks\.0\.mlp@1"):
+        fxdistill.wrap(student, teacher, mapping)
+    mapping = {"blocks.0.mlp": "blocks.0.mlp", "blocks.0.mlp@1": "blocks.1.mlp"}
+    out = fxdistill.wrap(student, teacher, mapping, compile=False)(tokens())
+    assert out.losses["blocks.0.mlp"] != out.losses["blocks.0.mlp@1"]
+
+
+def test_options_that_nothing_would_read():
+    def nothing(program):
+        return program
+
+    for options in (
+        {"compile": "regional", "passes": (nothing,)},
+        {"compile": False, "passes": (nothing,)},
+        {"compile": {"backend": "aot_eager", "options": {"epilogue_fusion": False}}},
+        {"compile": {"backend": "aot_eager", "mode": "max-autotune"}},
+    ):
+        with pytest.raises(errors.OptionError):
+            fxdistill.wrap(*toy_pair(), **options)
+
+
 def test_wrap_keeps_the_modes_of_the_students_parts():
     student, teacher = toy_pair("batchnorm")
     student.train().blocks[0].norm.eval()
@@ -138,6 +173,16 @@ def test_shared_modules_with_dropout_conflict():
     assert not any(module.training for module in student.modules())
     with pytest.raises(errors.ModeError, match="Dropout"):
         fxdistill.wrap(student.train(), teacher, compile=False)
+
+
+def test_a_mode_conflict_changes_no_mode():
+    student, teacher = Toy(2, dropout=0.1), Toy(2)
+    teacher.blocks = student.blocks
+    distiller = fxdistill.wrap(student.eval(), teacher, compile=False)
+    teacher.train()
+    with pytest.raises(errors.ModeError, match="Dropout"):
+        distiller(tokens())
+    assert all(module.training for module in teacher.modules())
 
 
 def test_shared_modules_without_dropout_are_fine():

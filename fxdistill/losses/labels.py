@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fxdistill.losses.reduce import weighted_mean, wide
+from fxdistill.losses.reduce import counted, weighted_mean, wide
 from fxdistill.nodes import one_node
 
 IGNORE = -100
@@ -24,14 +24,14 @@ def cross_entropy(
     here). ``label_smoothing`` ε mixes in the mean over the vocabulary, (1-ε)·CE + ε·mean(-log p)
     (Szegedy et al., 2016); ``z_loss`` adds that multiple of lse² (PaLM, Chowdhery et al., 2022).
     """
-    z = wide(student_logits)
-    counted = labels != IGNORE
-    index = torch.where(counted, labels, torch.zeros_like(labels))
+    labelled = labels != IGNORE
+    w = labelled.float() if weights is None else weights * labelled
+    z = counted(wide(student_logits), w)
+    index = torch.where(labelled, labels, torch.zeros_like(labels))
     lse = z.logsumexp(-1)
     values = lse - z.gather(-1, index.unsqueeze(-1)).squeeze(-1)
     if label_smoothing:
         values = (1 - label_smoothing) * values + label_smoothing * (lse - z.sum(-1) / z.shape[-1])
     if z_loss:
         values = values + z_loss * lse.square()
-    w = counted.to(z.dtype) if weights is None else weights.to(z.dtype) * counted
     return weighted_mean(values, w)

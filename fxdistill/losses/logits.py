@@ -13,14 +13,14 @@ import math
 import torch
 from torch import Tensor
 
-from fxdistill.losses.reduce import weighted_mean, wide
+from fxdistill.losses.reduce import counted, weighted_mean, wide
 from fxdistill.nodes import one_node
 
 FLOOR = -1e4
 
 
-def _scaled(logits: Tensor, temperature: Tensor | float) -> Tensor:
-    z = wide(logits)
+def _scaled(logits: Tensor, temperature: Tensor | float, weights: Tensor | None) -> Tensor:
+    z = counted(wide(logits), weights)
     if isinstance(temperature, Tensor):
         return z / temperature.to(z.dtype)
     return z if temperature == 1.0 else z / temperature
@@ -39,7 +39,8 @@ def forward_kl(
     weights: Tensor | None = None,
 ) -> Tensor:
     """τ² KL(p_T ‖ p_S) = τ² [Σ p_T (z_T - z_S)/τ - lse_T + lse_S] (Hinton et al., 2015)."""
-    s, t = _scaled(student_logits, temperature), _scaled(teacher_logits, temperature)
+    s = _scaled(student_logits, temperature, weights)
+    t = _scaled(teacher_logits, temperature, weights)
     lse_s, lse_t = s.logsumexp(-1), t.logsumexp(-1)
     p = (t - lse_t.unsqueeze(-1)).exp()
     # A token the teacher rules out (logit -inf) adds nothing, whatever the student says of it.
@@ -56,7 +57,8 @@ def reverse_kl(
     weights: Tensor | None = None,
 ) -> Tensor:
     """τ² KL(p_S ‖ p_T) = τ² Σ p_S (log p_S - log p_T) (MiniLLM, Gu et al., 2024)."""
-    s, t = _scaled(student_logits, temperature), _scaled(teacher_logits, temperature)
+    s = _scaled(student_logits, temperature, weights)
+    t = _scaled(teacher_logits, temperature, weights)
     log_q, log_p = s.log_softmax(-1), t.log_softmax(-1)
     q = (s - s.logsumexp(-1, keepdim=True)).exp()
     # Σ q ∂log q is 0, so the gradient through log q is left out: it would only add rounding.
@@ -84,8 +86,8 @@ def jsd(
     if not 0 < beta < 1:
         raise ValueError(f"jsd takes beta between 0 and 1, not {beta}")
     # The floor keeps columns that are -inf on both sides out of -inf - -inf; e^FLOOR is 0 exactly.
-    log_q = _scaled(student_logits, temperature).log_softmax(-1).clamp_min(FLOOR)
-    log_p = _scaled(teacher_logits, temperature).log_softmax(-1).clamp_min(FLOOR)
+    log_q = _scaled(student_logits, temperature, weights).log_softmax(-1).clamp_min(FLOOR)
+    log_p = _scaled(teacher_logits, temperature, weights).log_softmax(-1).clamp_min(FLOOR)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     of_teacher = (log_p.exp() * (log_p - log_m)).sum(-1)
     of_student = (log_q.exp() * (log_q - log_m)).sum(-1)
@@ -101,7 +103,8 @@ def soft_cross_entropy(
     weights: Tensor | None = None,
 ) -> Tensor:
     """-τ² Σ p_T log p_S: forward KL plus the teacher's entropy, with the same student gradient."""
-    s, t = _scaled(student_logits, temperature), _scaled(teacher_logits, temperature)
+    s = _scaled(student_logits, temperature, weights)
+    t = _scaled(teacher_logits, temperature, weights)
     p = t.softmax(-1)
     surprise = torch.where(p > 0, s.logsumexp(-1, keepdim=True) - s, torch.zeros_like(s))
     values = (p * surprise).sum(-1)

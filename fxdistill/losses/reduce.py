@@ -18,8 +18,16 @@ def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
         return values.sum() / values.numel()
     w = weights.to(values.dtype)
     total = w.sum()
-    counted = torch.where(w != 0, values * w, torch.zeros_like(values))
-    return counted.sum() / torch.where(total == 0, torch.ones_like(total), total)
+    kept = torch.where(w != 0, values * w, torch.zeros_like(values))
+    return kept.sum() / torch.where(total == 0, torch.ones_like(total), total)
+
+
+def counted(x: Tensor, weights: Tensor | None) -> Tensor:
+    """``x`` with 0 where the weight is 0: what does not count reaches no gradient, NaN or not."""
+    if weights is None:
+        return x
+    weights = weights.reshape(*weights.shape, *(1,) * (x.ndim - weights.ndim))
+    return torch.where(weights != 0, x, 0)
 
 
 def width_axes(x: Tensor, weights: Tensor | None) -> tuple[int, ...]:

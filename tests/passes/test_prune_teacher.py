@@ -52,6 +52,24 @@ def test_is_idempotent(kind):
     assert PruneTeacher()(after) is after
 
 
+def test_what_others_read_stays_although_nobody_needs_it():
+    def read(program):
+        """A node of the student's that is of no use reads the teacher's last one."""
+        program = program.fork()
+        graph, linear = program.gm.graph, torch._C._nn.linear
+        theirs = [n for n in teacher_nodes(program) if n.target is linear][-1]
+        with graph.inserting_before(graph.output_node()):
+            node = graph.call_function(torch.neg, (theirs,))
+        node.meta = {**theirs.meta, "custom": {"fxdistill": "student"}}
+        return program
+
+    distiller = fxdistill.wrap(
+        *toy_pair(), {"blocks.0.mlp": "blocks.0.mlp"}, logit_loss=None, passes=(read,)
+    )
+    after = distiller.check(tokens())
+    assert any(n.target is torch.neg for n in after.gm.graph.nodes)
+
+
 def test_the_calling_convention_stays():
     _, after, before = composed(mapping={"blocks.0.mlp": "blocks.0.mlp"}, logit_loss=None)
     inputs = [[n.target for n in p.gm.graph.find_nodes(op="placeholder")] for p in (before, after)]
