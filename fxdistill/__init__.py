@@ -15,10 +15,12 @@ from fxdistill.api import wrap  # noqa: E402
 from fxdistill.capture import trace  # noqa: E402
 from fxdistill.distiller import Distiller  # noqa: E402
 from fxdistill.errors import FxDistillError  # noqa: E402
-from fxdistill.matching import Match, module_names  # noqa: E402
+from fxdistill.matching import Match, Matches, module_names  # noqa: E402
 from fxdistill.output import DistillOutput  # noqa: E402
+from fxdistill.patterns import resolve  # noqa: E402
 from fxdistill.pipeline import run  # noqa: E402
 from fxdistill.program import JointProgram, PassRecord, Program  # noqa: E402
+from fxdistill.proposal import match  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -28,11 +30,14 @@ __all__ = [
     "FxDistillError",
     "JointProgram",
     "Match",
+    "Matches",
     "PassRecord",
     "Program",
     "errors",
     "losses",
+    "match",
     "module_names",
+    "resolve",
     "run",
     "trace",
     "wrap",

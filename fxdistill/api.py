@@ -1,5 +1,6 @@
 """``wrap``: options in, Distiller out. Everything that can be checked is checked here."""
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -9,19 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from fxdistill import guards
+from fxdistill.call import Inputs
 from fxdistill.distiller import Distiller, Mode, Plan
 from fxdistill.errors import CaptureError, OptionError, did_you_mean
-from fxdistill.losses import FEATURE_LOSSES, LABEL_LOSSES, LOGIT_LOSSES, resolve
+from fxdistill.losses import LABEL_LOSSES, LOGIT_LOSSES, resolve
 from fxdistill.lower import Lowering
-from fxdistill.matching import Mapped, Pair, resolve_pairs
-from fxdistill.objective import GLOBAL_SETTINGS, Objective, Term
+from fxdistill.matching import Mapped, Matches
+from fxdistill.objective import Objective
 from fxdistill.passes import KeepTeacher
+from fxdistill.patterns import resolve as resolve_matches
 from fxdistill.program import Pass
-from fxdistill.roles import find_task, stream_of
-from fxdistill.tokens import Task
+from fxdistill.roles import find_task
+from fxdistill.terms import Shapes, asks_for_width, make_terms, with_projections
 
 LossLike = str | Callable[..., Tensor] | None
-RESERVED = ("loss", "logits", "labels", "features", *GLOBAL_SETTINGS)
 _COMPILE_KEYS = ("backend", "options", "mode", "dynamic", "fallback")
 
 
@@ -56,10 +58,10 @@ def wrap(
         teacher: The model to learn from; run under ``no_grad`` and in eval mode if
             ``freeze_teacher``.
         mapping: ``{student path: teacher path or Match}``, or a list of ``Match``. ``*`` stands for
-            one path segment.
+            one path segment, ``**`` for any number of them, ``{i}`` for a number that the other
+            side may compute with (``{2*i+1}``). ``fxdistill.match`` proposes one.
         feature_loss: Name or callable ``(student, teacher, weights) -> scalar`` for matches that
-            name
-            none: mse, l2, smooth_l1, l1, cosine.
+            name none: mse, l2, smooth_l1, l1, cosine.
         feature_weight: λ above.
         logit_loss: Name or callable ``(student_logits, teacher_logits, *, temperature, weights)``:
             forward_kl, reverse_kl, jsd, soft_cross_entropy.
@@ -70,11 +72,12 @@ def wrap(
         label_weight: Its weight.
         task: How labels line up with logits: "causal_lm" (shifted by one), "masked_lm", "seq2seq",
             "classification", or "auto" to read it from the model.
-        vocab_size: How many vocabulary columns are real, where the two models differ by more than 5
-            %.
+        vocab_size: How many vocabulary columns are real, where the two models differ by more than
+            5 %.
         freeze_teacher: ``False`` trains the teacher too.
         example_inputs: Keyword arguments (or a tuple of positional ones) of a call. The capture,
-            paths and shapes are checked on them now; nothing is executed.
+            paths and shapes are checked on them now, and widths of projections are read from them;
+            nothing is executed.
         compile: ``True``: one graph, by Inductor. ``"regional"``: the models run as they are and
             the losses are one compiled graph. ``False``: all eager. A dict: one graph with
             ``backend``, ``options``, ``mode``, ``dynamic`` as of ``torch.compile``, and
@@ -88,10 +91,9 @@ def wrap(
     guards.check_trainable(student)
     plan = _plan(compile, tuple(outputs), tuple(passes), freeze_teacher)
     found_task = find_task(student, task)
-    pairs = resolve_pairs(student, teacher, mapping)
-    projections = nn.ModuleList()
+    matches = resolve_matches(student, teacher, mapping)
     objective = Objective(
-        features=_terms(student, pairs, feature_loss, found_task, projections),
+        features=make_terms(student, matches, feature_loss, found_task),
         logit_loss=_optional(logit_loss, LOGIT_LOSSES, "logit_loss"),
         label_loss=_optional(label_loss, LABEL_LOSSES, "label_loss"),
         task=found_task,
@@ -106,27 +108,34 @@ def wrap(
         **{term.name: term.weight for term in objective.features},
     }
     guards.check_settings(settings)
-    return _checked(student, teacher, objective, projections, settings, plan, example_inputs)
+    guards.warn_of_zero_weights(objective.features)
+    return _built(student, teacher, objective, matches, settings, plan, _as_inputs(example_inputs))
 
 
-def _checked(
+def _built(
     student: nn.Module,
     teacher: nn.Module,
     objective: Objective,
-    projections: nn.ModuleList,
+    matches: Matches,
     settings: Mapping[str, float],
     plan: Plan,
-    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None,
+    examples: Inputs | None,
 ) -> Distiller:
     """Make the distiller and try it on the examples; an error puts the teacher's modes back."""
     with guards.modes_kept_on_error(teacher):
-        distiller = Distiller(student, teacher, objective, projections, settings, plan)
-        if example_inputs is None:
+        shapes: Shapes = {}
+        if examples is not None and asks_for_width(matches):
+            probe = Distiller(student, teacher, objective, nn.ModuleList(), matches, settings, plan)
+            # What cannot be captured is reported below, with what can be done about it.
+            with contextlib.suppress(CaptureError):
+                shapes = probe.tapped_shapes(*examples.args, **examples.kwargs)
+        terms, projections = with_projections(objective.features, matches, student, teacher, shapes)
+        objective = replace(objective, features=terms)
+        distiller = Distiller(student, teacher, objective, projections, matches, settings, plan)
+        if examples is None:
             return distiller
-        args = example_inputs if isinstance(example_inputs, tuple) else ()
-        kwargs = {} if isinstance(example_inputs, tuple) else example_inputs
         try:
-            distiller.check(*args, **kwargs)
+            distiller.check(*examples.args, **examples.kwargs)
         except CaptureError as error:
             if plan.mode == "one_graph" and not plan.fallback:
                 raise
@@ -134,39 +143,14 @@ def _checked(
         return distiller
 
 
+def _as_inputs(examples: Mapping[str, Any] | tuple[Any, ...] | None) -> Inputs | None:
+    if examples is None:
+        return None
+    return Inputs(examples, {}) if isinstance(examples, tuple) else Inputs((), dict(examples))
+
+
 def _optional(loss: LossLike, table: dict[str, Any], what: str) -> Any:
     return None if loss is None else resolve(loss, table, what)
-
-
-def _terms(
-    student: nn.Module,
-    pairs: list[Pair],
-    default: str | Callable[..., Tensor],
-    task: Task | None,
-    projections: nn.ModuleList,
-) -> tuple[Term, ...]:
-    """One term a pair, named by the student's tap; ``#2`` where that is matched again."""
-    seen: dict[str, int] = {}
-    terms = []
-    for pair in pairs:
-        base = str(pair.student)
-        if base in RESERVED:  # a module called like a term: say its port
-            base += ":output"
-        seen[base] = seen.get(base, 0) + 1
-        name = base if seen[base] == 1 else f"{base}#{seen[base]}"
-        loss = resolve(pair.loss if pair.loss is not None else default, FEATURE_LOSSES, "loss")
-        stream = stream_of(student, pair.student, task)
-        term = Term(name, loss, pair.student, pair.teacher, pair.weight, stream)
-        if pair.project is not None:
-            if not isinstance(pair.project, nn.Module):
-                raise OptionError(
-                    f"project={pair.project!r} for {name!r}: pass an nn.Module from the student's "
-                    "to the teacher's width, such as nn.Linear(d_student, d_teacher)"
-                )
-            projections.append(pair.project)
-            term = replace(term, projection=len(projections) - 1)
-        terms.append(term)
-    return tuple(terms)
 
 
 def _plan(

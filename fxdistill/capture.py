@@ -142,6 +142,20 @@ def dry_run(step: Step, passes: tuple[Pass, ...], table: TapTable, *args: Any) -
     raise AssertionError("a dry run ends in the backend")
 
 
+def dry_values(run: Callable[..., Any], table: TapTable, *args: Any) -> None:
+    """Trace ``run`` and execute nothing: ``table`` then holds stand-ins with the taps' shapes."""
+
+    def stop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        raise _Captured
+
+    compiled = torch.compile(_own_code(run), backend=stop, fullgraph=True)
+    try:
+        _call(compiled, table, *args)
+    except _Captured:
+        return
+    raise AssertionError("a capture ends in the backend")
+
+
 def _explain(error: Exception) -> str:
     """Say which line of the user's code stopped the capture, and what there is to do."""
     stack = list(getattr(error, "real_stack", None) or ())

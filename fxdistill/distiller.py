@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,14 +15,16 @@ from torch import Tensor, nn
 from fxdistill import capture, guards
 from fxdistill.call import Call, scalar, sort_call
 from fxdistill.capture import Recipe
-from fxdistill.errors import CaptureError, OptionError, did_you_mean
+from fxdistill.checks import verify
+from fxdistill.errors import CaptureError, MatchWarning, OptionError, did_you_mean
 from fxdistill.lower import Lowering
+from fxdistill.matching import Matches
 from fxdistill.objective import GLOBAL_SETTINGS, Losses, Objective
 from fxdistill.output import DistillOutput
 from fxdistill.program import JointProgram, Pass
 from fxdistill.report import summary
 from fxdistill.step import collect, run_towers, step, terms_of
-from fxdistill.taps import TapTable, hooked, recording
+from fxdistill.taps import Tap, TapTable, hooked, recording
 from fxdistill.tokens import TOKEN_FIELDS
 
 Mode = Literal["one_graph", "regional", "eager"]
@@ -53,6 +56,7 @@ class Distiller(nn.Module):
         teacher: nn.Module,
         objective: Objective,
         projections: nn.ModuleList,
+        matches: Matches,
         settings: Mapping[str, float | Tensor],
         plan: Plan,
     ) -> None:
@@ -60,6 +64,7 @@ class Distiller(nn.Module):
         self.student = student
         self.projections = projections
         self.objective = objective
+        self.matches = matches
         self.plan = plan
         # A frozen teacher is not registered: it has no place in parameters() or state_dict().
         self._towers = _Towers(teacher)
@@ -69,6 +74,7 @@ class Distiller(nn.Module):
         self._vector: Tensor | None = None
         self._steps: dict[str, Callable[..., Any]] = {}
         self.program: JointProgram | None = None
+        self._warnings: dict[str, bool] = {}  # text, and whether it was given
         # Not self.train(): parts of the student may be in a mode of their own.
         self.training = student.training
         self.projections.train(student.training)
@@ -107,6 +113,7 @@ class Distiller(nn.Module):
             warnings.warn(f'falling back to compile="regional"{lost}: {error}', stacklevel=2)
             self.plan = dataclasses.replace(self.plan, mode="regional")
             losses, logits = self._run(objective, call, settings)
+        self._announce()
         out = DistillOutput(loss=losses.total, losses=losses.terms)
         if logits is not None:
             out["logits"] = logits
@@ -141,18 +148,27 @@ class Distiller(nn.Module):
     def _taps(self, objective: Objective, *, capturing: bool) -> Iterator[TapTable]:
         """Hooks on both towers and a table for what they see, for one call."""
         terms = objective.features
+        table = TapTable(capturing=capturing)
+        table.verify = functools.partial(verify, objective, self.projections)
         with (
-            recording(TapTable(capturing=capturing)) as table,
+            recording(table),
             hooked(self.student, "student", [t.student for t in terms]),
             hooked(self.teacher, "teacher", [t.teacher for t in terms]),
         ):
             try:
                 yield table
+                self._warnings.update(dict.fromkeys(table.warnings, False))
             except Exception:
                 # Parts that the user compiled wrap what a tap raises; what it said is in the table.
                 if table.failure is not None:
                     raise table.failure from None
                 raise
+
+    def _announce(self) -> None:
+        """Give each warning of the checks once."""
+        for text in [text for text, given in self._warnings.items() if not given]:
+            self._warnings[text] = True
+            warnings.warn(text, MatchWarning, stacklevel=4)
 
     def _guard(self, call: Call) -> None:
         """What is checked before every step; a look at flags and devices."""
@@ -257,6 +273,21 @@ class Distiller(nn.Module):
         inputs = (self, objective, call.student, call.teacher, call.batch, settings)
         with self._taps(objective, capturing=True) as table:
             return capture.dry_run(step, self.plan.passes, table, *inputs)
+
+    def tapped_shapes(self, *args: Any, **kwargs: Any) -> dict[tuple[str, Tap], Tensor]:
+        """The shapes of all matched values for these inputs, as meta tensors; runs nothing.
+
+        A module that is not executed is left out.
+        """
+        call = self._sort(args, kwargs)
+        self._guard(call)
+        objective = dataclasses.replace(self.objective, logit_loss=None).without_labels()
+        with self._taps(objective, capturing=True) as table:
+            capture.dry_values(run_towers, table, self, objective, call.student, call.teacher)
+        return {
+            key: torch.empty([int(size) for size in value.shape], device="meta")
+            for key, value in table.values.items()
+        }
 
     def summary(self) -> Group:
         """What was compiled, for ``rich``: pairs, and what each pass did at the first call."""

@@ -4,7 +4,10 @@ A message says what was asked, what exists, and what to do about it.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class FxDistillError(Exception):
@@ -19,6 +22,14 @@ class PathError(FxDistillError, ValueError):
     """A mapping names a module that the model does not have."""
 
 
+class PatternError(PathError):
+    """A path or pattern cannot be read."""
+
+
+class DuplicateError(FxDistillError, ValueError):
+    """Two entries of a mapping claim one student value, or one pair stands there twice."""
+
+
 class CountError(FxDistillError, ValueError):
     """A pattern matches another number of modules in the student than in the teacher."""
 
@@ -29,6 +40,26 @@ class PortError(FxDistillError, ValueError):
 
 class ShapeError(FxDistillError, ValueError):
     """A student value and the teacher value it is compared with have different shapes."""
+
+
+class LayoutError(ShapeError):
+    """A rearrange or reduce pattern does not fit the value that it is for."""
+
+
+class ProjectionError(FxDistillError, ValueError):
+    """A projection was asked for, and its widths cannot be known or do not fit."""
+
+
+class DtypeError(FxDistillError, ValueError):
+    """A matched value is not of a kind that a loss can compare."""
+
+
+class StructureError(FxDistillError, ValueError):
+    """``fxdistill.match`` cannot see the layers of a model."""
+
+
+class MappingFileError(FxDistillError, ValueError):
+    """A file with a mapping cannot be read, or a mapping cannot be written to one."""
 
 
 class TapError(FxDistillError, RuntimeError):
@@ -73,6 +104,44 @@ class CaptureError(FxDistillError, RuntimeError):
 
 class PassError(FxDistillError, RuntimeError):
     """A pass raised, or left an invalid graph."""
+
+
+class Problems(FxDistillError, ValueError):
+    """Several things of different kinds are wrong; ``problems`` holds them."""
+
+    problems: tuple[FxDistillError, ...] = ()
+
+
+class MatchWarning(UserWarning):
+    """A match that works and teaches nothing."""
+
+
+def raise_together(problems: Sequence[FxDistillError]) -> None:
+    """Raise what was found, all at once; nothing if nothing was.
+
+    One problem is raised as it is; several of one class as one error of that class; else
+    ``Problems``.
+    """
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise problems[0]
+    kinds = {type(problem) for problem in problems}
+    text = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, start=1))
+    kind = kinds.pop() if len(kinds) == 1 else Problems
+    error = kind(f"{len(problems)} things are wrong:\n{text}")
+    if isinstance(error, Problems):
+        error.problems = tuple(problems)
+    raise error
+
+
+def gather(problems: list[FxDistillError], fn: Callable[..., T], *args: Any) -> T | None:
+    """Call ``fn``; what it raises joins ``problems``, and ``None`` is returned."""
+    try:
+        return fn(*args)
+    except FxDistillError as error:
+        problems.append(error)
+        return None
 
 
 def did_you_mean(asked: str, existing: Iterable[str], limit: int = 3) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from fxdistill.errors import DeviceError, FrozenStudentError, ModeError, OptionError
+from fxdistill.errors import (
+    DeviceError,
+    FrozenStudentError,
+    MatchWarning,
+    ModeError,
+    OptionError,
+)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -69,6 +76,19 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise OptionError(f"{name}={value!r}: a finite number, or a tensor of one element")
         if name == "temperature" and number and value <= 0:
             raise OptionError(f"temperature={value!r}: it divides the logits and must be positive")
+
+
+def warn_of_zero_weights(terms: Iterable[Any]) -> None:
+    """Warn of matches that are computed and reach no loss."""
+    for term in terms:
+        if not isinstance(term.weight, Tensor) and term.weight == 0:
+            warnings.warn(
+                f"the match of student {term.name!r} has weight 0: it is computed and teaches "
+                "nothing until distiller.set(weights={...}) raises it. Drop it if that is not "
+                "meant.",
+                MatchWarning,
+                stacklevel=3,
+            )
 
 
 def first_trainable(model: nn.Module) -> Tensor:

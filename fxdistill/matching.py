@@ -1,71 +1,246 @@
 """Which student value is compared with which teacher value.
 
-A mapping is explicit in the end: one ``Match`` for every pair of module calls. Patterns are a way
-of writing many at once: ``*`` stands for one path segment, and the matches of both sides pair in
-natural order (numbers as numbers).
+A mapping is explicit in the end: one ``Match`` for every pair of module calls, in a ``Matches``
+that prints, is edited like a list or a dict, and can be saved and loaded. Patterns
+(``patterns.py``) are a way of writing many at once, ``match`` (``proposal.py``) a way of not
+writing any.
 """
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, overload
 
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
-from fxdistill.errors import CountError, OptionError, PathError, PortError, did_you_mean
-from fxdistill.losses import Loss
-from fxdistill.taps import Tap
+from fxdistill.errors import OptionError, PathError, did_you_mean
 
-_PORT = re.compile(r"(output|input)(\[\d+\]|\.\w+)?")
+Reduction = tuple[str, Literal["mean", "max", "sum"]]
+ACCEPTED = "{student path: teacher path or Match}, a list of Match, or what fxdistill.match returns"
 
 
 @dataclass(frozen=True)
 class Match:
     """Compare one value of the student with one of the teacher.
 
-    ``student`` and ``teacher`` are module paths or patterns; ``path@k`` is the k-th further call of
-    a module that runs more than once. A port is ``"output"`` (of a tuple, dict or dataclass: its
-    first tensor), ``"output[i]"``, ``"output.field"``, ``"input"`` or ``"input[i]"``. ``loss`` is a
-    name or a callable ``(student, teacher, weights) -> scalar``. ``project`` maps the student's
-    value to the teacher's width: a module.
+    Args:
+        student: A module path or a pattern; in the dict form of a mapping, the key. ``path@k`` is
+            the k-th further call of a module that runs more than once.
+        teacher: Likewise, of the teacher.
+        loss: A name, or a callable ``(student, teacher, weights) -> scalar``; ``None``: the
+            ``feature_loss`` of ``wrap``.
+        weight: The weight of this match in the mean over all matches.
+        project: What maps the student's value to the teacher's width: ``None`` (the shapes must
+            agree), ``"linear"``, ``"auto"`` (a linear only where the widths differ), or a module,
+            which several matches may share. A linear layer works on the last axis; for feature maps
+            ``[B, C, H, W]`` it is a 1×1 convolution. Both start as torch starts them: weights and
+            biases uniform in ±1/√(student's width).
+        rearrange: An einops pattern for both sides, or a pair ``(student's, teacher's)`` of which
+            either may be ``None``. A group may drop leading or trailing entries, as the class token
+            in ``"b (1 + n) d -> b n d"``. An axis that one side cannot know is read from the other
+            by its name.
+        reduce: ``(pattern, "mean" | "max" | "sum")`` for both sides, or a pair of such, run after
+            ``rearrange``.
+        student_port: ``"output"`` (of a tuple, dict or dataclass: its first tensor),
+            ``"output[i]"``, ``"output.field"``, ``"input"``, ``"input[i]"`` or ``"input.name"``.
+        teacher_port: Likewise, of the teacher.
+        reason: Why the pair was proposed, by ``fxdistill.match``; for reading only.
     """
 
     student: str | None = None
     teacher: str | None = None
-    loss: str | Callable[..., Tensor] | None = None
-    weight: float = 1.0
-    project: str | nn.Module | None = None
-    student_port: str = "output"
-    teacher_port: str = "output"
+    loss: str | Callable[..., Tensor] | None = field(default=None, kw_only=True)
+    weight: float = field(default=1.0, kw_only=True)
+    project: str | nn.Module | None = field(default=None, kw_only=True)
+    rearrange: str | tuple[str | None, str | None] | None = field(default=None, kw_only=True)
+    reduce: Reduction | tuple[Reduction | None, Reduction | None] | None = field(
+        default=None, kw_only=True
+    )
+    student_port: str = field(default="output", kw_only=True)
+    teacher_port: str = field(default="output", kw_only=True)
+    reason: str = field(default="", kw_only=True, compare=False)
+
+    @property
+    def options(self) -> str:
+        """What is not default, as text, for tables."""
+        parts = [] if self.loss is None else [loss_name(self.loss)]
+        parts += [] if self.weight == 1.0 else [f"weight {self.weight:g}"]
+        if self.project is not None:
+            is_name = isinstance(self.project, str)
+            parts.append(f"project {self.project if is_name else type(self.project).__name__}")
+        parts += [] if self.rearrange is None else [f"rearrange {self.rearrange}"]
+        parts += [] if self.reduce is None else [f"reduce {self.reduce}"]
+        return ", ".join(parts)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A resolved match: two taps."""
-
-    student: Tap
-    teacher: Tap
-    loss: str | Loss | None
-    weight: float
-    project: str | nn.Module | None
+def loss_name(loss: Any) -> str:
+    """The name of a loss, also inside ``functools.partial``."""
+    if isinstance(loss, str):
+        return loss
+    return getattr(getattr(loss, "func", loss), "__name__", type(loss).__name__)
 
 
-Mapped = Mapping[str, str | Match] | Sequence[Match] | None
+class Matches(MutableSequence[Match]):
+    """A mapping: an editable list of ``Match``, which also goes by the student's path.
+
+    ``matches[0]``, ``matches["model.layers.0.mlp"]``, ``del matches[...]``, ``append``, and
+    ``matches["model.layers.0.mlp"] = "model.layers.1.mlp"`` (or a ``Match``) all work. Printed, it
+    fits 80 columns. ``save`` and ``load`` keep it as TOML or JSON.
+    """
+
+    def __init__(self, matches: Iterable[Match] = (), notes: Iterable[str] = ()) -> None:
+        self._matches = list(matches)
+        self.notes = tuple(notes)
+
+    def _index(self, key: int | str) -> int:
+        if isinstance(key, int):
+            return key
+        for index, match in enumerate(self._matches):
+            if match.student == key:
+                return index
+        near = did_you_mean(key, self.keys())
+        raise KeyError(f"no match of student {key!r}. Nearest: {near}.")
+
+    @overload
+    def __getitem__(self, key: int | str) -> Match: ...
+    @overload
+    def __getitem__(self, key: slice) -> "Matches": ...
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, slice):
+            return Matches(self._matches[key], self.notes)
+        return self._matches[self._index(key)]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if isinstance(key, slice):
+            self._matches[key] = [_match(entry) for entry in value]
+        elif isinstance(key, str):
+            match = _from_item(key, value)
+            if key in self.keys():
+                self._matches[self._index(key)] = match
+            else:
+                self._matches.append(match)
+        else:
+            self._matches[key] = _match(value)
+
+    def __delitem__(self, key: Any) -> None:
+        del self._matches[key if isinstance(key, slice) else self._index(key)]
+
+    def __len__(self) -> int:
+        return len(self._matches)
+
+    def __iter__(self) -> Iterator[Match]:
+        return iter(self._matches)
+
+    def __contains__(self, entry: object) -> bool:
+        if isinstance(entry, str):
+            return entry in self.keys()
+        return any(match == entry for match in self._matches)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Matches) and self._matches == other._matches
+
+    def insert(self, index: int, value: Match) -> None:
+        """Insert a match before ``index``."""
+        self._matches.insert(index, _match(value))
+
+    def keys(self) -> list[str]:
+        """The students' paths, in order."""
+        return [str(match.student) for match in self._matches]
+
+    def items(self) -> list[tuple[str, Match]]:
+        """``(student path, match)``, in order."""
+        return list(zip(self.keys(), self._matches, strict=True))
+
+    def save(self, path: Any) -> None:
+        """Write the matches to ``path`` (``.toml`` or ``.json``), whole or not at all.
+
+        Raises OptionError where a loss or a projection is an object, which no file can hold.
+        """
+        from fxdistill import matching_file
+
+        matching_file.save(self, path)
+
+    @classmethod
+    def load(cls, path: Any) -> "Matches":
+        """Read what ``save`` wrote, or a file written by hand in the same form."""
+        from fxdistill import matching_file
+
+        return matching_file.load(path)
+
+    def __repr__(self) -> str:
+        return f"Matches({self._matches!r})"
+
+    def __str__(self) -> str:
+        return text(self, 80)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """A line for each pair, below it what it asks for and why, then the notes."""
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
+        width = max((len(_path(m, "student")) for m in self), default=0)
+        for match in self:
+            pair = f"{_path(match, 'student'):{width}} ← {_path(match, 'teacher')}"
+            table.add_row(Text(pair, overflow="fold"))
+            if below := "; ".join(part for part in (match.reason, match.options) if part):
+                table.add_row(Padding(Text(below, style="dim", overflow="fold"), (0, 0, 0, 4)))
+        yield table
+        yield from (Text(f"note: {note}", overflow="fold") for note in self.notes)
 
 
-def as_matches(mapping: Mapped) -> list[Match]:
-    """The mapping in any of its forms, as a list."""
+def text(renderable: Any, width: int) -> str:
+    """What ``rich`` shows of something, as plain text of at most ``width`` columns."""
+    console = Console(width=width, force_terminal=False, color_system=None, highlight=False)
+    with console.capture() as capture:
+        console.print(renderable)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+
+
+def _path(match: Match, tower: str) -> str:
+    path, port = getattr(match, tower), getattr(match, f"{tower}_port")
+    return str(path) if port == "output" else f"{path}:{port}"
+
+
+Mapped = Mapping[str, str | Match] | Iterable[Match | Mapping[str, str | Match]] | None
+
+
+def as_matches(mapping: Any) -> list[Match]:
+    """The mapping in any of its forms, as a list; patterns are not expanded.
+
+    Raises OptionError where an entry is none.
+    """
     if mapping is None:
         return []
+    if isinstance(mapping, Matches):
+        return list(mapping)
     if isinstance(mapping, Mapping):
         return [_from_item(student, value) for student, value in mapping.items()]
-    for entry in mapping:
-        if not isinstance(entry, Match) or entry.student is None or entry.teacher is None:
-            raise OptionError(f"a list mapping holds Match(student, teacher, ...), not {entry!r}")
-    return list(mapping)
+    if isinstance(mapping, (str, Match)) or not isinstance(mapping, Iterable):
+        raise OptionError(f"mapping={mapping!r}: a mapping is {ACCEPTED}")
+    return [match for entry in mapping for match in _entry(entry)]
 
 
-def _from_item(student: str, value: Any) -> Match:
+def _entry(entry: Any) -> list[Match]:
+    if isinstance(entry, Mapping):
+        return [_from_item(student, value) for student, value in entry.items()]
+    if isinstance(entry, (tuple, list)) and len(entry) == 2:
+        return [_from_item(*entry)]
+    return [_match(entry)]
+
+
+def _match(entry: Any) -> Match:
+    if not isinstance(entry, Match) or entry.student is None or entry.teacher is None:
+        raise OptionError(
+            "a list mapping holds Match(student, teacher, ...), pairs (student, teacher) or "
+            f"dicts, not {entry!r}"
+        )
+    return entry
+
+
+def _from_item(student: Any, value: Any) -> Match:
+    if not isinstance(student, str):
+        raise OptionError(f"mapping key {student!r}: the key is a path of the student, as text")
     if isinstance(value, str):
         return Match(student, value)
     if isinstance(value, Match):
@@ -80,85 +255,15 @@ def _from_item(student: str, value: Any) -> Match:
     raise OptionError(f"mapping[{student!r}] is a teacher path or a Match, not {value!r}")
 
 
-def resolve_pairs(student: nn.Module, teacher: nn.Module, mapping: Mapped) -> list[Pair]:
-    """Expand patterns to explicit pairs, in order.
-
-    Raises PathError for a path that does not exist, naming the nearest that do, and for one module
-    under two paths; CountError where the two sides of a pattern match different numbers of modules;
-    PortError for an unknown port.
-    """
-    s_paths, t_paths = module_names(student), module_names(teacher)
-    pairs = []
-    for match in as_matches(mapping):
-        assert match.student is not None
-        assert match.teacher is not None
-        s_taps = _expand(match.student, match.student_port, s_paths, "student")
-        t_taps = _expand(match.teacher, match.teacher_port, t_paths, "teacher")
-        if len(s_taps) != len(t_taps):
-            raise CountError(_unequal(match, s_taps, t_taps))
-        pairs += [
-            Pair(s, t, match.loss, match.weight, match.project)
-            for s, t in zip(s_taps, t_taps, strict=True)
-        ]
-    _require_distinct(student, "student", [pair.student for pair in pairs])
-    _require_distinct(teacher, "teacher", [pair.teacher for pair in pairs])
-    return pairs
-
-
-def _require_distinct(model: nn.Module, tower: str, taps: list[Tap]) -> None:
-    """Two paths to one module would both read the module's first call."""
-    first: dict[tuple[int, str, int], str] = {}
-    for tap in taps:
-        key = (id(model.get_submodule(tap.path)), tap.port, tap.call)
-        if (other := first.setdefault(key, tap.path)) != tap.path:
-            raise PathError(
-                f"{tower} paths {other!r} and {tap.path!r} are one module, and both mean its call "
-                f"{tap.call}. Name its further calls: {other + '@1'!r}, {other + '@2'!r}, ..."
-            )
-
-
 def module_names(module: nn.Module) -> list[str]:
     """The paths of all submodules of ``module``, in order: what a mapping can name."""
     return [name for name, _ in module.named_modules(remove_duplicate=False) if name]
 
 
-def natural(path: str) -> list[tuple[int, int | str]]:
-    """A sort key under which ``layers.10`` comes after ``layers.9``."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path)]
-
-
-def _expand(pattern: str, port: str, paths: list[str], tower: str) -> list[Tap]:
-    if not _PORT.fullmatch(port):
-        raise PortError(
-            f"{tower}_port={port!r}: a port is 'output', 'output[i]', 'output.field', 'input' or "
-            "'input[i]'"
-        )
-    path, at, call = pattern.partition("@")
-    if at and not call.isdigit():
-        raise PathError(
-            f"{tower} path {pattern!r}: after @ comes the number of the call, as in 'a@1'"
-        )
-    if "*" in path:
-        regex = re.compile(re.escape(path).replace(r"\*", r"[^.]+"))
-        found = sorted((p for p in paths if regex.fullmatch(p)), key=natural)
-    else:
-        found = [path] if path in paths else []
-    if not found:
-        raise PathError(
-            f"no module of the {tower} matches {pattern!r}. Nearest: {did_you_mean(path, paths)}. "
-            f"fxdistill.module_names({tower}) lists them all."
-        )
-    return [Tap(p, port, int(call or 0)) for p in found]
-
-
-def _unequal(match: Match, s_taps: list[Tap], t_taps: list[Tap]) -> str:
-    return (
-        f"student {match.student!r} matches {len(s_taps)} modules ({_ends(s_taps)}) and teacher "
-        f"{match.teacher!r} {len(t_taps)} ({_ends(t_taps)}). Both sides of a pattern must match "
-        "equally many; name the pairs, or a pattern that selects as many on both sides."
-    )
-
-
-def _ends(taps: Iterable[Tap]) -> str:
-    names = [str(tap) for tap in taps]
-    return names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+def submodule(model: nn.Module, path: str, tower: str) -> nn.Module:
+    """The module at ``path``; PathError, with the nearest paths, where there is none."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        near = did_you_mean(path, module_names(model))
+        raise PathError(f"the {tower} has no module {path!r}. Nearest: {near}.") from None

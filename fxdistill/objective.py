@@ -13,7 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fxdistill.arrange import arrange
+from fxdistill.checks import shape_problem
 from fxdistill.errors import ShapeError, TaskError, VocabularyError
+from fxdistill.layout import Layout, keeps_tokens, pools_tokens
 from fxdistill.losses import Loss
 from fxdistill.taps import Tap, check, tapped
 from fxdistill.tokens import (
@@ -43,6 +46,12 @@ class Term:
     weight: float = 1.0
     stream: Stream = "tokens"
     projection: int | None = None
+    layouts: tuple[Layout, Layout] = ((), ())
+
+    @property
+    def taps(self) -> tuple[tuple[str, Tap], tuple[str, Tap]]:
+        """What the term reads, by tower."""
+        return ("student", self.student), ("teacher", self.teacher)
 
 
 class Losses(NamedTuple):
@@ -128,13 +137,29 @@ class Objective:
         losses = {}
         for term in self.features:
             s, t = lookup("student", term.student), lookup("teacher", term.teacher)
+            s, t = _laid_out(term, s, t, batch, task)
             if term.projection is not None:
                 s = projections[term.projection](s)
             require_same_shape(s, t, str(term.student), str(term.teacher))
-            weights = feature_weights(batch, task, term.stream, s)
+            weights = None
+            if task == "classification" or keeps_tokens(term.layouts[0]):
+                weights = feature_weights(batch, task, term.stream, s)
             loss = term.loss(s, t, weights)
             losses[term.name] = rescaled(loss, weights, s.shape[0], batch.num_feature_items)
         return losses
+
+
+def _laid_out(
+    term: Term, s: Tensor, t: Tensor, batch: Batch, task: Task | None
+) -> tuple[Tensor, Tensor]:
+    """Both values by the layouts of their match; pooling counts tokens by their weights."""
+    ours, theirs = term.layouts
+    if not ours and not theirs:
+        return s, t
+    of_s = feature_weights(batch, task, term.stream, s) if pools_tokens(ours) else None
+    of_t = feature_weights(batch, task, term.stream, t) if pools_tokens(theirs) else None
+    of_s, of_t = (w if w is not None and w.ndim == 2 else None for w in (of_s, of_t))
+    return arrange(s, ours, t, theirs, of_s), arrange(t, theirs, s, ours, of_t)
 
 
 def without_teacher_gradients(lookup: Lookup) -> Lookup:
@@ -189,16 +214,8 @@ def require_vocabulary(student: Tensor, teacher: Tensor, vocab_size: int | None)
 @check
 def require_same_shape(student: Tensor, teacher: Tensor, s_name: str, t_name: str) -> None:
     """Raise where the two values of a match cannot be compared."""
-    if student.shape == teacher.shape:
-        return
-    s, t = list(student.shape), list(teacher.shape)
-    advice = "map values of one shape."
-    if len(s) == len(t) and s[:-1] == t[:-1]:
-        advice = f"project the student: Match(..., project=nn.Linear({s[-1]}, {t[-1]}))."
-    raise ShapeError(
-        f"student {s_name!r} is {s} and teacher {t_name!r} is {t}: a loss needs equal shapes; "
-        f"{advice}"
-    )
+    if (problem := shape_problem(student.shape, teacher.shape, s_name, t_name)) is not None:
+        raise problem
 
 
 def require_task(task: str | None, logits: Tensor, batch: Batch) -> None:

@@ -10,7 +10,7 @@ from fxdistill.call import Inputs
 from fxdistill.errors import LogitsError
 from fxdistill.objective import LOGITS, Losses, Objective, lookup_marker
 from fxdistill.roles import logits_of
-from fxdistill.taps import Tap, begin, check, named, tap
+from fxdistill.taps import Tap, begin, check, named, tap, verified
 from fxdistill.tokens import Batch
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def step(
     """Teacher, student, objective: what becomes one graph, and what eager mode runs."""
     anchor = run_towers(distiller, objective, student, teacher)
     begin("objective")
+    verified()
     losses = objective(lookup_marker, batch, settings, distiller.projections, anchor)
     logits = None
     if "logits" in distiller.plan.outputs:
@@ -60,6 +61,7 @@ def run_towers(
 
 def collect(objective: Objective, logits: bool) -> dict[tuple[str, Tap], Tensor]:
     """What the towers have tapped and the objective reads; TapError where a module did not run."""
+    verified()
     wanted = [("student", term.student) for term in objective.features]
     wanted += [("teacher", term.teacher) for term in objective.features]
     if logits or objective.label_loss is not None or objective.logit_loss is not None:

@@ -51,6 +51,8 @@ class TapTable:
         self.section = ""
         self.values: dict[tuple[str, Tap], Tensor] = {}
         self.failure: FxDistillError | None = None
+        self.verify: Callable[[TapTable], None] | None = None
+        self.warnings: list[str] = []
 
     def begin(self, section: str) -> None:
         """Start a tower. Dynamo may trace a function again from its top: then this starts over."""
@@ -134,14 +136,18 @@ def tapped(section: str, path: str, port: str, call: str) -> Tensor:
     key = Tap(path, port, int(call))
     if (value := table.values.get((section, key))) is not None:
         return value
-    calls = sum(k[0] == section and k[1].path == path for k in table.values)
-    what = f"call {call} of {section} module {path!r}" if calls else f"{section} module {path!r}"
-    raise table.fail(
-        TapError(
-            f"{what} was not executed"
-            + (f" (it ran {calls} times)" if calls else "")
-            + ", so there is nothing to match. Map a module that runs, or drop the pair."
-        )
+    raise table.fail(not_executed(table, section, key))
+
+
+def not_executed(table: TapTable, section: str, tap: Tap) -> TapError:
+    """What to say of a tap that has no value."""
+    calls = sum(k[0] == section and k[1].path == tap.path for k in table.values)
+    module = f"{section} module {tap.path!r}"
+    what = f"call {tap.call} of {module}" if calls else module
+    return TapError(
+        f"{what} was not executed"
+        + (f" (it ran {calls} times)" if calls else "")
+        + ", so there is nothing to match. Map a module that runs, or drop the pair."
     )
 
 
@@ -166,6 +172,14 @@ def check(fn: Callable[..., None]) -> Callable[..., None]:
 
 
 CHECKS: set[Callable[..., None]] = set()
+
+
+@check
+def verified() -> None:
+    """Check all that was tapped, before the objective reads it."""
+    table = _active.table
+    if table is not None and table.verify is not None:
+        table.verify(table)
 
 
 @check
@@ -283,6 +297,7 @@ def _output_hook(section: str, path: str, port: str, required: bool) -> Any:
 
 def _input_hook(section: str, path: str, port: str, required: bool) -> Any:
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        _take((*args, *kwargs.values()), section, path, port, required)
+        value = kwargs if port.startswith("input.") else (*args, *kwargs.values())
+        _take(value, section, path, port, required)
 
     return hook

@@ -1,0 +1,130 @@
+"""What is checked about all matches at once, when their values' shapes are known.
+
+That is while the first step is traced, or, eagerly, between the models and the first loss; always
+before anything of the student changes. Everything found is reported together.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fxdistill.arrange import arranged_shape
+from fxdistill.errors import (
+    DeviceError,
+    DtypeError,
+    FxDistillError,
+    LayoutError,
+    ProjectionError,
+    ShapeError,
+    raise_together,
+)
+from fxdistill.taps import TapTable, not_executed
+from fxdistill.weights import weight_of
+
+if TYPE_CHECKING:
+    from fxdistill.objective import Objective, Term
+
+
+def verify(objective: "Objective", projections: nn.ModuleList, table: TapTable) -> None:
+    """Check every match against the values in ``table``; add warnings to it, raise errors."""
+    problems: list[FxDistillError] = []
+    for term in objective.features:
+        found = [table.values.get((tower, tap)) for tower, tap in term.taps]
+        missing = [
+            not_executed(table, tower, tap)
+            for (tower, tap), value in zip(term.taps, found, strict=True)
+            if value is None
+        ]
+        if missing:
+            problems += missing
+            continue
+        student, teacher = (value for value in found if value is not None)
+        problems += _kinds(term, student, teacher)
+        problems += _shapes(term, student, teacher, projections)
+        if torch.is_grad_enabled() and not student.requires_grad:
+            table.warnings.append(
+                f"student {str(term.student)!r} depends on no trainable parameter: its match with "
+                f"teacher {str(term.teacher)!r} teaches nothing. Unfreeze something before it, or "
+                "drop the match."
+            )
+    raise_together(problems)
+
+
+def _kinds(term: "Term", student: Tensor, teacher: Tensor) -> list[FxDistillError]:
+    problems: list[FxDistillError] = [
+        DtypeError(
+            f"{tower} {str(tap)!r} is {value.dtype}, and a loss compares real numbers: map a "
+            "value of floating point, or name another port."
+        )
+        for (tower, tap), value in zip(term.taps, (student, teacher), strict=True)
+        if not value.dtype.is_floating_point
+    ]
+    if student.device != teacher.device:
+        problems.append(
+            DeviceError(
+                f"student {str(term.student)!r} is on {student.device}, teacher "
+                f"{str(term.teacher)!r} on {teacher.device}: matched values must be on one device."
+            )
+        )
+    return problems
+
+
+def _shapes(
+    term: "Term", student: Tensor, teacher: Tensor, projections: nn.ModuleList
+) -> list[FxDistillError]:
+    s_name, t_name = str(term.student), str(term.teacher)
+    ours, theirs = term.layouts
+    try:
+        s: Sequence[int] = arranged_shape(student, ours, teacher, theirs)
+        t: Sequence[int] = arranged_shape(teacher, theirs, student, ours)
+    except LayoutError as error:
+        return [LayoutError(f"student {s_name!r} and teacher {t_name!r}: {error}")]
+    if term.projection is not None:
+        projected = projected_shape(s, projections[term.projection], f"{s_name!r} -> {t_name!r}")
+        if isinstance(projected, ProjectionError):
+            return [projected]
+        if projected is None:  # a module of the user's own: judged by what it returns
+            return []
+        s = projected
+    problem = shape_problem(s, t, s_name, t_name)
+    return [] if problem is None else [problem]
+
+
+def projected_shape(
+    shape: Sequence[int], projection: nn.Module, name: str
+) -> Sequence[int] | ProjectionError | None:
+    """The shape behind a single linear layer or 1×1 convolution; ``None`` for other modules."""
+    weight = weight_of(projection, "")
+    if weight is None or weight.kind != "linear":
+        return None
+    axis = 1 if isinstance(projection, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else len(shape) - 1
+    if shape[axis] != weight.fan_in:
+        return ProjectionError(
+            f"the projection of {name} takes {weight.fan_in} features, and axis {axis} of the "
+            f"student's value {list(shape)} has {shape[axis]}: make it {type(projection).__name__}"
+            f"({shape[axis]}, {weight.fan_out}, ...), or let project='auto' make it."
+        )
+    return (*shape[:axis], weight.fan_out, *shape[axis + 1 :])
+
+
+def shape_problem(
+    student: Sequence[int], teacher: Sequence[int], s_name: str, t_name: str
+) -> ShapeError | None:
+    """What to say, and to do, where two values cannot be compared."""
+    s, t = list(student), list(teacher)
+    if s == t:
+        return None
+    if len(s) != len(t):
+        advice = "Bring them to the same axes: Match(..., rearrange=(...), reduce=(...))"
+    elif s[:-1] == t[:-1]:
+        advice = f"project the student: Match(..., project='auto' or nn.Linear({s[-1]}, {t[-1]}))"
+    elif len(s) == 4 and s[2:] == t[2:] and s[0] == t[0]:
+        advice = f"project the student: Match(..., project='auto' or nn.Conv2d({s[1]}, {t[1]}, 1))"
+    else:
+        advice = "map values of one shape, or reduce both: Match(..., reduce=(...))"
+    return ShapeError(
+        f"student {s_name!r} is {s} and teacher {t_name!r} is {t}: a loss needs equal shapes; "
+        f"{advice}."
+    )

@@ -1,0 +1,199 @@
+"""Layouts: einops patterns that make a student value and a teacher value comparable.
+
+One addition to einops: a group of the left side may name entries to drop, with ``+``, as the class
+token in ``"b (1 + h w) c -> b c h w"`` or two registers at the end in ``"b (n + 2) c -> b n c"``.
+And one convenience: an axis that cannot be known from its own side (``h`` above) is read from the
+other side by its name. einops does all the work on tensors.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from fxdistill.errors import LayoutError, OptionError
+
+REDUCTIONS = ("mean", "max", "sum")
+_TOKEN = re.compile(r"\.\.\.|[A-Za-z_]\w*|\d+|[()+]|\S")
+Group = tuple[tuple[str, ...], ...]  # the terms of a sum, each a product of names and numbers
+
+
+@dataclass(frozen=True)
+class Step:
+    """One pattern. ``left`` are the axes of the value; the sums in them are cut before einops."""
+
+    text: str
+    left: tuple[Group, ...]
+    right: str
+    reduction: str | None = None
+
+    @property
+    def ellipsis(self) -> int | None:
+        """Where ``...`` stands on the left."""
+        return next((i for i, group in enumerate(self.left) if group == (("...",),)), None)
+
+    @property
+    def kept(self) -> list[tuple[str, ...]]:
+        """The left side without what is dropped."""
+        return [kept(group) for group in self.left]
+
+
+def kept(group: Group) -> tuple[str, ...]:
+    """The term of a sum that is not dropped."""
+    return group[0] if len(group) == 1 else next(t for t in group if not is_number(t))
+
+
+def is_size(name: str) -> bool:
+    """Whether an axis is a number that einops does not take: any but 1."""
+    return name.isdigit() and name != "1"
+
+
+def is_number(term: tuple[str, ...]) -> bool:
+    """Whether a term of a sum is a number of entries to drop."""
+    return len(term) == 1 and term[0].isdigit()
+
+
+Layout = tuple[tuple[str, str], ...]  # (pattern, reduction or "") in order; plain, for the graph
+
+
+def layouts(rearrange: Any, reduce: Any, where: str) -> tuple[Layout, Layout]:
+    """The layouts of both sides from a match's options; raises where they are none."""
+    sides: tuple[list[tuple[str, str]], list[tuple[str, str]]] = ([], [])
+    for side, pattern in zip(sides, _pair(rearrange, isinstance(rearrange, str)), strict=True):
+        if pattern is not None:
+            side.append((pattern, ""))
+    single = isinstance(reduce, (tuple, list)) and len(reduce) == 2 and reduce[1] in REDUCTIONS
+    for side, entry in zip(sides, _pair(reduce, single), strict=True):
+        if entry is not None:
+            pair = isinstance(entry, (tuple, list)) and len(entry) == 2
+            if not pair or entry[1] not in REDUCTIONS:
+                raise OptionError(
+                    f"reduce={reduce!r} for {where!r}: (pattern, 'mean' | 'max' | 'sum'), or a "
+                    "pair of such for student and teacher, either of which may be None"
+                )
+            side.append((entry[0], entry[1]))
+    for pattern, reduction in (*sides[0], *sides[1]):
+        parse(pattern, reduction)
+    return tuple(sides[0]), tuple(sides[1])
+
+
+def _pair(value: Any, single: bool) -> tuple[Any, Any]:
+    if value is None or single:
+        return value, value
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        return value[0], value[1]
+    raise OptionError(
+        f"{value!r} is no layout: a pattern such as 'b c h w -> b (h w) c' for both sides, or a "
+        "pair (student's, teacher's), either of which may be None"
+    )
+
+
+@cache
+def parse(pattern: str, reduction: str = "") -> Step:
+    """Take a pattern apart; raises LayoutError, in words, where it is none."""
+    if not isinstance(pattern, str) or pattern.count("->") != 1:
+        raise LayoutError(
+            f"{pattern!r} is no einops pattern: 'axes -> axes', as in 'b c h w -> b (h w) c'"
+        )
+    left, right = (part.strip() for part in pattern.split("->"))
+    groups = _groups(left, pattern)
+    for group in groups:
+        if len(group) > 1 and sum(not is_number(term) for term in group) != 1:
+            raise LayoutError(
+                f"{pattern!r}: in a sum all but one term are numbers of entries to drop, as in "
+                "(1 + h w)"
+            )
+    if "+" in right:
+        raise LayoutError(f"{pattern!r}: a sum, which drops entries, can only stand on the left")
+    step = Step(pattern, tuple(groups), right, reduction or None)
+    names = [name for term in step.kept for name in term if not name.isdigit() and name != "..."]
+    wanted = [token for token in _TOKEN.findall(right) if token[0].isalpha() or token[0] == "_"]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise LayoutError(f"{pattern!r} names {', '.join(sorted(twice))} twice on the left")
+    if unknown := [name for name in wanted if name not in names]:
+        raise LayoutError(
+            f"{pattern!r}: {', '.join(unknown)} on the right is not on the left: a layout "
+            "makes no new axes."
+        )
+    if numbers := [token for token in _TOKEN.findall(right) if is_size(token)]:
+        raise LayoutError(
+            f"{pattern!r}: {', '.join(numbers)} on the right, where only 1 can stand: name "
+            "the axis."
+        )
+    lost = [name for name in names if name not in wanted]
+    lost += [name for term in step.kept for name in term if is_size(name)]
+    if lost and not reduction:
+        raise LayoutError(
+            f"{pattern!r} loses the axis {', '.join(lost)}: keep it on the right, or say what "
+            f"becomes of it: reduce=({pattern!r}, 'mean')"
+        )
+    return step
+
+
+def _groups(left: str, pattern: str) -> list[Group]:
+    groups: list[Group] = []
+    terms: list[list[str]] | None = None
+    for token in _TOKEN.findall(left):
+        if token == "(" and terms is None:
+            terms = [[]]
+        elif token == ")" and terms is not None:
+            groups.append(tuple(tuple(term) for term in terms))
+            terms = None
+        elif token == "+" and terms is not None and terms[-1]:
+            terms.append([])
+        elif token == "..." or token[0].isalnum() or token[0] == "_":
+            if terms is None:
+                groups.append(((token,),))
+            else:
+                terms[-1].append(token)
+        else:
+            raise LayoutError(f"{pattern!r}: unexpected {token!r} on the left")
+    if terms is not None or any(not term for group in groups for term in group):
+        raise LayoutError(f"{pattern!r}: a parenthesis is not closed, or holds nothing")
+    return groups
+
+
+def pools_tokens(layout: Layout) -> bool:
+    """Whether the first thing done to ``[B, L, ...]`` is to reduce the second axis."""
+    if not layout or not layout[0][1]:
+        return False
+    step = parse(*layout[0])
+    if len(step.kept) < 2 or step.ellipsis in (0, 1):
+        return False
+    right = _TOKEN.findall(step.right)
+    return step.kept[0][0] in right and not any(name in right for name in step.kept[1])
+
+
+def keeps_tokens(layout: Layout) -> bool:
+    """Whether ``[B, L, ...]`` is still that, or ``[B·L, ...]``, afterwards."""
+    for pattern, reduction in layout:
+        step = parse(pattern, reduction)
+        lead = [group[0] for group in step.left[:2] if len(group) == 1 and len(group[0]) == 1]
+        right = _TOKEN.findall(step.right)
+        names = [term[0] for term in lead]
+        kept = right[:2] == names or right[:4] == ["(", *names, ")"]
+        if len(names) < 2 or not kept:
+            return False
+    return True
+
+
+def width_after(layout: Layout, size: int, is_map: bool) -> tuple[int, bool] | None:
+    """Where a value's width goes: its size, and whether it is a map's; ``None`` if it is lost.
+
+    The width is the second of four axes of a map, and the last axis of anything else.
+    """
+    for pattern, reduction in layout:
+        step = parse(pattern, reduction)
+        if step.ellipsis is not None and is_map:
+            return None
+        group = step.left[1 if is_map else -1]
+        if group == (("...",),) or len(group) != 1 or len(group[0]) != 1:
+            return None
+        (right,) = [_groups(step.right, pattern)]
+        places = [i for i, g in enumerate(right) if g == group]
+        if len(places) != 1:
+            return None
+        is_map = len(right) == 4 and places[0] == 1
+        if not is_map and places[0] != len(right) - 1:
+            return None
+    return size, is_map

@@ -1,0 +1,147 @@
+"""Mappings in files: TOML and JSON, written whole or not at all, read back equal."""
+
+import functools
+import inspect
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fxdistill.errors import MappingFileError, did_you_mean
+from fxdistill.losses import FEATURE_LOSSES
+from fxdistill.matching import Match, Matches
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FORMAT = 1
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Match).parameters.items()
+    if name not in ("student", "teacher")
+}
+
+
+def save(matches: Matches, path: str | os.PathLike[str]) -> None:
+    """Write ``matches``; the ending of ``path`` says as what."""
+    target = Path(path)
+    entries = [_entry(match) for match in matches]
+    if _kind(target) == "json":
+        text = json.dumps({"format": FORMAT, "match": entries}, indent=2) + "\n"
+    else:
+        text = _toml(entries)
+    part = target.with_name(target.name + f".{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(target)
+
+
+def load(path: str | os.PathLike[str]) -> Matches:
+    """Read a mapping; everything in the file must be known."""
+    source = Path(path)
+    kind = _kind(source)
+    try:
+        content = source.read_text(encoding="utf-8")
+        data = json.loads(content) if kind == "json" else tomllib.loads(content)
+    except (ValueError, OSError) as error:
+        raise MappingFileError(f"{source} cannot be read as {kind}: {error}") from error
+    if not isinstance(data, dict) or not isinstance(entries := data.get("match"), list):
+        raise MappingFileError(f"{source} has no list of [[match]] tables with student and teacher")
+    if data.get("format", FORMAT) != FORMAT:
+        raise MappingFileError(
+            f"{source} has format {data['format']!r}; this version of fxdistill reads {FORMAT}"
+        )
+    return Matches(_read(entry, f"{source}, match {i}") for i, entry in enumerate(entries, start=1))
+
+
+def _kind(path: Path) -> str:
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in ("toml", "json"):
+        raise MappingFileError(f"{path}: a mapping is kept in a .toml or a .json file")
+    return kind
+
+
+def _entry(match: Match) -> dict[str, Any]:
+    entry = {"student": match.student, "teacher": match.teacher}
+    for name, default in _DEFAULTS.items():
+        if (value := getattr(match, name)) != default:
+            entry[name] = _plain(name, value, match)
+    return entry
+
+
+def _plain(name: str, value: Any, match: Match) -> Any:
+    """A value as files have it. ``None`` in a pair of layouts becomes an empty string."""
+    if name == "loss":
+        return _loss(value, match)
+    if name == "project" and not isinstance(value, str):
+        raise MappingFileError(
+            f"the projection of {match.student!r} is a {type(value).__name__}, and a file holds no "
+            'modules: use project="linear" or "auto", or put the module back after loading'
+        )
+    if isinstance(value, tuple):
+        return [_plain("", part, match) for part in value]
+    return "" if value is None else value
+
+
+def _loss(loss: Any, match: Match) -> Any:
+    if isinstance(loss, str):
+        return loss
+    name = next((n for n, f in FEATURE_LOSSES.items() if f is getattr(loss, "func", loss)), None)
+    options = getattr(loss, "keywords", {}) if isinstance(loss, functools.partial) else {}
+    simple = all(isinstance(value, (int, float, str, bool)) for value in options.values())
+    positional = loss.args if isinstance(loss, functools.partial) else ()
+    if name is None or not simple or positional:
+        raise MappingFileError(
+            f"the loss of {match.student!r} is a function of your own, which no file can hold: "
+            f"name one of {', '.join(FEATURE_LOSSES)} (with options: functools.partial), or put "
+            "the function back after loading"
+        )
+    return {"name": name, **options} if options else name
+
+
+def _read(entry: Any, where: str) -> Match:
+    if not isinstance(entry, Mapping) or not {"student", "teacher"} <= set(entry):
+        raise MappingFileError(f"{where}: needs student and teacher")
+    for name in entry:
+        if name not in _DEFAULTS and name not in ("student", "teacher"):
+            near = did_you_mean(name, _DEFAULTS)
+            raise MappingFileError(f"{where}: {name!r} is no field. Nearest: {near}.")
+    values = {name: _value(value) for name, value in entry.items()}
+    if isinstance(loss := entry.get("loss"), Mapping):
+        options = {key: value for key, value in loss.items() if key != "name"}
+        if loss.get("name") not in FEATURE_LOSSES:
+            near = did_you_mean(str(loss.get("name")), FEATURE_LOSSES)
+            raise MappingFileError(
+                f"{where}: loss {dict(loss)} has no known name. Nearest: {near}."
+            )
+        values["loss"] = functools.partial(FEATURE_LOSSES[loss["name"]], **options)
+    return Match(**values)
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_value(part) or None for part in value)
+    return value
+
+
+def _toml(entries: list[dict[str, Any]]) -> str:
+    lines = [f"format = {FORMAT}"]
+    for entry in entries:
+        lines += [
+            "",
+            "[[match]]",
+            *(f"{key} = {_toml_value(value)}" for key, value in entry.items()),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml_value(v)}" for key, v in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    # What JSON writes for texts, numbers and truth values, TOML reads; but for this character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

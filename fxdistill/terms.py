@@ -1,0 +1,115 @@
+"""Matches -> terms of the objective, and the projections that they ask for."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from fxdistill import projections
+from fxdistill.arrange import arranged_shape
+from fxdistill.errors import FxDistillError, LayoutError, gather, raise_together
+from fxdistill.layout import Layout, layouts
+from fxdistill.losses import FEATURE_LOSSES, resolve
+from fxdistill.matching import Match, Matches
+from fxdistill.objective import GLOBAL_SETTINGS, Term
+from fxdistill.patterns import tap_of
+from fxdistill.projections import Width, structural_widths
+from fxdistill.roles import stream_of
+from fxdistill.taps import Tap
+from fxdistill.tokens import Task
+
+RESERVED = ("loss", "logits", "labels", "features", *GLOBAL_SETTINGS)
+Shapes = Mapping[tuple[str, Tap], Tensor]  # meta tensors: what a tap has been seen to be
+
+
+def make_terms(
+    student: nn.Module,
+    matches: Matches,
+    default: str | Callable[..., Tensor],
+    task: Task | None,
+) -> tuple[Term, ...]:
+    """One term a match, named by the student's tap; ``#2`` where that is matched again.
+
+    Raises what is wrong with the matches' options, all together.
+    """
+    seen: dict[str, int] = {}
+    terms, problems = [], list[FxDistillError]()
+    for match in matches:
+        tap = tap_of(match, "student")
+        base = str(tap)
+        if base in RESERVED:  # a module called like a term: say its port
+            base += ":output"
+        seen[base] = seen.get(base, 0) + 1
+        name = base if seen[base] == 1 else f"{base}#{seen[base]}"
+        gather(problems, projections.check_option, match)
+        loss = gather(problems, resolve, match.loss or default, FEATURE_LOSSES, "loss")
+        both = gather(problems, layouts, match.rearrange, match.reduce, name)
+        if loss is not None and both is not None:
+            teacher, stream = tap_of(match, "teacher"), stream_of(student, tap, task)
+            terms.append(Term(name, loss, tap, teacher, match.weight, stream, layouts=both))
+    raise_together(problems)
+    return tuple(terms)
+
+
+def asks_for_width(matches: Matches) -> bool:
+    """Whether a projection has to be made."""
+    return any(isinstance(match.project, str) for match in matches)
+
+
+def with_projections(
+    terms: Sequence[Term],
+    matches: Matches,
+    student: nn.Module,
+    teacher: nn.Module,
+    shapes: Shapes,
+) -> tuple[tuple[Term, ...], nn.ModuleList]:
+    """Terms that know their projections, and those. A module given to several matches is shared.
+
+    Widths are those of ``shapes`` where a tap is in it, else what the models' structure tells.
+    """
+    models = {"student": student, "teacher": teacher}
+    structure = {}
+    if asks_for_width(matches):
+        structure = {tower: structural_widths(model) for tower, model in models.items()}
+    made: list[nn.Module] = []
+    found, problems = [], list[FxDistillError]()
+
+    def projection(term: Term, match: Match) -> nn.Module | None:
+        if isinstance(match.project, nn.Module):
+            return match.project
+        like = student.get_submodule(term.student.path)
+        like = like if list(like.parameters()) else student
+        return projections.made(match, *_widths(term, shapes, structure), like)
+
+    for term, match in zip(terms, matches, strict=True):
+        asked = match.project is not None
+        module = gather(problems, projection, term, match) if asked else None
+        if module is not None and not any(m is module for m in made):
+            made.append(module)
+        index = next((i for i, m in enumerate(made) if m is module), None)
+        found.append(replace(term, projection=index))
+    raise_together(problems)
+    return tuple(found), nn.ModuleList(made)
+
+
+def _widths(
+    term: Term,
+    shapes: Shapes,
+    structure: Mapping[str, Callable[[Tap, Layout], Width | None]],
+) -> tuple[Width | None, Width | None]:
+    (ours, theirs), ends = term.layouts, term.taps
+    s, t = (
+        structure[tower](tap, layout)
+        for (tower, tap), layout in zip(ends, (ours, theirs), strict=True)
+    )
+    if not all(end in shapes for end in ends):
+        return s, t
+    values = [shapes[end] for end in ends]
+    try:
+        return projections.widths_by_shape(
+            arranged_shape(values[0], ours, values[1], theirs),
+            arranged_shape(values[1], theirs, values[0], ours),
+            s is not None and not s.is_map,
+        )
+    except LayoutError as error:
+        raise LayoutError(f"student {str(term.student)!r}: {error}") from None

@@ -1,0 +1,79 @@
+"""The weights of a model by what they do: which module maps which width to which.
+
+The ground that ``structure.py`` stands on. Only shapes and classes are looked at, so it works on
+meta tensors, and on quantised or hand-written layers that keep a two-dimensional ``weight``.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+WeightKind = Literal["linear", "convolution", "depthwise"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A leaf that maps ``fan_in`` features to ``fan_out``; a convolution also mixes positions."""
+
+    path: str
+    kind: WeightKind
+    fan_in: int
+    fan_out: int
+
+
+def weight_of(module: nn.Module, path: str) -> Weight | None:
+    """The weight that ``module`` is itself, if it is one."""
+    if isinstance(module, _ConvNd):
+        pointwise = all(k == 1 for k in module.kernel_size)
+        depthwise = module.groups > 1 and module.groups == module.in_channels
+        kind: WeightKind = "linear" if pointwise else "depthwise" if depthwise else "convolution"
+        return Weight(path, kind, module.in_channels, module.out_channels)
+    if isinstance(module, nn.Linear):
+        return Weight(path, "linear", module.in_features, module.out_features)
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Embedding) or weight is None or weight.ndim != 2:
+        return None
+    if next(module.children(), None) is not None:
+        return None
+    out, into = weight.shape
+    if getattr(module, "nf", None) == into:  # GPT-2's Conv1D keeps its weight transposed
+        out, into = into, out
+    return Weight(path, "linear", into, out)
+
+
+def weights_in(module: nn.Module, path: str) -> list[Weight]:
+    """All weights of ``module``, in the order in which it defines them."""
+    return [w for name, m in under(module, path) if (w := weight_of(m, name)) is not None]
+
+
+def under(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """``module`` and everything in it, with full paths."""
+    yield from module.named_modules(prefix=path)
+
+
+def norm_width(module: nn.Module) -> int | None:
+    """The width of a normalisation: a leaf that owns vectors of one length, and nothing else."""
+    parameters = list(module.parameters(recurse=False))
+    if not parameters or next(module.children(), None) is not None:
+        return None
+    if weight_of(module, "") is not None or any(p.ndim != 1 for p in parameters):
+        return None
+    if len({p.numel() for p in parameters}) != 1 or not isinstance(
+        getattr(module, "weight", parameters[0]), type(parameters[0])
+    ):
+        return None
+    return parameters[0].numel()
+
+
+def output_width(module: nn.Module) -> tuple[int, bool] | None:
+    """The width of what a leaf returns, and whether that is a feature map ``[B, C, H, W]``."""
+    if (weight := weight_of(module, "")) is not None:
+        return weight.fan_out, isinstance(module, (nn.Conv2d, nn.Conv1d, nn.Conv3d))
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim, False
+    if (width := norm_width(module)) is not None:
+        return width, isinstance(module, (nn.BatchNorm2d, nn.GroupNorm))
+    return None
