@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxdistill.errors import LayoutError
-from fxdistill.layout import Group, Layout, Step, is_number, is_size, kept, parse, pools_tokens
+from fxdistill.layout import Group, Layout, Step, is_number, is_size, kept, parse
 from fxdistill.nodes import one_node
 
 
@@ -119,11 +119,11 @@ def arrange(
 ) -> Tensor:
     """``value`` by its ``own`` layout; ``other`` and its layout tell sizes by name.
 
-    ``weights`` ``[B, L]`` where the value is ``[B, L, ...]``: a mean, sum or maximum over the
-    tokens then counts each by its weight, and a padded one not at all.
+    ``weights`` ``[B, L]``, where the first thing done to ``[B, L, ...]`` is to reduce the tokens:
+    mean, sum or maximum then count each token by its weight, and a padded one not at all.
     """
     theirs = sizes(others, other.shape, {})
-    if weights is None or not pools_tokens(own):
+    if weights is None:
         return _run(value, own, theirs)
     w = weights.reshape(*weights.shape, *(1,) * (value.ndim - 2)).expand_as(value).to(value.dtype)
     (pattern, reduction), *rest = own

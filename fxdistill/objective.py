@@ -16,7 +16,7 @@ from torch import Tensor
 from fxdistill.arrange import arrange
 from fxdistill.checks import shape_problem
 from fxdistill.errors import ShapeError, TaskError, VocabularyError
-from fxdistill.layout import Layout, keeps_tokens, pools_tokens
+from fxdistill.layout import Layout
 from fxdistill.losses import Loss
 from fxdistill.taps import Tap, check, tapped
 from fxdistill.tokens import (
@@ -47,6 +47,9 @@ class Term:
     stream: Stream = "tokens"
     projection: int | None = None
     layouts: tuple[Layout, Layout] = ((), ())
+    # What the layouts do to tokens, told here so that no pattern is read while the step is traced.
+    keeps_tokens: bool = True
+    pools_tokens: tuple[bool, bool] = (False, False)
 
     @property
     def taps(self) -> tuple[tuple[str, Tap], tuple[str, Tap]]:
@@ -142,7 +145,7 @@ class Objective:
                 s = projections[term.projection](s)
             require_same_shape(s, t, str(term.student), str(term.teacher))
             weights = None
-            if task == "classification" or keeps_tokens(term.layouts[0]):
+            if task == "classification" or term.keeps_tokens:
                 weights = feature_weights(batch, task, term.stream, s)
             loss = term.loss(s, t, weights)
             losses[term.name] = rescaled(loss, weights, s.shape[0], batch.num_feature_items)
@@ -156,10 +159,11 @@ def _laid_out(
     ours, theirs = term.layouts
     if not ours and not theirs:
         return s, t
-    of_s = feature_weights(batch, task, term.stream, s) if pools_tokens(ours) else None
-    of_t = feature_weights(batch, task, term.stream, t) if pools_tokens(theirs) else None
-    of_s, of_t = (w if w is not None and w.ndim == 2 else None for w in (of_s, of_t))
-    return arrange(s, ours, t, theirs, of_s), arrange(t, theirs, s, ours, of_t)
+    weights: list[Tensor | None] = []
+    for value, pools in zip((s, t), term.pools_tokens, strict=True):
+        w = feature_weights(batch, task, term.stream, value) if pools else None
+        weights.append(w if w is not None and w.ndim == 2 else None)
+    return arrange(s, ours, t, theirs, weights[0]), arrange(t, theirs, s, ours, weights[1])
 
 
 def without_teacher_gradients(lookup: Lookup) -> Lookup:

@@ -5,6 +5,7 @@ layer works on the last axis, a 1×1 convolution on feature maps ``[B, C, H, W]`
 torch starts them: weights and biases uniform in ±1/√(student's width).
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -88,7 +89,9 @@ def structural_widths(model: nn.Module) -> Callable[[Tap, Layout], Width | None]
     known: dict[str, Width] = {}
     for block in (block for stack in stacks for block in stack.blocks):
         if block.width is not None:
-            known[block.path] = Width(block.width, block.is_map)
+            # What is around the blocks (a stage, an encoder) returns what the last block does.
+            outer = itertools.accumulate(block.path.split("."), lambda a, b: f"{a}.{b}")
+            known.update((path, Width(block.width, block.is_map)) for path in outer)
             for part in block.parts:
                 is_map = block.is_map and part.kind == "convolution"
                 known[part.path] = Width(block.width, is_map)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fxdistill import projections
 from fxdistill.arrange import arranged_shape
 from fxdistill.errors import FxDistillError, LayoutError, gather, raise_together
-from fxdistill.layout import Layout, layouts
+from fxdistill.layout import Layout, keeps_tokens, layouts, pools_tokens
 from fxdistill.losses import FEATURE_LOSSES, resolve
 from fxdistill.matching import Match, Matches
 from fxdistill.objective import GLOBAL_SETTINGS, Term
@@ -45,8 +45,19 @@ def make_terms(
         loss = gather(problems, resolve, match.loss or default, FEATURE_LOSSES, "loss")
         both = gather(problems, layouts, match.rearrange, match.reduce, name)
         if loss is not None and both is not None:
-            teacher, stream = tap_of(match, "teacher"), stream_of(student, tap, task)
-            terms.append(Term(name, loss, tap, teacher, match.weight, stream, layouts=both))
+            terms.append(
+                Term(
+                    name,
+                    loss,
+                    tap,
+                    tap_of(match, "teacher"),
+                    match.weight,
+                    stream_of(student, tap, task),
+                    layouts=both,
+                    keeps_tokens=keeps_tokens(both[0]),
+                    pools_tokens=(pools_tokens(both[0]), pools_tokens(both[1])),
+                )
+            )
     raise_together(problems)
     return tuple(terms)
 

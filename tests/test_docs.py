@@ -1,0 +1,36 @@
+"""The code of the guide runs as it stands, page by page."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fxdistill
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+def code(page: Path) -> str:
+    """The Python of a page, at the lines where it stands, so that a traceback points there."""
+    lines, inside = [], False
+    for line in page.read_text("utf-8").splitlines():
+        fence = line.startswith("```")
+        inside = line == "```python" if fence else inside
+        lines.append(line if inside and not fence else "")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+# transformers asks for versions in forward(), through a cache that dynamo warns about.
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_the_code_of_a_page_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # Readers get Inductor by default; here it would take minutes, and other tests cover it.
+    lowered = partial(fxdistill.wrap, compile={"backend": "aot_eager"})
+    monkeypatch.setattr(fxdistill, "wrap", lowered)
+    namespace: dict[str, Any] = {}
+    exec(compile(code(page), str(page), "exec"), namespace)
