@@ -6,15 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fxdistill import guards
 from fxdistill.call import Inputs
 from fxdistill.distiller import Distiller, Mode, Plan
 from fxdistill.errors import CaptureError, OptionError, did_you_mean
-from fxdistill.losses import LABEL_LOSSES, LOGIT_LOSSES, resolve
-from fxdistill.lower import Lowering
+from fxdistill.losses import LABEL_LOSSES, LOGIT_LOSSES, is_named, resolve
+from fxdistill.lower import Lowering, check_lowering, mode_options
 from fxdistill.matching import Mapped, Matches
 from fxdistill.objective import Objective
 from fxdistill.passes import KeepTeacher
@@ -99,6 +98,7 @@ def wrap(
         task=found_task,
         vocab_size=vocab_size,
         freeze_teacher=freeze_teacher,
+        own_losses=is_named(logit_loss) and is_named(label_loss),
     )
     settings = {
         "logit_weight": logit_weight,
@@ -146,6 +146,11 @@ def _built(
 def _as_inputs(examples: Mapping[str, Any] | tuple[Any, ...] | None) -> Inputs | None:
     if examples is None:
         return None
+    if not isinstance(examples, (tuple, Mapping)):
+        raise OptionError(
+            f"example_inputs is a {type(examples).__name__}: a dict of the keywords of a call, or "
+            "a tuple of its positional arguments"
+        )
     return Inputs(examples, {}) if isinstance(examples, tuple) else Inputs((), dict(examples))
 
 
@@ -181,6 +186,7 @@ def _plan(
         _inductor_options(options),
         (KeepTeacher(),) if freeze_teacher else (),
     )
+    check_lowering(lowering)
     return Plan(
         mode=mode,
         lowering=lowering,
@@ -199,7 +205,7 @@ def _inductor_options(options: Mapping[str, Any]) -> dict[str, Any]:
     if mode is not None:
         if backend != "inductor":
             raise OptionError(f"mode={mode!r} names options of Inductor, not of {backend!r}")
-        named = torch._inductor.list_mode_options(mode, options.get("dynamic"))
+        named = mode_options(mode, options.get("dynamic"))
     if backend == "aot_eager" and options.get("options"):
         raise OptionError(f"the backend 'aot_eager' takes no options: {options['options']!r}")
     return {**named, **options.get("options", {})}

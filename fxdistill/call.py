@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fxdistill.errors import BatchError
 from fxdistill.guards import device_of
 from fxdistill.roles import decoder_inputs, input_names
-from fxdistill.tokens import Batch
+from fxdistill.tokens import TOKEN_FIELDS, Batch
 
 CALL_KEYWORDS = (
     "labels",
@@ -51,6 +52,7 @@ def sort_call(
     ``forward`` gives them. An encoder-decoder whose decoder gets nothing gets the labels, shifted.
     """
     own = {key: kwargs[key] for key in CALL_KEYWORDS if kwargs.get(key) is not None}
+    _require_tensors(own)
     shared = {key: value for key, value in kwargs.items() if key not in CALL_KEYWORDS}
     student = Inputs(args, dict(shared))
     teacher = _laid_over(teacher_model, Inputs(args, shared), own.get("teacher_inputs", {}))
@@ -76,10 +78,28 @@ def sort_call(
     return Call(student, teacher, batch)
 
 
+def _require_tensors(own: Mapping[str, Any]) -> None:
+    for name in TOKEN_FIELDS:
+        if not isinstance(own.get(name, _NOTHING), Tensor):
+            raise BatchError(f"{name} is a {type(own[name]).__name__}, not a tensor")
+    for name in ("num_items", "num_items_in_batch", "num_feature_items"):
+        value = own.get(name)
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise BatchError(
+                f"{name} has shape {list(value.shape)}: one number, the count of all items "
+                "that one optimizer step is averaged over"
+            )
+
+
+_NOTHING = torch.empty(0)
+
+
 def _by_name(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """The inputs with positional ones under their names; those without a name are left out."""
     names = input_names(model) if inputs.args else ()
-    return {**dict(zip(names, inputs.args, strict=False)), **inputs.kwargs}
+    # A model of one's own may take the whole batch as one mapping.
+    whole = {k: v for arg in inputs.args if isinstance(arg, Mapping) for k, v in arg.items()}
+    return {**whole, **dict(zip(names, inputs.args, strict=False)), **inputs.kwargs}
 
 
 def _laid_over(model: nn.Module, shared: Inputs, own: Mapping[str, Any]) -> Inputs:

@@ -6,10 +6,12 @@ passes, composes and lowers. Private to torch and used here only: the exceptions
 ``torch._dynamo.exc``, which become ours.
 """
 
+import contextlib
 import functools
 import itertools
+import logging
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,16 +20,19 @@ from torch import fx, nn
 from torch._dynamo import exc
 
 from fxdistill import pipeline
+from fxdistill.capture_errors import explained
 from fxdistill.compose import compose
-from fxdistill.errors import CaptureError, FxDistillError
+from fxdistill.errors import FxDistillError, OptionError
+from fxdistill.hooks import hooked
 from fxdistill.lower import Lowering, lower
 from fxdistill.passes import ExposeOutputs, PruneTeacher
 from fxdistill.pipeline import Dump, Observer
 from fxdistill.program import JointProgram, Pass, PassRecord, Program, output_values
 from fxdistill.split import split
-from fxdistill.taps import CHECKS, Tap, TapTable, begin, hooked, recording
+from fxdistill.taps import CHECKS, Tap, TapTable, begin, recording
 
 Step = Callable[..., Any]
+RECOMPILE_LIMIT = 32
 
 
 @dataclass(frozen=True)
@@ -45,17 +50,28 @@ class _Captured(Exception):
 
 
 def backend(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, recipe: Recipe | None = None, **_: Any
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    recipe: Recipe | None = None,
+    **unknown: Any,
 ) -> Callable[..., Any]:
     """The ``torch.compile`` backend: split, expose, compose, user passes, prune, lower.
 
     A graph without our markers (something else that was compiled with ``backend="fxdistill"``) goes
     to the lowering as it is.
     """
+    if unknown:
+        raise OptionError(
+            f"the backend 'fxdistill' takes no {' and '.join(unknown)} from torch.compile: give "
+            'them to wrap(..., compile={"options": ..., "mode": ...})'
+        )
     recipe = recipe or Recipe()
-    if not any(node.target is begin for node in gm.graph.nodes):
-        return lower(gm, example_inputs, replace(recipe.lowering, joint_passes=()))
     dump = Dump()
+    if not any(node.target is begin for node in gm.graph.nodes):
+        names = tuple(f"output_{i}" for i in range(len(output_values(gm.graph))))
+        dump.write("terms", Program(gm, names, title="terms"))
+        return lower(gm, example_inputs, replace(recipe.lowering, joint_passes=()))
     joint = joint_program(gm, recipe.passes, dump)
     history = list(joint.history)
     recipe.keep(joint)
@@ -119,7 +135,8 @@ def _call(compiled: Step, table: TapTable, *args: Any) -> Any:
     """Call, and turn dynamo's exceptions into what happened."""
     table.failure = None
     try:
-        return compiled(*args)
+        with _dynamo_settings():
+            return compiled(*args)
     except FxDistillError:
         raise
     except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
@@ -128,7 +145,23 @@ def _call(compiled: Step, table: TapTable, *args: Any) -> Any:
         inner = getattr(error, "inner_exception", None)
         if isinstance(inner, (FxDistillError, _Captured)):
             raise inner from None
-        raise CaptureError(_explain(error)) from error
+        raise explained(error) from error
+
+
+@contextlib.contextmanager
+def _dynamo_settings() -> Iterator[None]:
+    """What a step needs of dynamo, for the time of a call.
+
+    A training loop comes in more forms than dynamo's default of 8 (with labels, with masks, train,
+    eval, sizes of 1, ...). And transformers logs once for each message, through a cache that dynamo
+    would refuse to trace; such a message is not repeated in a graph.
+    """
+    config: Any = torch._dynamo.config
+    once = [getattr(logging.Logger, name, None) for name in ("warning_once", "info_once")]
+    quiet = {*config.ignore_logger_methods, *(method for method in once if method is not None)}
+    limit = max(config.recompile_limit, RECOMPILE_LIMIT)
+    with config.patch(recompile_limit=limit, ignore_logger_methods=quiet):
+        yield
 
 
 def dry_run(step: Step, passes: tuple[Pass, ...], table: TapTable, *args: Any) -> JointProgram:
@@ -154,24 +187,6 @@ def dry_values(run: Callable[..., Any], table: TapTable, *args: Any) -> None:
     except _Captured:
         return
     raise AssertionError("a capture ends in the backend")
-
-
-def _explain(error: Exception) -> str:
-    """Say which line of the user's code stopped the capture, and what there is to do."""
-    stack = list(getattr(error, "real_stack", None) or ())
-    ours = __file__.rsplit("/", 1)[0]
-    frames = [f for f in stack if not f.filename.startswith(ours)]
-    where = ""
-    if frames:
-        last = frames[-1]
-        where = f"\n  at {last.filename}:{last.lineno} in {last.name}\n    {last.line or ''}"
-    reason = str(error).strip().split("\n\n")[0]
-    return (
-        f"the step cannot be captured as one graph.{where}\n  torch.compile says: {reason}\n"
-        'What to do: change that line; or wrap(..., compile="regional") (the models run as they '
-        'are, the losses are compiled), compile=False (everything eager), or compile={"fallback": '
-        '"regional"} to fall back by itself, with a warning.'
-    )
 
 
 def trace(module: nn.Module, *args: Any, **kwargs: Any) -> Program:

@@ -14,6 +14,7 @@ from fxdistill.arrange import arranged_shape
 from fxdistill.errors import (
     DeviceError,
     DtypeError,
+    FrozenStudentError,
     FxDistillError,
     LayoutError,
     ProjectionError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 def verify(objective: "Objective", projections: nn.ModuleList, table: TapTable) -> None:
     """Check every match against the values in ``table``; add warnings to it, raise errors."""
     problems: list[FxDistillError] = []
+    frozen: list[Term] = []
     for term in objective.features:
         found = [table.values.get((tower, tap)) for tower, tap in term.taps]
         missing = [
@@ -44,12 +46,30 @@ def verify(objective: "Objective", projections: nn.ModuleList, table: TapTable) 
         problems += _kinds(term, student, teacher)
         problems += _shapes(term, student, teacher, projections)
         if torch.is_grad_enabled() and not student.requires_grad:
+            frozen.append(term)
             table.warnings.append(
                 f"student {str(term.student)!r} depends on no trainable parameter: its match with "
                 f"teacher {str(term.teacher)!r} teaches nothing. Unfreeze something before it, or "
                 "drop the match."
             )
+    if frozen and not problems and _nothing_learns(objective, frozen):
+        problems.append(
+            FrozenStudentError(
+                "no term depends on a trainable parameter: there are only matches of frozen "
+                f"values ({', '.join(term.name for term in frozen)}). Unfreeze what should learn."
+            )
+        )
     raise_together(problems)
+
+
+def _nothing_learns(objective: "Objective", frozen: list["Term"]) -> bool:
+    others = objective.logit_loss is not None or objective.label_loss is not None
+    return (
+        len(frozen) == len(objective.features)
+        and not others
+        and objective.freeze_teacher
+        and all(term.projection is None for term in frozen)
+    )
 
 
 def _kinds(term: "Term", student: Tensor, teacher: Tensor) -> list[FxDistillError]:
@@ -82,7 +102,10 @@ def _shapes(
     except LayoutError as error:
         return [LayoutError(f"student {s_name!r} and teacher {t_name!r}: {error}")]
     if term.projection is not None:
-        projected = projected_shape(s, projections[term.projection], f"{s_name!r} -> {t_name!r}")
+        projection = projections[term.projection]
+        if (wrong := _dtype_problem(s_name, student, projection)) is not None:
+            return [wrong]
+        projected = projected_shape(s, projection, f"{s_name!r} -> {t_name!r}")
         if isinstance(projected, ProjectionError):
             return [projected]
         if projected is None:  # a module of the user's own: judged by what it returns
@@ -90,6 +113,17 @@ def _shapes(
         s = projected
     problem = shape_problem(s, t, s_name, t_name)
     return [] if problem is None else [problem]
+
+
+def _dtype_problem(name: str, value: Tensor, projection: nn.Module) -> DtypeError | None:
+    first = next(projection.parameters(), None)
+    kind = value.device.type
+    if first is None or first.dtype == value.dtype or torch.is_autocast_enabled(kind):
+        return None
+    return DtypeError(
+        f"the projection of {name!r} is {first.dtype}, and the student's value {value.dtype}: "
+        f"project=...to({value.dtype}), or let project='auto' make it."
+    )
 
 
 def projected_shape(
@@ -117,7 +151,7 @@ def shape_problem(
     if s == t:
         return None
     if len(s) != len(t):
-        advice = "Bring them to the same axes: Match(..., rearrange=(...), reduce=(...))"
+        advice = "bring them to the same axes: Match(..., rearrange=(...), reduce=(...))"
     elif s[:-1] == t[:-1]:
         advice = f"project the student: Match(..., project='auto' or nn.Linear({s[-1]}, {t[-1]}))"
     elif len(s) == 4 and s[2:] == t[2:] and s[0] == t[0]:

@@ -17,6 +17,7 @@ from fxdistill.call import Call, scalar, sort_call
 from fxdistill.capture import Recipe
 from fxdistill.checks import verify
 from fxdistill.errors import CaptureError, MatchWarning, OptionError, did_you_mean
+from fxdistill.hooks import hooked
 from fxdistill.lower import Lowering
 from fxdistill.matching import Matches
 from fxdistill.objective import GLOBAL_SETTINGS, Losses, Objective
@@ -24,7 +25,7 @@ from fxdistill.output import DistillOutput
 from fxdistill.program import JointProgram, Pass
 from fxdistill.report import summary
 from fxdistill.step import collect, run_towers, step, terms_of
-from fxdistill.taps import Tap, TapTable, hooked, recording
+from fxdistill.taps import Tap, TapTable, recording
 from fxdistill.tokens import TOKEN_FIELDS
 
 Mode = Literal["one_graph", "regional", "eager"]
@@ -69,7 +70,7 @@ class Distiller(nn.Module):
         # A frozen teacher is not registered: it has no place in parameters() or state_dict().
         self._towers = _Towers(teacher)
         if not plan.freeze_teacher:
-            self._registered_teacher = teacher
+            self._modules["teacher"] = teacher
         self._settings: dict[str, float | Tensor] = dict(settings)
         self._vector: Tensor | None = None
         self._steps: dict[str, Callable[..., Any]] = {}
@@ -79,6 +80,11 @@ class Distiller(nn.Module):
         self.training = student.training
         self.projections.train(student.training)
         self._settle_modes()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("student", "teacher") and "_towers" in self.__dict__:
+            raise AttributeError(f"a distiller keeps its {name}: call fxdistill.wrap again")
+        super().__setattr__(name, value)
 
     @property
     def teacher(self) -> nn.Module:
@@ -93,7 +99,9 @@ class Distiller(nn.Module):
         ``labels``, ``loss_mask``, ``token_weights``, ``num_items`` (or ``num_items_in_batch``),
         ``num_feature_items`` and ``teacher_inputs`` stay here; everything else goes to both models.
         """
-        out: DistillOutput = self._forward(args, kwargs)
+        one_graph = self.plan.mode == "one_graph"
+        run = self._forward if one_graph else torch.compiler.disable(self._forward)
+        out: DistillOutput = run(args, kwargs)
         return out
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
@@ -109,15 +117,27 @@ class Distiller(nn.Module):
         except CaptureError as error:
             if not self.plan.fallback:
                 raise
-            lost = ", without your passes" if self.plan.passes else ""
-            warnings.warn(f'falling back to compile="regional"{lost}: {error}', stacklevel=2)
-            self.plan = dataclasses.replace(self.plan, mode="regional")
-            losses, logits = self._run(objective, call, settings)
+            losses, logits = self._fall_back(error, objective, call, settings)
         self._announce()
         out = DistillOutput(loss=losses.total, losses=losses.terms)
         if logits is not None:
             out["logits"] = logits
         return out
+
+    def _fall_back(
+        self, error: CaptureError, objective: Objective, call: Call, settings: Tensor
+    ) -> tuple[Losses, Tensor | None]:
+        """Go regional, and stay there if that works."""
+        before = self.plan
+        self.plan = dataclasses.replace(before, mode="regional")
+        try:
+            result = self._run(objective, call, settings)
+        except Exception:
+            self.plan = before
+            raise
+        lost = ", without your passes" if before.passes else ""
+        warnings.warn(f'falling back to compile="regional"{lost}: {error}', stacklevel=5)
+        return result
 
     def _run(
         self, objective: Objective, call: Call, settings: Tensor
@@ -150,6 +170,7 @@ class Distiller(nn.Module):
         terms = objective.features
         table = TapTable(capturing=capturing)
         table.verify = functools.partial(verify, objective, self.projections)
+        table.frozen_teacher = self.plan.freeze_teacher
         with (
             recording(table),
             hooked(self.student, "student", [t.student for t in terms]),
@@ -157,7 +178,7 @@ class Distiller(nn.Module):
         ):
             try:
                 yield table
-                self._warnings.update(dict.fromkeys(table.warnings, False))
+                self._warnings = {**dict.fromkeys(table.warnings, False), **self._warnings}
             except Exception:
                 # Parts that the user compiled wrap what a tap raises; what it said is in the table.
                 if table.failure is not None:
@@ -210,7 +231,9 @@ class Distiller(nn.Module):
     def _settings_on(self, device: torch.device) -> Tensor:
         if self._vector is None or self._vector.device != device:
             keys = (*GLOBAL_SETTINGS, *(term.name for term in self.objective.features))
-            self._vector = torch.stack([scalar(self._settings[key], device) for key in keys])
+            # Kept for later steps, which may train: an evaluation may run in inference mode.
+            with torch.inference_mode(False):
+                self._vector = torch.stack([scalar(self._settings[key], device) for key in keys])
         return self._vector
 
     # ------------------------------------------------------------------ life cycle

@@ -102,6 +102,18 @@ class CaptureError(FxDistillError, RuntimeError):
     """The models could not be captured as one graph."""
 
 
+class StepError(FxDistillError, RuntimeError):
+    """A model or a loss raises for this call, compiled or not."""
+
+
+class LoweringError(FxDistillError, RuntimeError):
+    """The captured step could not be compiled by its backend."""
+
+
+class RecompileError(FxDistillError, RuntimeError):
+    """The calls vary in more ways than dynamo keeps compiled versions."""
+
+
 class PassError(FxDistillError, RuntimeError):
     """A pass raised, or left an invalid graph."""
 

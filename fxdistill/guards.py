@@ -1,15 +1,18 @@
 """What can be known before a step runs: devices, modes, trainable parameters."""
 
 import contextlib
+import functools
+import inspect
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fxdistill.errors import (
     DeviceError,
@@ -131,9 +134,28 @@ def _mode_matters(module: nn.Module) -> str | None:
     """Why ``module`` computes something else in train mode; ``None`` if it does not seem to."""
     if isinstance(module, _DropoutNd):
         return f"p={module.p}" if module.p > 0 else None
-    if isinstance(module, _BatchNorm):
-        return "batch statistics"
+    if isinstance(module, (_BatchNorm, _InstanceNorm)):
+        return "batch statistics" if module.track_running_stats else None
+    if isinstance(module, nn.RReLU):
+        return "random slopes"
+    told = False
     for name, value in vars(module).items():
-        if "drop" in name and isinstance(value, float) and value > 0:
-            return f"{name}={value}"
+        if ("drop" in name or "jitter" in name) and isinstance(value, float):
+            told = True
+            if value > 0:
+                return f"{name}={value}"
+    # A layer that asks for its mode, and has no probability that would say that it does not matter.
+    leaf = next(module.children(), None) is None
+    own = type(module).__module__.split(".")[0] != "torch"
+    if leaf and own and not told and "self.training" in _source(type(module).forward):
+        return "its forward asks for self.training"
     return None
+
+
+@functools.cache
+def _source(function: Callable[..., Any]) -> str:
+    """The source of a function; empty where there is none to read."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return ""

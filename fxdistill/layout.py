@@ -164,17 +164,19 @@ def pools_tokens(layout: Layout) -> bool:
     return step.kept[0][0] in right and not any(name in right for name in step.kept[1])
 
 
-def keeps_tokens(layout: Layout) -> bool:
-    """Whether ``[B, L, ...]`` is still that, or ``[B·L, ...]``, afterwards."""
+def keeps_tokens(layout: Layout, axis: int = 1) -> bool:
+    """Whether a value is ``[B, L, ...]`` or ``[B·L, ...]`` afterwards; ``axis``: of its tokens."""
     for pattern, reduction in layout:
         step = parse(pattern, reduction)
-        lead = [group[0] for group in step.left[:2] if len(group) == 1 and len(group[0]) == 1]
+        groups = (step.left[0], *step.left[axis : axis + 1])
+        axis = 1
+        lead = [group[0] for group in groups if len(group) == 1 and len(group[0]) == 1]
         right = _TOKEN.findall(step.right)
         names = [term[0] for term in lead]
         kept = right[:2] == names or right[:4] == ["(", *names, ")"]
         if len(names) < 2 or not kept:
             return False
-    return True
+    return axis == 1
 
 
 def width_after(layout: Layout, size: int, is_map: bool) -> tuple[int, bool] | None:

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
-from torch._dynamo import lookup_backend
+from torch._dynamo import list_backends, lookup_backend
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch import config as functorch_config
@@ -22,6 +22,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_
 from torch.utils._pytree import tree_leaves
 
 from fxdistill import pipeline
+from fxdistill.errors import OptionError, did_you_mean
 from fxdistill.pipeline import Observer
 from fxdistill.program import Pass, Program
 
@@ -62,6 +63,33 @@ def lower(
     compiler = lookup_backend(backend) if isinstance(backend, str) else backend
     options = {"options": dict(lowering.options)} if lowering.options else {}
     return cast(Compiled, compiler(gm, list(example_inputs), **options))
+
+
+def check_lowering(lowering: Lowering) -> None:
+    """Raise OptionError where the backend, or an option of Inductor, is not one that exists."""
+    backend = lowering.backend
+    if not isinstance(backend, str):
+        return
+    known = sorted({*list_backends(exclude_tags=()), "aot_eager"})
+    if backend not in known:
+        near = did_you_mean(backend, known)
+        raise OptionError(f"compile's backend {backend!r} does not exist. Nearest: {near}.")
+    if backend == "inductor":
+        options = torch._inductor.list_options()
+        for name in lowering.options:
+            if name.replace("-", "_") not in options:
+                near = did_you_mean(name, options)
+                raise OptionError(f"Inductor has no option {name!r}. Nearest: {near}.")
+
+
+def mode_options(mode: str, dynamic: bool | None) -> dict[str, Any]:
+    """The options of Inductor that ``mode`` stands for."""
+    modes = torch._inductor.list_mode_options()
+    if mode not in modes:
+        near = did_you_mean(mode, modes)
+        raise OptionError(f"compile's mode {mode!r} does not exist. Nearest: {near}.")
+    named: dict[str, Any] = torch._inductor.list_mode_options(mode, dynamic)
+    return named
 
 
 class _Partition(CustomPartitionerFn):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxdistill.arrange import arrange
 from fxdistill.checks import shape_problem
-from fxdistill.errors import ShapeError, TaskError, VocabularyError
+from fxdistill.errors import BatchError, LogitsError, ShapeError, TaskError, VocabularyError
 from fxdistill.layout import Layout
 from fxdistill.losses import Loss
 from fxdistill.taps import Tap, check, tapped
@@ -74,6 +74,7 @@ class Objective:
     task: Task | None = None
     vocab_size: int | None = None
     freeze_teacher: bool = True
+    own_losses: bool = True  # whether logit and label losses are the library's, and so their shapes
 
     @property
     def uses_teacher(self) -> bool:
@@ -107,11 +108,15 @@ class Objective:
         if self.logit_loss is not None or self.label_loss is not None:
             student = lookup("student", LOGITS)
             task = task or ("classification" if student.ndim == 2 else None)
+            if self.own_losses:
+                require_vocabulary_last(student, task)
+                require_indices(batch.labels)
             require_task(task, student, batch)
             weights = prediction_weights(batch, task, student)
             if self.logit_loss is not None:
                 s, t = shared_vocabulary(student, lookup("teacher", LOGITS), self.vocab_size)
                 loss = self.logit_loss(s, t, temperature=temperature, weights=weights)
+                require_scalar(loss, "logits")
                 loss = rescaled(loss, weights, 0, batch.num_items)
                 parts.append(logit_weight * loss)
                 terms["logits"] = loss.detach()
@@ -120,6 +125,7 @@ class Objective:
                 assert task is not None
                 labels = align_labels(batch.labels, task)
                 loss = self.label_loss(student, labels, weights=weights)
+                require_scalar(loss, "labels")
                 loss = rescaled(loss, weights, 0, batch.num_items)
                 parts.append(label_weight * loss)
                 terms["labels"] = loss.detach()
@@ -143,11 +149,12 @@ class Objective:
             s, t = _laid_out(term, s, t, batch, task)
             if term.projection is not None:
                 s = projections[term.projection](s)
-            require_same_shape(s, t, str(term.student), str(term.teacher))
+            require_same_shape(s, t, term.student.name, term.teacher.name)
             weights = None
             if task == "classification" or term.keeps_tokens:
                 weights = feature_weights(batch, task, term.stream, s)
             loss = term.loss(s, t, weights)
+            require_scalar(loss, term.name)
             losses[term.name] = rescaled(loss, weights, s.shape[0], batch.num_feature_items)
         return losses
 
@@ -178,7 +185,7 @@ def without_teacher_gradients(lookup: Lookup) -> Lookup:
 
 def lookup_marker(tower: str, tap: Tap) -> Tensor:
     """The lookup of traced and eager runs: ask the markers."""
-    return tapped(tower, tap.path, tap.port, str(tap.call))
+    return tapped(tower, tap.path, tap.port, tap.call_text)
 
 
 def shared_vocabulary(
@@ -220,6 +227,41 @@ def require_same_shape(student: Tensor, teacher: Tensor, s_name: str, t_name: st
     """Raise where the two values of a match cannot be compared."""
     if (problem := shape_problem(student.shape, teacher.shape, s_name, t_name)) is not None:
         raise problem
+
+
+@check
+def require_scalar(loss: Tensor, name: str) -> None:
+    """Raise where a loss is not one number: a sum of its entries is not what was meant."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ShapeError(
+            f"the loss of {name!r} returned {what}: a loss returns a scalar. Average over the "
+            "tokens, by the weights it is given: (weights * value).sum() / weights.sum()."
+        )
+
+
+@check
+def require_vocabulary_last(logits: Tensor, task: str | None) -> None:
+    """Raise where the losses would take another axis for the vocabulary."""
+    tokens = task in ("causal_lm", "masked_lm", "seq2seq")
+    if logits.ndim >= 4 or logits.ndim < (3 if tokens else 2):
+        raise LogitsError(
+            f"the student's logits are {list(logits.shape)}, and the losses take [B, L, V] or "
+            "[B, C], the vocabulary or the classes last"
+            + (f" (task {task!r})." if tokens else ".")
+            + " Wrap the model so that it returns that, or give losses of your own: "
+            "logit_loss=f(student, teacher, *, temperature, weights)."
+        )
+
+
+@check
+def require_indices(labels: Tensor | None) -> None:
+    """Raise where labels are not class or token numbers."""
+    if labels is not None and labels.is_floating_point():
+        raise BatchError(
+            f"labels are {labels.dtype}, and cross entropy takes the numbers of tokens or classes: "
+            "labels.long(), or a label_loss of your own for other targets."
+        )
 
 
 def require_task(task: str | None, logits: Tensor, batch: Batch) -> None:

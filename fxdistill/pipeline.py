@@ -51,18 +51,29 @@ def run(program: P, passes: Sequence[Pass], between: Sequence[Observer] = ()) ->
     return program
 
 
+_dumped: dict[str, int] = {}  # how many graphs this process has written, by folder
+
+
 class Dump:
-    """Writes numbered program texts to the folder that ``FXDISTILL_DUMP`` names, for ``diff``."""
+    """Writes numbered program texts to the folder that ``FXDISTILL_DUMP`` names, for ``diff``.
+
+    One object for each graph that is compiled.
+    """
 
     def __init__(self, folder: str | None = None) -> None:
-        self.folder = folder if folder is not None else os.environ.get("FXDISTILL_DUMP")
+        self.root = folder if folder is not None else os.environ.get("FXDISTILL_DUMP")
+        self.folder: Path | None = None
         self.index = 0
 
     def write(self, name: str, program: Program) -> None:
         """Write ``NN_name.py``, whole or not at all."""
-        if not self.folder:
+        if not self.root:
             return
-        target = Path(self.folder) / f"{self.index:02d}_{name}.py"
+        if self.folder is None:
+            count = _dumped[self.root] = _dumped.get(self.root, 0) + 1
+            # The first graph of a process lies in the folder itself, each other one in its own.
+            self.folder = Path(self.root) if count == 1 else Path(self.root) / f"graph_{count}"
+        target = self.folder / f"{self.index:02d}_{name}.py"
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_suffix(".part")
         part.write_text(str(program), encoding="utf-8")

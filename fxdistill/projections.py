@@ -14,7 +14,7 @@ from torch import nn
 from fxdistill.errors import OptionError, ProjectionError
 from fxdistill.layout import Layout, width_after
 from fxdistill.matching import Match
-from fxdistill.structure import stacks_of
+from fxdistill.structure import TOKEN_MLP, stacks_of
 from fxdistill.taps import Tap
 from fxdistill.weights import output_width, weight_of
 
@@ -94,7 +94,7 @@ def structural_widths(model: nn.Module) -> Callable[[Tap, Layout], Width | None]
             known.update((path, Width(block.width, block.is_map)) for path in outer)
             for part in block.parts:
                 is_map = block.is_map and part.kind == "convolution"
-                known[part.path] = Width(block.width, is_map)
+                known[part.path] = Width(block.width, is_map or part.kind == TOKEN_MLP)
 
     def width(tap: Tap, layout: Layout) -> Width | None:
         module = model.get_submodule(tap.path)

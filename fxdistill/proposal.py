@@ -1,18 +1,19 @@
 """``match``: propose a mapping from the structure of the two models."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from fxdistill.errors import CountError, OptionError, StructureError, did_you_mean
 from fxdistill.landmarks import embedding_of, logits_of, norms_of
 from fxdistill.matching import Match, Matches
-from fxdistill.structure import Block, Part, Stack, stacks_of
+from fxdistill.structure import TOKEN_MLP, Block, Part, Stack, stacks_of
 from fxdistill.weights import output_width
 
 ROLES = ("embedding", "block", "mixer", "mlp", "norm", "logits")
 STRATEGIES = ("uniform", "first", "last", "skip")
+TRANSPOSED = "b d n -> b n d"
 Layers = str | Mapping[int, int]
 
 
@@ -177,9 +178,11 @@ def _stack_matches(
         for role in ("mixer", "mlp"):
             if role in roles:
                 for a, b in _paired(s, t, role, notes):
-                    found.append(
-                        _match(a.path, b.path, s.width, t.width, f"{where}: {_kinds(a, b)}")
-                    )
+                    pair = _match(a.path, b.path, s.width, t.width, f"{where}: {_kinds(a, b)}")
+                    # What mixes tokens by linear layers works on the transposed value.
+                    sides = [TRANSPOSED if part.kind == TOKEN_MLP else None for part in (a, b)]
+                    layout = (sides[0], sides[1]) if any(sides) else None
+                    found.append(replace(pair, rearrange=layout))
         if "block" in roles:
             found.append(_match(s.path, t.path, s.width, t.width, f"{where}: block"))
     return found

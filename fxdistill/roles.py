@@ -20,7 +20,6 @@ _CLASS_ENDINGS: dict[str, Task] = {
     "DoubleHeadsModel": "causal_lm",
     "ForConditionalGeneration": "causal_lm",  # without an encoder: vision-language models
     "ForMaskedLM": "masked_lm",
-    "ForPreTraining": "masked_lm",
     "ForTokenClassification": "masked_lm",
     "ForSequenceClassification": "classification",
     "ForImageClassification": "classification",

@@ -19,6 +19,7 @@ Role = Literal["mixer", "mlp"]
 Accept = Callable[[tuple["Block", ...], set[type]], bool]  # what makes these blocks a stack
 
 _MIXER_NAMES = re.compile(r"attn|attention|mixer|mamba|ssm|retention|rwkv|delta|recurrent", re.I)
+TOKEN_MLP = "token MLP"
 _BRANCHES = ("convolution", "convolved MLP")  # their norms are within them
 _MLP_NAMES = re.compile(r"mlp|ffn|feed_?forward|(^|[._])ff|moe|expert", re.I)
 
@@ -232,7 +233,7 @@ def _by_widths(
     first, last = weights[0], weights[-1]
     if len(weights) == 2 and first.fan_in == last.fan_out != width and first.fan_out == last.fan_in:
         why = f"{first.fan_in} positions, not {width} features"
-        return Part(path, "mixer", "token MLP", why)
+        return Part(path, "mixer", TOKEN_MLP, why)
     if not readers or not writers:
         return None
     separate = [w for w in readers if w is not writers[-1]]

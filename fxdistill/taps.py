@@ -16,12 +16,12 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxdistill import errors
 from fxdistill.errors import CheckpointError, FxDistillError, TapError
@@ -35,12 +35,19 @@ class Tap:
     path: str
     port: str = "output"
     call: int = 0
+    # As text, made here: dynamo makes the numbers that it meets symbolic, and prints none of those.
+    name: str = field(init=False, compare=False, repr=False, default="")
+    call_text: str = field(init=False, compare=False, repr=False, default="")
 
-    def __str__(self) -> str:
-        """``path``, with ``@call`` and ``:port`` where they are not the default."""
+    def __post_init__(self) -> None:
+        """``name`` is ``path``, with ``@call`` and ``:port`` where they are not the default."""
         call = f"@{self.call}" if self.call else ""
         port = f":{self.port}" if self.port != "output" else ""
-        return f"{self.path}{call}{port}"
+        object.__setattr__(self, "name", f"{self.path}{call}{port}")
+        object.__setattr__(self, "call_text", str(self.call))
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class TapTable:
@@ -53,6 +60,7 @@ class TapTable:
         self.failure: FxDistillError | None = None
         self.verify: Callable[[TapTable], None] | None = None
         self.warnings: list[str] = []
+        self.frozen_teacher = True
 
     def begin(self, section: str) -> None:
         """Start a tower. Dynamo may trace a function again from its top: then this starts over."""
@@ -90,6 +98,11 @@ def recording(table: TapTable) -> Iterator[TapTable]:
         _active.table = before
 
 
+def capturing() -> bool:
+    """Whether what runs now is traced to one graph, rather than executed."""
+    return _active.table is None or _active.table.capturing
+
+
 @one_node
 def begin(section: str) -> None:
     """Mark that the operators which follow belong to ``section``."""
@@ -115,7 +128,8 @@ def tap(x: Tensor, section: str, path: str, port: str) -> Tensor:
                 "as one graph), or tap outside of the compiled part."
             )
         )
-    if _inside_reentrant_checkpoint():
+    learns = section == "student" or not table.frozen_teacher
+    if learns and _inside_reentrant_checkpoint():
         raise table.fail(
             CheckpointError(
                 f"{section} tap {path!r} lies inside a checkpoint with use_reentrant=True, which "
@@ -146,7 +160,7 @@ def not_executed(table: TapTable, section: str, tap: Tap) -> TapError:
     what = f"call {tap.call} of {module}" if calls else module
     return TapError(
         f"{what} was not executed"
-        + (f" (it ran {calls} times)" if calls else "")
+        + (f" (it ran {'once' if calls == 1 else f'{calls} times'})" if calls else "")
         + ", so there is nothing to match. Map a module that runs, or drop the pair."
     )
 
@@ -213,91 +227,3 @@ def _inside_reentrant_checkpoint() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def pick(value: Any, port: str) -> Tensor | None:
-    """Find the tensor that ``port`` means in what a module took or returned.
-
-    ``"output"`` and ``"input"`` mean the first tensor; ``[i]`` an element; ``.field`` a field or
-    key.
-    """
-    selector = port.removeprefix("output").removeprefix("input")
-    if selector.startswith("["):
-        value = list(_elements(value))[int(selector[1:-1])]
-    elif selector.startswith("."):
-        name = selector[1:]
-        value = value[name] if isinstance(value, Mapping) else getattr(value, name)
-    return _first_tensor(value)
-
-
-def _first_tensor(value: Any) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value
-    for element in _elements(value):
-        if (found := _first_tensor(element)) is not None:
-            return found
-    return None
-
-
-def _elements(value: Any) -> Iterable[Any]:
-    if isinstance(value, (tuple, list)):
-        return value
-    if isinstance(value, Mapping):
-        return value.values()
-    if hasattr(value, "__dataclass_fields__"):
-        return [getattr(value, name) for name in value.__dataclass_fields__]
-    return ()
-
-
-def _take(value: Any, section: str, path: str, port: str, required: bool) -> None:
-    try:
-        found = pick(value, port)
-    except (IndexError, KeyError, AttributeError):
-        found = None
-    if found is not None:
-        tap(found, section, path, port)
-    elif required:
-        reject(
-            "PortError",
-            f"{section} module {path!r} has no tensor at port {port!r}. Ports are 'output', "
-            "'output[i]', 'output.field', 'input' and 'input[i]'.",
-        )
-
-
-@contextlib.contextmanager
-def hooked(
-    model: nn.Module, section: str, taps: Iterable[Tap], *, required: bool = True
-) -> Iterator[None]:
-    """Put a hook on every tapped module of ``model`` for as long as the context lasts.
-
-    Unless ``required``, modules that return no tensor are passed over.
-    """
-    handles = []
-    try:
-        for path, port in dict.fromkeys((tap.path, tap.port) for tap in taps):
-            module = model.get_submodule(path)
-            if port.startswith("input"):
-                pre = _input_hook(section, path, port, required)
-                handles.append(module.register_forward_pre_hook(pre, with_kwargs=True))
-            else:
-                post = _output_hook(section, path, port, required)
-                handles.append(module.register_forward_hook(post))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _output_hook(section: str, path: str, port: str, required: bool) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        _take(output, section, path, port, required)
-
-    return hook
-
-
-def _input_hook(section: str, path: str, port: str, required: bool) -> Any:
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        value = kwargs if port.startswith("input.") else (*args, *kwargs.values())
-        _take(value, section, path, port, required)
-
-    return hook

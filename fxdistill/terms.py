@@ -54,12 +54,18 @@ def make_terms(
                     match.weight,
                     stream_of(student, tap, task),
                     layouts=both,
-                    keeps_tokens=keeps_tokens(both[0]),
+                    keeps_tokens=keeps_tokens(both[0], _token_axis(student, tap)),
                     pools_tokens=(pools_tokens(both[0]), pools_tokens(both[1])),
                 )
             )
     raise_together(problems)
     return tuple(terms)
+
+
+def _token_axis(model: nn.Module, tap: Tap) -> int:
+    """Where the tokens of a value lie: behind the channels in what a 1-D convolution returns."""
+    channels_first = isinstance(model.get_submodule(tap.path), (nn.Conv1d, nn.BatchNorm1d))
+    return 2 if channels_first and tap.port == "output" else 1
 
 
 def asks_for_width(matches: Matches) -> bool:

@@ -36,6 +36,13 @@ __all__ = [
 ]
 
 
+def is_named(loss: Any) -> bool:
+    """Whether ``loss`` is none, or one of those here, by name, as it is or with options."""
+    plain = getattr(loss, "func", loss)
+    known = [*FEATURE_LOSSES.values(), *LOGIT_LOSSES.values(), *LABEL_LOSSES.values()]
+    return plain is None or isinstance(plain, str) or any(plain is f for f in known)
+
+
 def resolve(loss: Any, table: dict[str, Loss], what: str) -> Loss:
     """Turn a name or a callable into a loss; ``what`` names the argument in the error."""
     if isinstance(loss, str) and loss in table:

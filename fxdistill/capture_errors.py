@@ -1,0 +1,65 @@
+"""What dynamo's exceptions mean: a line that no graph holds, a wrong call, a failed lowering."""
+
+import re
+from typing import Any
+
+from torch._dynamo import exc
+
+from fxdistill.errors import (
+    CaptureError,
+    FxDistillError,
+    LoweringError,
+    RecompileError,
+    StepError,
+)
+
+
+def explained(error: Exception) -> FxDistillError:
+    """The error to raise in place of dynamo's: what stopped, where, and what there is to do."""
+    reason = str(error).strip().split("\n\n")[0]
+    if isinstance(error, exc.FailOnRecompileLimitHit):
+        return RecompileError(
+            f"the step has been compiled for as many kinds of calls as dynamo allows.\n  {reason}\n"
+            "What to do: see with TORCH_LOGS=recompiles what varies from call to call (sizes, "
+            "keywords given and left out, modes, dtypes), and keep it fixed; or raise "
+            "torch._dynamo.config.recompile_limit."
+        )
+    if isinstance(error, exc.BackendCompilerFailed):
+        inner: Any = getattr(error, "inner_exception", error)
+        return LoweringError(
+            "the step was captured, and the backend failed to compile it: "
+            f"{type(inner).__name__}: {inner}\nWhat to do: compile={{'backend': 'aot_eager'}} "
+            "tells whether it is the code generation; compile=False needs no compiler."
+        )
+    if isinstance(error, exc.TorchRuntimeError) or "Observed exception" in reason:
+        return StepError(
+            f"the step fails by itself, whether compiled or not.{_where(error)}\n"
+            f"  {_short(error)}\n"
+            "What to do: check the inputs; compile=False shows the exception where it is raised."
+        )
+    return CaptureError(
+        f"the step cannot be captured as one graph.{_where(error)}\n"
+        f"  torch.compile says: {reason}\n"
+        'What to do: change that line; or wrap(..., compile="regional") (the models run as they '
+        'are, the losses are compiled), compile=False (everything eager), or compile={"fallback": '
+        '"regional"} to fall back by itself, with a warning.'
+    )
+
+
+def _where(error: Exception) -> str:
+    """The last line of the user's code on the way to the failure."""
+    stack = list(getattr(error, "real_stack", None) or ())
+    ours = __file__.rsplit("/", 1)[0]
+    frames = [f for f in stack if not f.filename.startswith(ours)]
+    if not frames:
+        return ""
+    last = frames[-1]
+    return f"\n  at {last.filename}:{last.lineno} in {last.name}\n    {last.line or ''}"
+
+
+def _short(error: Exception) -> str:
+    """What the failing operation said, without dynamo's account of its arguments."""
+    text = str(error).strip()
+    if (told := re.search(r"got (\w+\(.*\))$", text, re.M)) is not None:
+        return told[1]
+    return text.splitlines()[0]

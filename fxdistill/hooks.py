@@ -1,0 +1,152 @@
+"""Hooks that put taps into running models, for the time of one call."""
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxdistill.errors import TapError
+from fxdistill.taps import Tap, capturing, reject, tap
+
+
+def pick(value: Any, port: str) -> Tensor | None:
+    """Find the tensor that ``port`` means in what a module took or returned.
+
+    ``"output"`` and ``"input"`` mean the first tensor; ``[i]`` an element; ``.field`` a field or
+    key.
+    """
+    selector = port.removeprefix("output").removeprefix("input")
+    if selector.startswith("["):
+        value = list(_elements(value))[int(selector[1:-1])]
+    elif selector.startswith("."):
+        name = selector[1:]
+        value = value[name] if isinstance(value, Mapping) else getattr(value, name)
+    return _first_tensor(value)
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value
+    for element in _elements(value):
+        if (found := _first_tensor(element)) is not None:
+            return found
+    return None
+
+
+def _elements(value: Any) -> Iterable[Any]:
+    if isinstance(value, (tuple, list)):
+        return value
+    if isinstance(value, Mapping):
+        return value.values()
+    if hasattr(value, "__dataclass_fields__"):
+        return [getattr(value, name) for name in value.__dataclass_fields__]
+    return ()
+
+
+def _take(value: Any, section: str, path: str, port: str, required: bool) -> None:
+    try:
+        found = pick(value, port)
+    except (IndexError, KeyError, AttributeError):
+        found = None
+    if found is not None:
+        tap(found, section, path, port)
+    elif required:
+        reject(
+            "PortError",
+            f"{section} module {path!r} has no tensor at port {port!r}. Ports are 'output', "
+            "'output[i]', 'output.field', 'input' and 'input[i]'.",
+        )
+
+
+@contextlib.contextmanager
+def hooked(
+    model: nn.Module, section: str, taps: Iterable[Tap], *, required: bool = True
+) -> Iterator[None]:
+    """Put a hook on every tapped module of ``model`` for as long as the context lasts.
+
+    Unless ``required``, modules that return no tensor are passed over.
+    """
+    handles: list[Any] = []
+    traced = capturing()
+    try:
+        for path, port in dict.fromkeys((tap.path, tap.port) for tap in taps):
+            module = model.get_submodule(path)
+            if not traced:
+                _reject_compiled_parents(model, section, path)
+            if not traced and module._compiled_call_impl is not None:
+                handles.append(_CompiledCall(module, section, path, port, required))
+            elif port.startswith("input"):
+                pre = _input_hook(section, path, port, required)
+                handles.append(module.register_forward_pre_hook(pre, with_kwargs=True))
+            else:
+                post = _output_hook(section, path, port, required)
+                handles.append(module.register_forward_hook(post))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _CompiledCall:
+    """Taps a module that was compiled by ``module.compile()``: its hooks would be compiled too.
+
+    The compiled call is an attribute of the instance; for the time of a step it is one that taps
+    what goes in or comes out. Private to torch and used here only: ``_compiled_call_impl``.
+    """
+
+    def __init__(
+        self, module: nn.Module, section: str, path: str, port: str, required: bool
+    ) -> None:
+        self.module, self.original = module, module._compiled_call_impl
+        module._compiled_call_impl = self.call
+        self.take = functools.partial(
+            _take, section=section, path=path, port=port, required=required
+        )
+        self.port = port
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Call what was compiled, and tap."""
+        if self.port.startswith("input"):
+            self.take(_inputs(args, kwargs, self.port))
+        assert self.original is not None
+        result = self.original(*args, **kwargs)
+        if not self.port.startswith("input"):
+            self.take(result)
+        return result
+
+    def remove(self) -> None:
+        """Put the compiled call back."""
+        self.module._compiled_call_impl = self.original
+
+
+def _reject_compiled_parents(model: nn.Module, section: str, path: str) -> None:
+    """A tap inside a compiled part would be compiled with it, or not be seen at all."""
+    parents = path.split(".")[:-1]
+    for end in range(len(parents) + 1):
+        parent = model.get_submodule(".".join(parents[:end]))
+        if parent is not model.get_submodule(path) and parent._compiled_call_impl is not None:
+            raise TapError(
+                f"{section} tap {path!r} lies inside {'.'.join(parents[:end]) or 'a model'!r}, "
+                "which torch.compile compiles by itself. Do not compile the parts of the models "
+                "that hold taps (compile=True compiles all as one graph), or tap the part itself."
+            )
+
+
+def _inputs(args: Any, kwargs: dict[str, Any], port: str) -> Any:
+    return kwargs if port.startswith("input.") else (*args, *kwargs.values())
+
+
+def _output_hook(section: str, path: str, port: str, required: bool) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        _take(output, section, path, port, required)
+
+    return hook
+
+
+def _input_hook(section: str, path: str, port: str, required: bool) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        _take(_inputs(args, kwargs, port), section, path, port, required)
+
+    return hook
