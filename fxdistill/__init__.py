@@ -17,10 +17,10 @@ from fxdistill.distiller import Distiller  # noqa: E402
 from fxdistill.errors import FxDistillError  # noqa: E402
 from fxdistill.matching import Match, Matches, module_names  # noqa: E402
 from fxdistill.output import DistillOutput  # noqa: E402
-from fxdistill.patterns import resolve  # noqa: E402
 from fxdistill.pipeline import run  # noqa: E402
 from fxdistill.program import JointProgram, PassRecord, Program  # noqa: E402
 from fxdistill.proposal import match  # noqa: E402
+from fxdistill.resolve import resolve  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -17,8 +17,8 @@ from fxdistill.lower import Lowering, check_lowering, mode_options
 from fxdistill.matching import Mapped, Matches
 from fxdistill.objective import Objective
 from fxdistill.passes import KeepTeacher
-from fxdistill.patterns import resolve as resolve_matches
 from fxdistill.program import Pass
+from fxdistill.resolve import resolve as resolve_matches
 from fxdistill.roles import find_task
 from fxdistill.terms import Shapes, asks_for_width, make_terms, with_projections
 

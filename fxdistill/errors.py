@@ -11,7 +11,12 @@ T = TypeVar("T")
 
 
 class FxDistillError(Exception):
-    """The base of everything that fxdistill raises on purpose."""
+    """The base of everything that fxdistill raises on purpose.
+
+    Where several things are wrong, ``problems`` holds an error for each.
+    """
+
+    problems: tuple["FxDistillError", ...] = ()
 
 
 class OptionError(FxDistillError, ValueError):
@@ -121,8 +126,6 @@ class PassError(FxDistillError, RuntimeError):
 class Problems(FxDistillError, ValueError):
     """Several things of different kinds are wrong; ``problems`` holds them."""
 
-    problems: tuple[FxDistillError, ...] = ()
-
 
 class MatchWarning(UserWarning):
     """A match that works and teaches nothing."""
@@ -134,16 +137,16 @@ def raise_together(problems: Sequence[FxDistillError]) -> None:
     One problem is raised as it is; several of one class as one error of that class; else
     ``Problems``.
     """
-    if not problems:
+    each = [one for problem in problems for one in (problem.problems or (problem,))]
+    if not each:
         return
-    if len(problems) == 1:
-        raise problems[0]
-    kinds = {type(problem) for problem in problems}
-    text = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(problems, start=1))
+    if len(each) == 1:
+        raise each[0]
+    kinds = {type(problem) for problem in each}
+    text = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(each, start=1))
     kind = kinds.pop() if len(kinds) == 1 else Problems
-    error = kind(f"{len(problems)} things are wrong:\n{text}")
-    if isinstance(error, Problems):
-        error.problems = tuple(problems)
+    error = kind(f"{len(each)} things are wrong:\n{text}")
+    error.problems = tuple(each)
     raise error
 
 

@@ -7,12 +7,11 @@ writing any.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, overload
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ Reduction = tuple[str, Literal["mean", "max", "sum"]]
 ACCEPTED = "{student path: teacher path or Match}, a list of Match, or what fxdistill.match returns"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Match:
     """Compare one value of the student with one of the teacher.
 
@@ -63,12 +62,18 @@ class Match:
     teacher_port: str = field(default="output", kw_only=True)
     reason: str = field(default="", kw_only=True, compare=False)
 
+    def __repr__(self) -> str:
+        """Only what is not default."""
+        given = (f for f in fields(self) if getattr(self, f.name) != f.default)
+        return f"Match({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
+
     @property
     def options(self) -> str:
         """What is not default, as text, for tables."""
         parts = [] if self.loss is None else [loss_name(self.loss)]
         parts += [] if self.weight == 1.0 else [f"weight {self.weight:g}"]
-        if self.project is not None:
+        told = self.project == "auto" and self.reason.endswith(" wide")
+        if self.project is not None and not told:
             is_name = isinstance(self.project, str)
             parts.append(f"project {self.project if is_name else type(self.project).__name__}")
         parts += [] if self.rearrange is None else [f"rearrange {self.rearrange}"]
@@ -88,16 +93,19 @@ class Matches(MutableSequence[Match]):
 
     ``matches[0]``, ``matches["model.layers.0.mlp"]``, ``del matches[...]``, ``append``, and
     ``matches["model.layers.0.mlp"] = "model.layers.1.mlp"`` (or a ``Match``) all work. Printed, it
-    fits 80 columns. ``save`` and ``load`` keep it as TOML or JSON.
+    fits 80 columns. ``save`` and ``load`` keep it as TOML or JSON. Where a student's path is
+    matched again, the path means its first match.
     """
 
     def __init__(self, matches: Iterable[Match] = (), notes: Iterable[str] = ()) -> None:
-        self._matches = list(matches)
+        self._matches = [_match(entry) for entry in matches]
         self.notes = tuple(notes)
 
     def _index(self, key: int | str) -> int:
         if isinstance(key, int):
             return key
+        if not isinstance(key, str):
+            raise TypeError(f"matches[{key!r}]: a place or the student's path, not {type(key)}")
         for index, match in enumerate(self._matches):
             if match.student == key:
                 return index
@@ -178,14 +186,15 @@ class Matches(MutableSequence[Match]):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """A line for each pair, below it what it asks for and why, then the notes."""
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
         width = max((len(_path(m, "student")) for m in self), default=0)
+        longest = max((len(_path(m, "teacher")) for m in self), default=0)
+        apart = width + longest + len(" ← ") > options.max_width
         for match in self:
-            pair = f"{_path(match, 'student'):{width}} ← {_path(match, 'teacher')}"
-            table.add_row(Text(pair, overflow="fold"))
-            if below := "; ".join(part for part in (match.reason, match.options) if part):
-                table.add_row(Padding(Text(below, style="dim", overflow="fold"), (0, 0, 0, 4)))
-        yield table
+            s, t = _path(match, "student"), _path(match, "teacher")
+            yield Text(s if apart else f"{s:{width}} ← {t}", overflow="fold")
+            below = "; ".join(part for part in (match.reason, match.options) if part)
+            for line in ([f"← {t}"] if apart else []) + ([below] if below else []):
+                yield Padding(Text(line, style="dim", overflow="fold"), (0, 0, 0, 4))
         yield from (Text(f"note: {note}", overflow="fold") for note in self.notes)
 
 
@@ -205,31 +214,24 @@ def _path(match: Match, tower: str) -> str:
 Mapped = Mapping[str, str | Match] | Iterable[Match | Mapping[str, str | Match]] | None
 
 
-def as_matches(mapping: Any) -> list[Match]:
-    """The mapping in any of its forms, as a list; patterns are not expanded.
-
-    Raises OptionError where an entry is none.
-    """
+def entries(mapping: Any) -> list[tuple[Any, ...]]:
+    """The entries of a mapping in any of its forms, each as ``(how to read it, what to read)``."""
     if mapping is None:
         return []
-    if isinstance(mapping, Matches):
-        return list(mapping)
     if isinstance(mapping, Mapping):
-        return [_from_item(student, value) for student, value in mapping.items()]
+        return [(_from_item, student, value) for student, value in mapping.items()]
     if isinstance(mapping, (str, Match)) or not isinstance(mapping, Iterable):
         raise OptionError(f"mapping={mapping!r}: a mapping is {ACCEPTED}")
-    return [match for entry in mapping for match in _entry(entry)]
-
-
-def _entry(entry: Any) -> list[Match]:
-    if isinstance(entry, Mapping):
-        return [_from_item(student, value) for student, value in entry.items()]
-    if isinstance(entry, (tuple, list)) and len(entry) == 2:
-        return [_from_item(*entry)]
-    return [_match(entry)]
+    return [
+        one
+        for entry in mapping
+        for one in (entries(entry) if isinstance(entry, Mapping) else [(_match, entry)])
+    ]
 
 
 def _match(entry: Any) -> Match:
+    if isinstance(entry, (tuple, list)) and len(entry) == 2:
+        return _from_item(*entry)
     if not isinstance(entry, Match) or entry.student is None or entry.teacher is None:
         raise OptionError(
             "a list mapping holds Match(student, teacher, ...), pairs (student, teacher) or "

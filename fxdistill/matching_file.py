@@ -1,11 +1,13 @@
-"""Mappings in files: TOML and JSON, written whole or not at all, read back equal."""
+"""Mappings in files: TOML and JSON, written whole or not at all."""
 
+import contextlib
 import functools
 import inspect
 import json
+import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ else:
     import tomli as tomllib
 
 FORMAT = 1
+_TOP = ("format", "notes", "match")
 _DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(Match).parameters.items()
@@ -31,12 +34,20 @@ def save(matches: Matches, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     entries = [_entry(match) for match in matches]
     if _kind(target) == "json":
-        text = json.dumps({"format": FORMAT, "match": entries}, indent=2) + "\n"
+        content = {"format": FORMAT, "notes": list(matches.notes), "match": entries}
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     else:
-        text = _toml(entries)
+        text = _toml(matches.notes, entries)
     part = target.with_name(target.name + f".{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(target)
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(target)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MappingFileError(f"{target} cannot be written: {reason}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str]) -> Matches:
@@ -54,7 +65,15 @@ def load(path: str | os.PathLike[str]) -> Matches:
         raise MappingFileError(
             f"{source} has format {data['format']!r}; this version of fxdistill reads {FORMAT}"
         )
-    return Matches(_read(entry, f"{source}, match {i}") for i, entry in enumerate(entries, start=1))
+    for name in data:
+        if name not in _TOP:
+            near = did_you_mean(name, _TOP)
+            raise MappingFileError(f"{source}: {name!r} is no field. Nearest: {near}.")
+    notes = data.get("notes", [])
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        raise MappingFileError(f"{source}: notes are a list of texts")
+    read = [_read(entry, f"{source}, match {i}") for i, entry in enumerate(entries, start=1)]
+    return Matches(read, notes)
 
 
 def _kind(path: Path) -> str:
@@ -76,6 +95,8 @@ def _plain(name: str, value: Any, match: Match) -> Any:
     """A value as files have it. ``None`` in a pair of layouts becomes an empty string."""
     if name == "loss":
         return _loss(value, match)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise MappingFileError(f"the {name} of {match.student!r} is {value}: a finite number")
     if name == "project" and not isinstance(value, str):
         raise MappingFileError(
             f"the projection of {match.student!r} is a {type(value).__name__}, and a file holds no "
@@ -110,15 +131,43 @@ def _read(entry: Any, where: str) -> Match:
             near = did_you_mean(name, _DEFAULTS)
             raise MappingFileError(f"{where}: {name!r} is no field. Nearest: {near}.")
     values = {name: _value(value) for name, value in entry.items()}
-    if isinstance(loss := entry.get("loss"), Mapping):
-        options = {key: value for key, value in loss.items() if key != "name"}
-        if loss.get("name") not in FEATURE_LOSSES:
-            near = did_you_mean(str(loss.get("name")), FEATURE_LOSSES)
-            raise MappingFileError(
-                f"{where}: loss {dict(loss)} has no known name. Nearest: {near}."
-            )
-        values["loss"] = functools.partial(FEATURE_LOSSES[loss["name"]], **options)
+    for name, value in values.items():
+        kinds = _KINDS.get(name, (str,))
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise MappingFileError(f"{where}: {name} = {value!r} is not a {wanted}")
+    if "loss" in entry:
+        values["loss"] = _known_loss(entry["loss"], where)
     return Match(**values)
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "weight": (int, float),
+    "loss": (str, Mapping),
+    "rearrange": (str, tuple),
+    "reduce": (tuple,),
+}
+
+
+def _known_loss(loss: Any, where: str) -> Any:
+    """A loss by name, or with options; everything in it must exist."""
+    name = loss.get("name") if isinstance(loss, Mapping) else loss
+    if name not in FEATURE_LOSSES:
+        near = did_you_mean(str(name), FEATURE_LOSSES)
+        what = (
+            f"the loss {dict(loss)} has no name" if name is None else f"there is no loss {name!r}"
+        )
+        raise MappingFileError(f"{where}: {what}. Nearest: {near}.")
+    if not isinstance(loss, Mapping):
+        return loss
+    options = {key: value for key, value in loss.items() if key != "name"}
+    known = inspect.signature(FEATURE_LOSSES[name]).parameters.values()
+    taken = [p.name for p in known if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    for option in options:
+        if option not in taken:
+            near = did_you_mean(option, taken)
+            raise MappingFileError(f"{where}: loss {name!r} has no option {option!r}: {near}.")
+    return functools.partial(FEATURE_LOSSES[name], **options)
 
 
 def _value(value: Any) -> Any:
@@ -127,8 +176,10 @@ def _value(value: Any) -> Any:
     return value
 
 
-def _toml(entries: list[dict[str, Any]]) -> str:
+def _toml(notes: Sequence[str], entries: list[dict[str, Any]]) -> str:
     lines = [f"format = {FORMAT}"]
+    if notes:
+        lines.append(f"notes = {_toml_value(list(notes))}")
     for entry in entries:
         lines += [
             "",

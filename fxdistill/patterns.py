@@ -9,31 +9,15 @@ import ast
 import operator
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
-from torch import nn
+from fxdistill.errors import PatternError
 
-from fxdistill.errors import (
-    CountError,
-    DuplicateError,
-    FxDistillError,
-    PathError,
-    PatternError,
-    PortError,
-    did_you_mean,
-    gather,
-    raise_together,
-)
-from fxdistill.matching import Match, Matches, as_matches, module_names
-from fxdistill.taps import Tap
-
-PORT = re.compile(r"output(\[\d+\]|\.\w+)?|input(\[\d+\]|\.\w+)?")
 _TOKEN = re.compile(r"\{[^{}]*\}|\*\*|\*|[^{}*]+|[{}]")
-_SHOWN = 6
+_COMPUTED = "fxdistill_computed_"  # names of groups; no variable is called like that
 
 Binding = tuple[tuple[str, int], ...]
-Paths = Mapping[str, Collection[str]]  # of each tower
 
 
 @dataclass(frozen=True)
@@ -60,6 +44,11 @@ class Pattern:
         pattern = cls(path, int(call or 0), tower)
         for expression in pattern.expressions:
             _check_expression(expression, text, tower)
+        if any("**" in segment and segment != "**" for segment in path.split(".")):
+            raise PatternError(
+                f"{tower} path {text!r}: ** stands for whole segments, as in 'model.**.mlp'; * for "
+                "a part of one"
+            )
         if {"{", "}"} & set(_TOKEN.findall(path)):
             raise PatternError(f"{tower} path {text!r}: a brace is not closed, as in {{i}}")
         return pattern
@@ -98,43 +87,66 @@ class Pattern:
         for path in paths:
             if (match := regex.fullmatch(path)) is None:
                 continue
-            binding = {
-                **known,
-                **{k: int(v) for k, v in match.groupdict().items() if k in self.bare},
-            }
-            computed = {k: v for k, v in match.groupdict().items() if k.startswith("_")}
-            wanted = [evaluate(e, binding) for e in self.expressions if not e.isidentifier()]
-            if not known and [int(v) for v in computed.values()] != wanted:
+            groups = {name: int(number) for name, number in match.groupdict().items()}
+            binding = {**known, **{k: v for k, v in groups.items() if k in self.bare}}
+            computed = [number for name, number in groups.items() if name not in self.bare]
+            wanted = [self._value(e, binding) for e in self.expressions if not e.isidentifier()]
+            if not known and computed != wanted:
                 continue
             result.setdefault(tuple(sorted(binding.items())), []).append(path)
         return result
 
     def _regex(self, known: Mapping[str, int]) -> str:
         parts, seen, computed = [], set(known), 0
-        for token in _TOKEN.findall(self.path):
+        for found in _TOKEN.finditer(self.path):
+            token, around = found[0], self.path[: found.start()][-1:] + self.path[found.end() :][:1]
             if token == "**":
                 parts.append(".*")
-            elif token == "*":
-                parts.append(r"[^.]+")
+            elif token == "*":  # a part of a segment may be nothing, a segment not
+                parts.append("[^.]+" if not around.strip(".") else "[^.]*")
             elif token[0] != "{":
                 parts.append(re.escape(token))
             elif known:
-                parts.append(str(evaluate(token[1:-1].strip(), known)))
+                parts.append(str(self._value(token[1:-1].strip(), known)))
             elif (expression := token[1:-1].strip()).isidentifier():
-                parts.append(
-                    f"(?P={expression})" if expression in seen else rf"(?P<{expression}>\d+)"
-                )
+                again = expression in seen
+                parts.append(f"(?P={expression})" if again else rf"(?P<{expression}>\d+)")
                 seen.add(expression)
             else:
-                parts.append(rf"(?P<_{computed}>\d+)")
+                parts.append(rf"(?P<{_COMPUTED}{computed}>\d+)")
                 computed += 1
         # `**` stands for no segment, too, and then takes its dot with it.
         return "".join(parts).replace(r".*\.", r"(?:.*\.)?").replace(r"\..*", r"(?:\..*)?")
 
+    def _value(self, expression: str, known: Mapping[str, int]) -> int:
+        try:
+            return evaluate(expression, known)
+        except ZeroDivisionError:
+            raise PatternError(
+                f"{self.tower} path {self.path!r}: {{{expression}}} divides by zero for "
+                f"{in_words(tuple(known.items()))}. Write an expression that holds for every "
+                "number that is matched."
+            ) from None
+
     def filled(self, known: Mapping[str, int]) -> str:
         """The pattern with values in place of braces, for messages."""
-        fill = lambda t: str(evaluate(t[1:-1].strip(), known)) if t[0] == "{" else t  # noqa: E731
+
+        def fill(token: str) -> str:
+            return str(self._value(token[1:-1].strip(), known)) if token[0] == "{" else token
+
         return "".join(map(fill, _TOKEN.findall(self.path)))
+
+    def range(self, paths: Collection[str]) -> str:
+        """Which numbers there are where the last braces stand, for messages."""
+        parts = [r"(\d+)" if t[0] == "{" else re.escape(t) for t in _TOKEN.findall(self.path)]
+        found = (re.fullmatch("".join(parts), path) for path in paths)
+        numbers = sorted({int(match.groups()[-1]) for match in found if match is not None})
+        return f"there are {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else "there is none"
+
+
+def in_words(binding: Binding) -> str:
+    """Values of variables, for messages."""
+    return ", ".join(f"{name}={value}" for name, value in binding)
 
 
 def natural(path: str) -> list[tuple[int, int | str]]:
@@ -165,11 +177,7 @@ def evaluate(expression: str, values: Mapping[str, int]) -> int:
         result: int = _OPERATORS[type(node.op)](value(node.left), value(node.right))
         return result
 
-    try:
-        return value(ast.parse(expression, mode="eval").body)
-    except ZeroDivisionError:
-        given = _values(tuple(values.items()))
-        raise PatternError(f"{{{expression}}} divides by zero for {given}") from None
+    return value(ast.parse(expression, mode="eval").body)
 
 
 def _names(expression: str) -> set[str]:
@@ -189,190 +197,3 @@ def _check_expression(expression: str, text: str, tower: str) -> None:
                 f"{tower} path {text!r}: {{{expression}}} is no index expression. Whole numbers, "
                 "names, + - * // % and parentheses are, as in {i} or {2*i+1}."
             )
-
-
-def resolve(student: nn.Module, teacher: nn.Module, mapping: object) -> Matches:
-    """Expand a mapping in any of its forms to explicit matches, in order.
-
-    All that is wrong is reported together: PathError for what does not exist, naming the nearest
-    that does; CountError where the two sides of a pattern match different numbers of modules;
-    PatternError for what is no pattern; PortError for an unknown port; DuplicateError where two
-    entries claim one student value.
-    """
-    models = {"student": student, "teacher": teacher}
-    # The keys of a dict: looked up at once, and in natural order for patterns.
-    paths = {
-        tower: dict.fromkeys(sorted(module_names(model), key=natural)).keys()
-        for tower, model in models.items()
-    }
-    problems: list[FxDistillError] = []
-    found: list[tuple[Match, Match]] = []
-    for match in as_matches(mapping):
-        found += [(match, pair) for pair in gather(problems, _expand, match, paths) or ()]
-    problems += _claimed_twice(found)
-    for tower, model in models.items():
-        problems += _one_module_twice(model, tower, [tap_of(pair, tower) for _, pair in found])
-    raise_together(problems)
-    notes = mapping.notes if isinstance(mapping, Matches) else ()
-    return Matches([pair for _, pair in found], notes)
-
-
-def tap_of(match: Match, tower: str) -> Tap:
-    """The value that an explicit match reads in ``tower``."""
-    path, _, call = str(getattr(match, tower)).partition("@")
-    return Tap(path, getattr(match, f"{tower}_port"), int(call or 0))
-
-
-def _expand(match: Match, paths: Paths) -> list[Match]:
-    for tower in ("student", "teacher"):
-        if not PORT.fullmatch(port := getattr(match, f"{tower}_port")):
-            raise PortError(
-                f"{tower}_port={port!r}: a port is 'output', 'output[i]', 'output.field', "
-                "'input', 'input[i]' or 'input.name'"
-            )
-    sides = [Pattern.parse(str(getattr(match, t)), t) for t in ("student", "teacher")]
-    names = sides[0].names | sides[1].names
-    source = next((side for side in sides if names <= side.bare), None)
-    if source is None:
-        raise PatternError(_unbound(sides, names))
-    other = sides[1] if source is sides[0] else sides[0]
-    groups = source.found(paths[source.tower], {})
-    if not groups:
-        problems: list[FxDistillError] = [_missing(source, paths)]
-        if not other.names and not other.found(paths[other.tower], {}):
-            problems.append(_missing(other, paths))
-        raise_together(problems)
-    counterparts = {b: _counterpart(other, dict(b), paths) for b in groups}
-    if all(not found for found in counterparts.values()):
-        raise _missing(other, paths, next(iter(groups)))
-    pairs: list[tuple[str, str]] = []
-    for binding, mine in groups.items():
-        theirs = counterparts[binding]
-        if not theirs:
-            raise PathError(_out_of_range(match, source, other, counterparts, paths))
-        if len(mine) != len(theirs):
-            raise CountError(_unequal(sides, source, dict(binding), mine, theirs))
-        pairs += zip(mine, theirs, strict=True)
-    swap = source is sides[1]
-    return [
-        replace(match, student=_at(s, sides[0].call), teacher=_at(t, sides[1].call))
-        for s, t in ((pair[::-1] if swap else pair) for pair in pairs)
-    ]
-
-
-def _counterpart(side: Pattern, known: dict[str, int], paths: Paths) -> list[str]:
-    found = side.found(paths[side.tower], known)
-    return [path for group in found.values() for path in group]
-
-
-def _at(path: str, call: int) -> str:
-    return f"{path}@{call}" if call else path
-
-
-def _claimed_twice(found: list[tuple[Match, Match]]) -> list[FxDistillError]:
-    """A student value may be matched again on purpose: by explicit paths, or by another loss.
-
-    Two patterns that meet in one value with different teachers, and the same pair twice, are not on
-    purpose.
-    """
-    first: dict[Tap, list[tuple[Match, Match]]] = {}
-    problems: dict[tuple[int, int], FxDistillError] = {}
-    for source, pair in found:
-        earlier = first.setdefault(tap_of(pair, "student"), [])
-        for other, before in earlier:
-            same = replace(before, weight=pair.weight, reason="") == replace(pair, reason="")
-            from_pattern = source.student != pair.student or other.student != before.student
-            elsewhere = tap_of(before, "teacher") != tap_of(pair, "teacher")
-            if same or (from_pattern and elsewhere):
-                problems.setdefault(
-                    (id(other), id(source)),
-                    DuplicateError(
-                        f"{other.student!r} and {source.student!r} both claim student "
-                        f"{pair.student!r}, for teacher {before.teacher!r} and {pair.teacher!r}. "
-                        "Narrow one of them; or name both pairs by their paths if both are meant."
-                    ),
-                )
-        earlier.append((source, pair))
-    return list(problems.values())
-
-
-def _one_module_twice(model: nn.Module, tower: str, taps: list[Tap]) -> list[FxDistillError]:
-    """Two paths to one module would both read the module's first call."""
-    first: dict[tuple[int, str, int], str] = {}
-    problems: list[FxDistillError] = []
-    for tap in taps:
-        key = (id(model.get_submodule(tap.path)), tap.port, tap.call)
-        if (other := first.setdefault(key, tap.path)) != tap.path:
-            problems.append(
-                PathError(
-                    f"{tower} paths {other!r} and {tap.path!r} are one module, and both mean its "
-                    f"call {tap.call}. Name its further calls: {other + '@1'!r}, {other + '@2'!r}, "
-                    "..."
-                )
-            )
-    return problems
-
-
-# ---- messages
-
-
-def _missing(side: Pattern, paths: Paths, binding: Binding | None = None) -> PathError:
-    asked = side.path if binding is None else side.filled(dict(binding))
-    near = did_you_mean(asked, paths[side.tower])
-    return PathError(
-        f"no module of the {side.tower} matches {side.path!r}. Nearest: {near}. "
-        f"fxdistill.module_names({side.tower}) lists them all."
-    )
-
-
-def _unbound(sides: list[Pattern], names: set[str]) -> str:
-    student, teacher = (f"{side.path!r}" for side in sides)
-    unknown = names - (sides[0].bare | sides[1].bare) or names
-    loose = " and ".join(f"{{{name}}}" for name in sorted(unknown))
-    return (
-        f"{student} -> {teacher}: neither side gives the value of {loose} by itself. Write every "
-        "name bare on one side, as in 'layers.{i}.mlp' -> 'layers.{2*i+1}.mlp'."
-    )
-
-
-def _out_of_range(
-    match: Match,
-    source: Pattern,
-    other: Pattern,
-    counterparts: Mapping[Binding, list[str]],
-    paths: Paths,
-) -> str:
-    missing = [b for b, found in counterparts.items() if not found]
-    fitting = [b for b, found in counterparts.items() if found]
-    asked = [f"{other.filled(dict(b))!r} for {_values(b)}" for b in missing]
-    more = f" and {len(asked) - _SHOWN} more" if len(asked) > _SHOWN else ""
-    near = did_you_mean(other.filled(dict(missing[0])), paths[other.tower])
-    fits = ", ".join(_values(b) for b in fitting[:_SHOWN])
-    return (
-        f"{match.student!r} -> {match.teacher!r} matches by half: the {other.tower} has no "
-        f"{', '.join(asked[:_SHOWN])}{more}. Nearest: {near}. It fits for {fits}"
-        f"{' ...' if len(fitting) > _SHOWN else ''}: name those pairs one by one, "
-        "change the expression, or let fxdistill.match(student, teacher) choose the layers."
-    )
-
-
-def _values(binding: Binding) -> str:
-    return ", ".join(f"{name}={value}" for name, value in binding)
-
-
-def _unequal(
-    sides: list[Pattern], source: Pattern, known: dict[str, int], mine: list[str], theirs: list[str]
-) -> str:
-    by_tower = {source.tower: mine, ("teacher" if source is sides[0] else "student"): theirs}
-    s, t = by_tower["student"], by_tower["teacher"]
-    where = f" (for {_values(tuple(known.items()))})" if known else ""
-    return (
-        f"student {sides[0].path!r} matches {len(s)} modules ({_ends(s)}) and teacher "
-        f"{sides[1].path!r} {len(t)} ({_ends(t)}){where}. Both sides of a pattern must match "
-        "equally many: name the pairs, say which with {i}, as in 'layers.{i}.mlp' -> "
-        "'layers.{2*i+1}.mlp', or let fxdistill.match(student, teacher) choose the layers."
-    )
-
-
-def _ends(paths: list[str]) -> str:
-    return paths[0] if len(paths) == 1 else f"{paths[0]} ... {paths[-1]}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fxdistill.errors import OptionError, ProjectionError
+from fxdistill.landmarks import embedding_of
 from fxdistill.layout import Layout, width_after
 from fxdistill.matching import Match
 from fxdistill.structure import TOKEN_MLP, stacks_of
@@ -95,6 +96,11 @@ def structural_widths(model: nn.Module) -> Callable[[Tap, Layout], Width | None]
             for part in block.parts:
                 is_map = block.is_map and part.kind == "convolution"
                 known[part.path] = Width(block.width, is_map or part.kind == TOKEN_MLP)
+
+    first = stacks[0].blocks[0] if stacks else None
+    embedding = embedding_of(model, stacks)
+    if embedding is not None and first is not None and first.width_in is not None:
+        known.setdefault(embedding, Width(first.width_in, first.is_map))
 
     def width(tap: Tap, layout: Layout) -> Width | None:
         module = model.get_submodule(tap.path)

@@ -58,26 +58,55 @@ def match(
             "belongs to which cannot be told. Name the pairs: {student path: teacher path}."
         )
     chosen = _strategies(layers, s_stacks)
-    notes: list[str] = []
+    notes = _Notes()
     found: list[Match] = []
     if "embedding" in wanted:
-        ends = embedding_of(student, s_stacks), embedding_of(teacher, t_stacks)
-        found += _landmark(student, teacher, "embedding", *ends, notes)
-    norms = zip(norms_of(student, s_stacks), norms_of(teacher, t_stacks), strict=True)
+        ends = [(embedding_of(m, st), st) for m, st in ((student, s_stacks), (teacher, t_stacks))]
+        paths = ends[0][0], ends[1][0]
+        widths = _entry_width(student, *ends[0]), _entry_width(teacher, *ends[1])
+        found += _landmark("embedding", paths, widths, notes)
+    norms = list(zip(norms_of(student, s_stacks), norms_of(teacher, t_stacks), strict=True))
     for s, t, strategy, norm in zip(s_stacks, t_stacks, chosen, norms, strict=True):
         found += _stack_matches(s, t, strategy, wanted, notes)
         if "norm" in wanted and norm != (None, None):
-            found += _landmark(student, teacher, "final norm", *norm, notes)
+            found += _landmark("final norm", norm, _leaf_widths(student, teacher, norm), notes)
+    if "norm" in wanted and all(norm == (None, None) for norm in norms):
+        notes.add("no final norm found in either model")
     if "logits" in wanted:
-        ends = logits_of(student, s_stacks), logits_of(teacher, t_stacks)
-        found += _landmark(student, teacher, "logits", *ends, notes)
+        paths = logits_of(student, s_stacks), logits_of(teacher, t_stacks)
+        found += _logits(paths, _leaf_widths(student, teacher, paths), notes)
     if not found:
-        why = "; ".join(notes) or "no such module"
+        why = "; ".join(notes.lines()) or "no such module"
         raise StructureError(f"nothing to match for roles {', '.join(wanted)}: {why}")
-    return Matches(found, dict.fromkeys(notes))
+    return Matches(found, notes.lines())
+
+
+class _Notes:
+    """What has no counterpart, told once for each kind."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, None] = {}
+        self.alone: dict[tuple[str, str], list[str]] = {}
+
+    def add(self, text: str) -> None:
+        self.texts[text] = None
+
+    def without(self, tower: str, part: Part) -> None:
+        self.alone.setdefault((tower, part.kind), []).append(part.path)
+
+    def lines(self) -> list[str]:
+        folded = []
+        for (tower, kind), paths in self.alone.items():
+            other = "teacher" if tower == "student" else "student"
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            verb = "have" if more else "has"
+            folded.append(f"{tower} {paths[0]}{more} ({kind}) {verb} no counterpart in the {other}")
+        return [*folded, *self.texts]
 
 
 def _checked_roles(roles: Iterable[str]) -> tuple[str, ...]:
+    if not isinstance(roles, Iterable):
+        raise OptionError(f"roles={roles!r}: any of {', '.join(ROLES)}")
     wanted = (roles,) if isinstance(roles, str) else tuple(roles)
     for role in wanted:
         if role not in ROLES:
@@ -155,6 +184,8 @@ def _strategies(layers: Layers | Mapping[str, Layers], stacks: list[Stack]) -> l
     else:
         each = [layers] * len(paths)
     for strategy in each:
+        if isinstance(strategy, Mapping) and not strategy:
+            raise OptionError("layers={}: name at least one pair of blocks, as in {0: 1, 1: 3}")
         if not isinstance(strategy, Mapping) and strategy not in STRATEGIES:
             near = did_you_mean(str(strategy), STRATEGIES)
             raise OptionError(
@@ -168,7 +199,7 @@ def _strategies(layers: Layers | Mapping[str, Layers], stacks: list[Stack]) -> l
 
 
 def _stack_matches(
-    student: Stack, teacher: Stack, depth: _Depth, roles: tuple[str, ...], notes: list[str]
+    student: Stack, teacher: Stack, depth: _Depth, roles: tuple[str, ...], notes: _Notes
 ) -> list[Match]:
     n, m = len(student.blocks), len(teacher.blocks)
     found = []
@@ -183,12 +214,15 @@ def _stack_matches(
                     sides = [TRANSPOSED if part.kind == TOKEN_MLP else None for part in (a, b)]
                     layout = (sides[0], sides[1]) if any(sides) else None
                     found.append(replace(pair, rearrange=layout))
-        if "block" in roles:
+        if "block" in roles and s.called and t.called:
             found.append(_match(s.path, t.path, s.width, t.width, f"{where}: block"))
+        elif "block" in roles:
+            path = t.path if s.called else s.path
+            notes.add(f"block {path} and its like are lists that are never called: nothing to tap")
     return found
 
 
-def _paired(s: Block, t: Block, role: str, notes: list[str]) -> list[tuple[Part, Part]]:
+def _paired(s: Block, t: Block, role: str, notes: _Notes) -> list[tuple[Part, Part]]:
     """The parts of two blocks: in order where they are equally many, else those of one kind."""
     ours, theirs = s.of(role), t.of(role)
     if len(ours) == len(theirs) and sorted(p.kind for p in ours) != sorted(p.kind for p in theirs):
@@ -200,42 +234,66 @@ def _paired(s: Block, t: Block, role: str, notes: list[str]) -> list[tuple[Part,
         if same is None and len(ours) == len(theirs) == 1:
             same = theirs[0]
         if same is None:
-            notes.append(f"student {part.path} ({part.kind}) has no counterpart in {t.path}")
+            notes.without("student", part)
         else:
             rest.remove(same)
             pairs.append((part, same))
-    notes += [
-        f"teacher {other.path} ({other.kind}) has no counterpart in {s.path}" for other in rest
-    ]
+    for part in rest:
+        notes.without("teacher", part)
     return pairs
 
 
 def _kinds(s: Part, t: Part) -> str:
-    if s.kind == t.kind:
-        return f"{s.kind} ({s.why})"
-    return f"{s.kind} ({s.why}) ← {t.kind} ({t.why})"
+    if s.kind != t.kind:
+        return f"{s.kind} ({s.why}) ← {t.kind} ({t.why})"
+    why = s.why if s.why == t.why else f"{s.why} ← {t.why}"
+    return f"{s.kind} ({why})"
 
 
 def _match(
     student: str, teacher: str, s_width: int | None, t_width: int | None, reason: str
 ) -> Match:
-    if s_width is not None and t_width is not None and s_width != t_width:
-        reason = f"{reason}; {s_width} → {t_width} wide"
+    if s_width is None or t_width is None or s_width != t_width:
+        widths = " ← ".join("?" if width is None else str(width) for width in (s_width, t_width))
+        reason = f"{reason}; {widths} wide"
         return Match(student, teacher, project="auto", reason=reason)
     return Match(student, teacher, reason=reason)
 
 
-def _landmark(
-    student: nn.Module,
-    teacher: nn.Module,
-    role: str,
-    s: str | None,
-    t: str | None,
-    notes: list[str],
-) -> list[Match]:
+# ---- around the blocks
+
+Ends = tuple[str | None, str | None]
+Widths = tuple[int | None, int | None]
+
+
+def _landmark(role: str, paths: Ends, widths: Widths, notes: _Notes) -> list[Match]:
+    s, t = paths
     if s is None or t is None:
-        notes.append(f"no {role} found in the {'student' if s is None else 'teacher'}")
+        notes.add(f"no {role} found in the {'student' if s is None else 'teacher'}")
         return []
-    widths = (output_width(student.get_submodule(s)), output_width(teacher.get_submodule(t)))
-    s_width, t_width = (width and width[0] for width in widths)
-    return [_match(s, t, s_width, t_width, role)]
+    return [_match(s, t, *widths, role)]
+
+
+def _logits(paths: Ends, widths: Widths, notes: _Notes) -> list[Match]:
+    """No projection between vocabularies: what is beyond the padding is another matter."""
+    if None not in widths and widths[0] != widths[1]:
+        notes.add(
+            f"the logits are {widths[0]} and {widths[1]} wide and are not paired: logit_loss "
+            "compares vocabularies that differ by padding"
+        )
+        return []
+    return _landmark("logits", paths, widths, notes)
+
+
+def _leaf_widths(student: nn.Module, teacher: nn.Module, paths: Ends) -> Widths:
+    s, t = (
+        None if path is None else output_width(model.get_submodule(path))
+        for model, path in zip((student, teacher), paths, strict=True)
+    )
+    return s and s[0], t and t[0]
+
+
+def _entry_width(model: nn.Module, path: str | None, stacks: list[Stack]) -> int | None:
+    """How wide the embedding is: as it says itself, else as the first block takes it."""
+    leaf = None if path is None else output_width(model.get_submodule(path))
+    return stacks[0].blocks[0].width_in if leaf is None else leaf[0]

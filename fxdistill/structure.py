@@ -36,12 +36,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Block:
-    """One repeated block. ``width`` is that of the residual stream it writes to."""
+    """One repeated block.
+
+    ``width`` is that of the residual stream it writes to, ``width_in`` of what enters it;
+    ``is_map`` tells that both are feature maps ``[B, C, H, W]``. What is not ``called`` returns
+    nothing.
+    """
 
     path: str
     width: int | None
     parts: tuple[Part, ...]
     is_map: bool = False
+    width_in: int | None = None
+    called: bool = True
 
     def of(self, role: str) -> list[Part]:
         """The parts of a role, in the order of the model."""
@@ -122,7 +129,9 @@ def block_of(block: nn.Module, path: str) -> Block:
     parts.sort(key=lambda part: order[part.path])
     of_maps = any(isinstance(m, nn.Conv2d) for m in block.modules())
     is_map = of_maps and not any("attention" in part.kind for part in parts)
-    return Block(path, width, tuple(parts), is_map)
+    width_in = weights_in(block, path)[0].fan_in if is_map else width
+    called = not isinstance(block, (nn.ModuleList, nn.ModuleDict))
+    return Block(path, width, tuple(parts), is_map, width_in, called)
 
 
 def _stream_width(block: nn.Module, path: str) -> int | None:
@@ -212,8 +221,8 @@ def _classify(module: nn.Module, path: str, width: int | None) -> Part | None:
     if any(w.kind != "linear" for w in weights):
         spatial = [w for w in weights if w.kind != "linear"]
         if chain and all(w.fan_in == chain[1] for w in spatial):
-            return Part(path, "mlp", "convolved MLP", f"{width} → {chain[1]} → {width}")
-        return Part(path, "mixer", "convolution", f"{len(spatial)} convolutions")
+            return Part(path, "mlp", "convolved MLP", f"inner width {chain[1]}")
+        return Part(path, "mixer", "convolution", _count(spatial))
     if heads := _head_attribute(module):
         return Part(path, "mixer", _attention(path, module), heads)
     return _by_widths(path, module, weights, width, chain) or _by_name(path, module)
@@ -238,7 +247,7 @@ def _by_widths(
         return None
     separate = [w for w in readers if w is not writers[-1]]
     if chain is not None and len(weights) <= 3 and not (len(square) == len(weights) == 3):
-        return Part(path, "mlp", "MLP", f"{width} → {chain[1]} → {width}")
+        return Part(path, "mlp", "MLP", f"inner width {chain[1]}")
     if len(separate) >= 3:
         return Part(
             path, "mixer", _attention(path, module), f"{len(separate)} projections of the stream"
@@ -247,7 +256,7 @@ def _by_widths(
     if fused:
         return Part(path, "mixer", _attention(path, module), "one projection to q, k and v")
     if chain is not None:
-        return Part(path, "mlp", "MLP", f"{width} → {chain[1]} → {width}")
+        return Part(path, "mlp", "MLP", f"inner width {chain[1]}")
     return None
 
 
@@ -330,9 +339,7 @@ def _loose_parts(
     if chain is not None and not (has_mixer is False and chain[1] == width):
         inner = chain[1]
         rest = [w for w in rest if inner not in (w.fan_in, w.fan_out) and w.fan_out != 2 * inner]
-        parts.append(
-            Part(_holder(block, path, chain[0]), "mlp", "MLP", f"{width} → {inner} → {width}")
-        )
+        parts.append(Part(_holder(block, path, chain[0]), "mlp", "MLP", f"inner width {inner}"))
     writers = [w for w in rest if w.fan_out == width]
     if len(rest) >= 2 and writers and not has_mixer and not spatial:
         why = f"{len(rest)} weights of the block"

@@ -12,8 +12,8 @@ from fxdistill.layout import Layout, keeps_tokens, layouts, pools_tokens
 from fxdistill.losses import FEATURE_LOSSES, resolve
 from fxdistill.matching import Match, Matches
 from fxdistill.objective import GLOBAL_SETTINGS, Term
-from fxdistill.patterns import tap_of
 from fxdistill.projections import Width, structural_widths
+from fxdistill.resolve import tap_of
 from fxdistill.roles import stream_of
 from fxdistill.taps import Tap
 from fxdistill.tokens import Task

@@ -158,7 +158,7 @@ def test_notes_stay_through_editing(matches):
     assert resolve(llama(3), llama(6), matches).notes == matches.notes
 
 
-NO_MATCHES = {"number": 3, "path": mlp(0), "pair": (mlp(0), mlp(0)), "no teacher": Match(mlp(0))}
+NO_MATCHES = {"number": 3, "path": mlp(0), "triple": (mlp(0),) * 3, "no teacher": Match(mlp(0))}
 
 
 @pytest.mark.parametrize("way", ["append", "insert", "set", "slice", "make"])
@@ -177,10 +177,9 @@ def test_only_a_match_goes_in(matches, case, way):
     assert list(matches) == before
 
 
-def test_a_pair_is_not_refused_by_asking_for_pairs(matches):
-    with pytest.raises(errors.OptionError) as caught:
-        matches.append((mlp(0), mlp(0)))
-    assert "pairs" not in str(caught.value)
+def test_a_pair_of_paths_becomes_a_match(matches):
+    matches.append((mlp(0), mlp(0)))
+    assert matches[-1] == Matches([(mlp(0), mlp(0))])[0] == Match(mlp(0), mlp(0))
 
 
 @pytest.mark.parametrize("value", [3, None, Match(mlp(1), mlp(0)), Match()])
