@@ -8,7 +8,8 @@ from torch import nn
 from torch._dynamo import lookup_backend
 
 import fxdistill
-from fxdistill.errors import CaptureError
+from architectures import ARCHITECTURES
+from fxdistill.errors import CaptureError, LoweringError, StepError
 from fxdistill.passes import ExposeOutputs
 from fxdistill.taps import begin, tap, tapped
 from toys import MAPPING, VOCABULARY, assert_same_gradients, gradients, tokens, toy_pair
@@ -222,3 +223,126 @@ def test_passes_of_the_user_run_after_compose():
     fxdistill.wrap(student, teacher, MAPPING, compile=AOT, passes=(look,))(tokens())
     assert seen
     assert seen[0][0] == "loss"
+
+
+def test_an_evaluation_in_inference_mode_comes_first():
+    for mode in (False, AOT, "regional"):
+        distiller = fxdistill.wrap(*toy_pair(), MAPPING, compile=mode)
+        with torch.inference_mode():
+            distiller(tokens())
+        distiller(tokens()).loss.backward()
+
+
+def test_all_sizes_dynamic():
+    project = nn.Linear(8, 8)
+    mapping = [
+        fxdistill.Match("blocks.0.mlp", "blocks.0.mlp@1", project=project),
+        fxdistill.Match("blocks.0.mlp@1", "blocks.0.mlp", reduce=("b l d -> b d", "mean")),
+    ]
+    results = []
+    for mode in (False, {**AOT, "dynamic": True}):
+        student, teacher = toy_pair("twice")
+        distiller = fxdistill.wrap(student, teacher, mapping, compile=mode)
+        out = distiller(tokens())
+        out.loss.backward()
+        results.append((out.losses, gradients(student)))
+    assert "blocks.0.mlp@1" in results[1][0]
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-7)
+    assert_same_gradients(results[1][1], results[0][1])
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_a_checkpointed_model_with_its_default_cache():
+    """Transformers turns the cache off with a message logged once, which dynamo would refuse."""
+    build = ARCHITECTURES["LlamaForCausalLM"].build
+    student, teacher = build(2), build(2)
+    student.config.use_cache = teacher.config.use_cache = True
+    student.train().gradient_checkpointing_enable()
+    mapping = {"model.layers.*.mlp": "model.layers.*.mlp"}
+    results = []
+    for mode in (False, AOT):
+        out = fxdistill.wrap(student, teacher, mapping, compile=mode)(input_ids=tokens())
+        out.loss.backward()
+        results.append((out.loss.detach(), gradients(student)))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-8)
+    assert_same_gradients(results[1][1], results[0][1])
+
+
+def test_a_wrong_call_is_the_calls_fault_and_falls_back_nowhere():
+    class Refuses(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, ids):
+            if ids.shape[1] > 7:
+                raise ValueError("too long")
+            return self.inner(ids)
+
+    student, teacher = toy_pair()
+    options = {**AOT, "fallback": "regional"}
+    distiller = fxdistill.wrap(Refuses(student), teacher, compile=options)
+    distiller(tokens())
+    with pytest.raises(StepError, match=r'(?s)test_capture\.py.*raise ValueError\("too long"\)'):
+        distiller(tokens(3, 8))
+    assert distiller.plan.mode == "one_graph"
+    distiller(tokens())
+
+
+def test_a_fallback_that_fails_too_changes_nothing():
+    def fails_untraced(student, teacher, weights):
+        print("a word")
+        raise ZeroDivisionError
+
+    options = {**AOT, "fallback": "regional"}
+    distiller = fxdistill.wrap(*toy_pair(), MAPPING, feature_loss=fails_untraced, compile=options)
+    with pytest.raises(CaptureError):
+        distiller(tokens())
+    assert distiller.plan.mode == "one_graph"
+
+
+def test_a_backend_that_fails_is_named_as_such():
+    def broken(gm, example_inputs):
+        raise RuntimeError("no compiler here")
+
+    distiller = fxdistill.wrap(*toy_pair(), compile={"backend": broken})
+    with pytest.raises(LoweringError, match=r"the backend.*no compiler here") as caught:
+        distiller(tokens())
+    assert len(str(caught.value)) < 400
+
+
+def test_an_ordinary_loop_has_more_forms_than_dynamo_allows_by_default():
+    student, teacher = toy_pair()
+    distiller = fxdistill.wrap(student, teacher, MAPPING, task="causal_lm", compile=AOT)
+    ids, ones = tokens(), torch.ones(3, 7)
+    forms = [{}, {"labels": ids}, {"loss_mask": ones}, {"token_weights": ones}, {"num_items": 5}]
+    for form in [{**a, **b} for a in forms for b in forms[1:3]]:
+        distiller(ids, **form)
+
+
+def test_the_backend_takes_no_options_of_torch_compile():
+    compiled = torch.compile(
+        fxdistill.wrap(*toy_pair(), compile=AOT).student, backend="fxdistill", options={"a": 1}
+    )
+    with pytest.raises(Exception, match="takes no options"):
+        compiled(tokens())
+
+
+@pytest.mark.parametrize("mode", [False, "regional"])
+def test_the_registered_backend_leaves_the_other_modes_alone(mode):
+    pair = toy_pair()
+    compiled = torch.compile(fxdistill.wrap(*pair, MAPPING, compile=mode), backend="fxdistill")
+    reference = fxdistill.wrap(*pair, MAPPING, compile=False)(tokens())
+    torch.testing.assert_close(compiled(tokens()).loss, reference.loss)
+
+
+def test_every_graph_is_dumped(tmp_path, monkeypatch):
+    monkeypatch.setenv("FXDISTILL_DUMP", str(tmp_path))
+    distiller = fxdistill.wrap(*toy_pair(), MAPPING, task="causal_lm", compile=AOT)
+    distiller(tokens())
+    distiller(tokens(), labels=tokens())
+    assert (tmp_path / "00_capture.py").is_file()
+    assert "cross_entropy" not in (tmp_path / "00_capture.py").read_text()
+    assert "cross_entropy" in (tmp_path / "graph_2" / "00_capture.py").read_text()
+    fxdistill.wrap(*toy_pair(), MAPPING, compile="regional")(tokens())
+    assert "mse" in (tmp_path / "graph_3" / "00_terms.py").read_text()

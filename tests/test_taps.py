@@ -119,11 +119,43 @@ def test_a_module_that_does_not_run(mode):
         fxdistill.wrap(student, teacher, mapping, compile=mode)(tokens())
 
 
-def test_regional_refuses_taps_in_a_compiled_part():
+def test_regional_taps_blocks_that_compile_by_themselves():
+    student, teacher = toy_pair()
+    mapping = {"blocks.0": "blocks.1", "blocks.1": "blocks.2"}
+    ports = [fxdistill.Match("blocks.1", "blocks.1", student_port="input")]
+    results = []
+    for mode in (False, "regional"):
+        if mode:
+            for block in (*student.blocks, *teacher.blocks):
+                block.compile(backend="aot_eager")
+        for matches in (mapping, ports):
+            out = fxdistill.wrap(student, teacher, matches, logit_loss=None, compile=mode)(tokens())
+            out.loss.backward()
+            results.append((out.loss.detach(), gradients(student)))
+    for got, want in zip(results[2:], results[:2], strict=True):
+        torch.testing.assert_close(got[0], want[0])
+        assert_same_gradients(got[1], want[1])
+    compiled = [block._compiled_call_impl for block in student.blocks]
+    assert all("_CompiledCall" not in repr(call) for call in compiled)
+
+
+def test_regional_refuses_taps_inside_a_compiled_part():
     student, teacher = toy_pair()
     student.blocks[0].compile(backend="aot_eager")
-    with pytest.raises(TapError, match=r"compiles by itself"):
+    with pytest.raises(TapError, match=r"lies inside 'blocks\.0'.*compiles by itself"):
         fxdistill.wrap(student, teacher, MAPPING, compile="regional")(tokens())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_a_reentrant_checkpoint_in_a_frozen_teacher_does_no_harm():
+    student, _ = toy_pair()
+    torch.manual_seed(1)
+    teacher, plain = Toy(3, remat=True, reentrant=True), Toy(3)
+    plain.load_state_dict(teacher.state_dict())
+    got, want = (
+        fxdistill.wrap(student, t, MAPPING, compile=False)(tokens()).loss for t in (teacher, plain)
+    )
+    torch.testing.assert_close(got, want)
 
 
 def test_dropout_trains_in_the_student_only():
