@@ -79,7 +79,11 @@ class Distiller(nn.Module):
         # Not self.train(): parts of the student may be in a mode of their own.
         self.training = student.training
         self.projections.train(student.training)
+        training = sum(module.training for module in teacher.modules())
         self._settle_modes()
+        self._notes: tuple[str, ...] = ()
+        if (settled := training - sum(module.training for module in teacher.modules())) > 0:
+            self._notes = (f"{settled} modules of the teacher were in training mode: eval now",)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("student", "teacher") and "_towers" in self.__dict__:
@@ -314,7 +318,8 @@ class Distiller(nn.Module):
 
     def summary(self) -> Group:
         """What was compiled, for ``rich``: pairs, and what each pass did at the first call."""
-        return summary(self.objective, self.program, self.plan.mode)
+        notes = (*self.matches.notes, *self._notes, *self._warnings)
+        return summary(self.objective, self.projections, self.program, self.plan.mode, notes)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())  # type: ignore[no-untyped-call]

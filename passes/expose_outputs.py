@@ -21,8 +21,7 @@ class ExposeOutputs:
     1. A value is named ``path``, with ``@k`` for the k-th further call of its module and ``:port``
        where that is not the output.
     2. A value in a checkpointed region is threaded out of it as one more output of the region,
-    which
-       stays checkpointed.
+       which stays checkpointed.
     3. A value that is written later, itself or through an alias, is cloned where it was tapped; so
        is one that lies in an input's storage, which the other tower may write.
 

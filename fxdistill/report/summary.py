@@ -1,40 +1,65 @@
 """The compile-time summary: pairs, and what each pass did to the program."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from fxdistill.compose import section_of
-from fxdistill.objective import Objective
+from fxdistill.matching import loss_name
+from fxdistill.objective import Objective, Term
 from fxdistill.program import Program
+from fxdistill.weights import weight_of
 
 
-def summary(objective: Objective, program: Program | None, mode: str) -> Group:
+def summary(
+    objective: Objective,
+    projections: nn.ModuleList,
+    program: Program | None,
+    mode: str,
+    notes: Iterable[str],
+) -> Group:
     """Tables for 80 columns. Without a program (eager, or not called yet): only the pairs."""
-    parts: list[Table | Text] = [_terms(objective)]
+    parts: list[Table | Text] = [_terms(objective, projections)]
     if program is None:
         parts.append(Text(f"no graph yet (mode {mode}): one graph is captured at the first call"))
     else:
         parts += [_passes(program), _sections(program)]
-    return Group(*parts)
+    return Group(*parts, *(Text(f"note: {note}", overflow="fold") for note in notes))
 
 
-def _terms(objective: Objective) -> Table:
-    table = Table("student", "teacher", "loss", title="Terms", title_justify="left")
+def _terms(objective: Objective, projections: nn.ModuleList) -> Table:
+    table = Table(title="Terms", title_justify="left")
+    for column in ("student", "teacher", "loss"):
+        table.add_column(column, overflow="fold")
+    if any(_between(term, projections) for term in objective.features):
+        table.add_column("between", overflow="fold")
     for term in objective.features:
-        table.add_row(str(term.student), str(term.teacher), _name(term.loss))
+        cells = [str(term.student), str(term.teacher), loss_name(term.loss)]
+        table.add_row(*cells, *([_between(term, projections)] if len(table.columns) > 3 else []))
     if objective.logit_loss is not None:
-        table.add_row("logits", "logits", _name(objective.logit_loss))
+        table.add_row("logits", "logits", loss_name(objective.logit_loss))
     if objective.label_loss is not None:
-        table.add_row("logits", "labels, where given", _name(objective.label_loss))
+        table.add_row("logits", "labels, where given", loss_name(objective.label_loss))
     return table
 
 
-def _name(loss: object) -> str:
-    """The name of a function, also inside ``functools.partial``."""
-    return getattr(getattr(loss, "func", loss), "__name__", type(loss).__name__)
+def _between(term: Term, projections: nn.ModuleList) -> str:
+    """What is done to the student's value, then to the teacher's, before they are compared."""
+    ours, theirs = (
+        "; ".join(f"{pattern} {reduction}".strip() for pattern, reduction in layout)
+        for layout in term.layouts
+    )
+    parts = [ours] if ours else []
+    if term.projection is not None:
+        module = projections[term.projection]
+        weight = weight_of(module, "")
+        widths = f" {weight.fan_in} → {weight.fan_out}" if weight is not None else ""
+        parts.append(f"{type(module).__name__}{widths}")
+    return ", ".join(parts) + (f" | {theirs}" if theirs else "")
 
 
 def _passes(program: Program) -> Table:
