@@ -12,10 +12,11 @@ from fxdistill import guards
 from fxdistill.call import Inputs
 from fxdistill.distiller import Distiller, Mode, Plan
 from fxdistill.errors import CaptureError, OptionError, did_you_mean
+from fxdistill.landmarks import vocabulary_of
 from fxdistill.losses import LABEL_LOSSES, LOGIT_LOSSES, is_named, resolve
 from fxdistill.lower import Lowering, check_lowering, mode_options
 from fxdistill.matching import Mapped, Matches
-from fxdistill.objective import Objective
+from fxdistill.objective import Objective, require_padding_only
 from fxdistill.passes import KeepTeacher
 from fxdistill.program import Pass
 from fxdistill.resolve import resolve as resolve_matches
@@ -100,6 +101,8 @@ def wrap(
         freeze_teacher=freeze_teacher,
         own_losses=is_named(logit_loss) and is_named(label_loss),
     )
+    if objective.logit_loss is not None and objective.own_losses:
+        _check_vocabularies(student, teacher, vocab_size)
     settings = {
         "logit_weight": logit_weight,
         "feature_weight": feature_weight,
@@ -152,6 +155,13 @@ def _as_inputs(examples: Mapping[str, Any] | tuple[Any, ...] | None) -> Inputs |
             "a tuple of its positional arguments"
         )
     return Inputs(examples, {}) if isinstance(examples, tuple) else Inputs((), dict(examples))
+
+
+def _check_vocabularies(student: nn.Module, teacher: nn.Module, vocab_size: int | None) -> None:
+    """Raise now what the first step would: both heads say how wide the logits are."""
+    sizes = vocabulary_of(student), vocabulary_of(teacher)
+    if sizes[0] is not None and sizes[1] is not None:
+        require_padding_only(sizes[0], sizes[1], vocab_size)
 
 
 def _optional(loss: LossLike, table: dict[str, Any], what: str) -> Any:

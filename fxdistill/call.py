@@ -1,5 +1,6 @@
 """Sorting what a call brings: model inputs, and what the objective takes for itself."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fxdistill.errors import BatchError
+from fxdistill.errors import BatchError, MatchWarning
 from fxdistill.guards import device_of
 from fxdistill.roles import decoder_inputs, input_names
 from fxdistill.tokens import TOKEN_FIELDS, Batch
@@ -97,6 +98,13 @@ _NOTHING = torch.empty(0)
 def _by_name(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """The inputs with positional ones under their names; those without a name are left out."""
     names = input_names(model) if inputs.args else ()
+    if sum(isinstance(arg, Tensor) for arg in inputs.args[len(names) :]) > 1:
+        warnings.warn(
+            f"{type(model).__name__}.forward names no positional inputs, so that an attention mask "
+            "among them cannot be seen: pass inputs by keyword",
+            MatchWarning,
+            stacklevel=2,
+        )
     # A model of one's own may take the whole batch as one mapping.
     whole = {k: v for arg in inputs.args if isinstance(arg, Mapping) for k, v in arg.items()}
     return {**whole, **dict(zip(names, inputs.args, strict=False)), **inputs.kwargs}

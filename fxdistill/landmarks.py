@@ -52,6 +52,12 @@ def logits_of(model: nn.Module, stacks: list[Stack]) -> str | None:
     return last if names.index(last) > names.index(stacks[-1].path) else None
 
 
+def vocabulary_of(model: nn.Module) -> int | None:
+    """How many columns the logits have, where the model names a plain head."""
+    head = _asked(model, "get_output_embeddings")
+    return head.out_features if isinstance(head, nn.Linear) else None
+
+
 def _asked(model: nn.Module, method: str) -> nn.Module | None:
     """What Hugging Face's accessors return; not every model implements them."""
     get = getattr(model, method, None)

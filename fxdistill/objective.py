@@ -204,12 +204,16 @@ def shared_vocabulary(
 @check
 def require_vocabulary(student: Tensor, teacher: Tensor, vocab_size: int | None) -> None:
     """Raise where the vocabularies differ by more than padding."""
-    v_s, v_t = student.shape[-1], teacher.shape[-1]
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ShapeError(
             f"the student's logits are {list(student.shape)}, the teacher's {list(teacher.shape)}: "
             "they must agree in all but the vocabulary."
         )
+    require_padding_only(student.shape[-1], teacher.shape[-1], vocab_size)
+
+
+def require_padding_only(v_s: int, v_t: int, vocab_size: int | None) -> None:
+    """Raise VocabularyError where two vocabularies differ by more than padding columns."""
     if vocab_size is not None and vocab_size > min(v_s, v_t):
         raise VocabularyError(
             f"vocab_size={vocab_size}, but the student has {v_s} columns and the teacher {v_t}."

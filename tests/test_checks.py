@@ -290,3 +290,29 @@ def test_a_convolutions_channels_are_never_taken_for_tokens(mode):
         )
         out = distiller(input_ids=inputs, attention_mask=mask)
         torch.testing.assert_close(out.losses["features"], want)
+
+
+def test_vocabularies_that_heads_name_are_compared_in_wrap():
+    build = ARCHITECTURES["LlamaForCausalLM"].build
+    student, teacher = build(1), build(1)
+    teacher.resize_token_embeddings(80)
+    with pytest.raises(errors.VocabularyError, match=r"96 entries and the teacher's 80"):
+        fxdistill.wrap(student, teacher)
+    fxdistill.wrap(student, teacher, logit_loss=None)
+    fxdistill.wrap(student, teacher, vocab_size=80)
+
+
+def test_positional_inputs_without_names_are_warned_of():
+    class Passes(nn.Module):
+        def __init__(self, held):
+            super().__init__()
+            self.held = held
+
+        def forward(self, *args):
+            return self.held(*args)
+
+    student, teacher = llamas()
+    pair = Passes(student), Passes(teacher)
+    distiller = fxdistill.wrap(*pair, task="causal_lm", compile=False)
+    with pytest.warns(errors.MatchWarning, match="pass inputs by keyword"):
+        distiller(ids(), torch.ones_like(ids()))
