@@ -8,9 +8,7 @@ passes, composes and lowers. Private to torch and used here only: the exceptions
 
 import contextlib
 import functools
-import itertools
 import logging
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +23,7 @@ from fxdistill.compose import compose
 from fxdistill.errors import FxDistillError, OptionError
 from fxdistill.hooks import hooked
 from fxdistill.lower import Lowering, lower
+from fxdistill.nodes import own_code
 from fxdistill.passes import ExposeOutputs, PruneTeacher
 from fxdistill.pipeline import Dump, Observer
 from fxdistill.program import JointProgram, Pass, PassRecord, Program, output_values
@@ -110,25 +109,11 @@ def _erase_checks(gm: fx.GraphModule) -> None:
 
 def one_graph(step: Step, recipe: Recipe, dynamic: bool | None = None) -> Step:
     """``step`` as one compiled graph."""
-    own = _own_code(step)
+    own = own_code(step)
     compiled = torch.compile(
         own, backend=functools.partial(backend, recipe=recipe), fullgraph=True, dynamic=dynamic
     )
     return functools.partial(_call, compiled)
-
-
-_serial = itertools.count()
-
-
-def _own_code(step: Step) -> Step:
-    """Copy ``step`` with a code object and a name of its own.
-
-    Dynamo keeps compiled versions, and their number, by code object, and what it has learnt about
-    dynamic sizes by the code's name: distillers must not use up or misread each other's.
-    """
-    name = f"{step.__name__}_{next(_serial)}"
-    code = step.__code__.replace(co_name=name)
-    return types.FunctionType(code, step.__globals__, name, step.__defaults__, step.__closure__)
 
 
 def _call(compiled: Step, table: TapTable, *args: Any) -> Any:
@@ -181,7 +166,7 @@ def dry_values(run: Callable[..., Any], table: TapTable, *args: Any) -> None:
     def stop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         raise _Captured
 
-    compiled = torch.compile(_own_code(run), backend=stop, fullgraph=True)
+    compiled = torch.compile(own_code(run), backend=stop, fullgraph=True)
     try:
         _call(compiled, table, *args)
     except _Captured:
@@ -208,7 +193,7 @@ def trace(module: nn.Module, *args: Any, **kwargs: Any) -> Program:
         begin("module")
         return module(*args, **kwargs)
 
-    compiled = torch.compile(_own_code(step), backend=keep, fullgraph=True)
+    compiled = torch.compile(own_code(step), backend=keep, fullgraph=True)
     taps = [Tap(path) for path, _ in module.named_modules() if path]
     with (
         recording(TapTable(capturing=True)) as table,

@@ -1,5 +1,7 @@
-"""Functions that stay one node in a captured graph."""
+"""Functions as dynamo takes them: as one node of a graph, or as code of their own."""
 
+import itertools
+import types
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,3 +19,18 @@ def one_node(fn: F) -> F:
     """
     marked: F = torch.compiler.allow_in_graph(fn)
     return marked
+
+
+_serial = itertools.count()
+
+
+def own_code(fn: F) -> F:
+    """Copy ``fn`` with a code object and a name of its own.
+
+    Dynamo keeps compiled versions, and their number, by code object, and what it has learnt about
+    dynamic sizes by the code's name: distillers must not use up or misread each other's.
+    """
+    name = f"{fn.__name__}_{next(_serial)}"
+    code = fn.__code__.replace(co_name=name)
+    made: Any = types.FunctionType(code, fn.__globals__, name, fn.__defaults__, fn.__closure__)
+    return made  # type: ignore[no-any-return]

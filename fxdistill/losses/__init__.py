@@ -13,6 +13,7 @@ from fxdistill.errors import OptionError, did_you_mean
 from fxdistill.losses.hidden import cosine, l1, l2, mse, smooth_l1
 from fxdistill.losses.labels import cross_entropy
 from fxdistill.losses.logits import forward_kl, jsd, reverse_kl, soft_cross_entropy
+from fxdistill.losses.vocab import VocabLoss, vocab_loss
 
 Loss = Callable[..., Tensor]
 
@@ -23,6 +24,7 @@ LOGIT_LOSSES: dict[str, Loss] = {
 LABEL_LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy}
 
 __all__ = [
+    "VocabLoss",
     "cosine",
     "cross_entropy",
     "forward_kl",
@@ -33,6 +35,7 @@ __all__ = [
     "reverse_kl",
     "smooth_l1",
     "soft_cross_entropy",
+    "vocab_loss",
 ]
 
 

@@ -1,0 +1,171 @@
+"""One chunk of tokens at the vocabulary: terms, and their gradient by the student's logits.
+
+The formulas of ``logits.py`` and ``labels.py`` once more, with the gradients written out, so that
+both come from one reading of the chunk: tests hold each against autograd of the plain functions.
+
+With z the student's logits, s = z/τ, q = softmax(s), p the teacher's, and v the value of a token
+before the factor τ²:
+
+======================  =============================  ==================================
+divergence              v                              ∂v/∂s
+======================  =============================  ==================================
+forward_kl              Σ p (log p - log q)            q - p
+soft_cross_entropy      -Σ p log q                     q - p
+reverse_kl              Σ q (log q - log p)            q (log q - log p - v)
+jsd, m = βp + (1-β)q    β KL(p‖m) + (1-β) KL(q‖m)      (1-β) q (log q/m - Σ q log q/m)
+======================  =============================  ==================================
+
+and ∂(τ²v)/∂z = τ ∂v/∂s. Cross entropy with smoothing ε and z-loss c has the gradient
+q₁ (1 + 2c·lse) - (1-ε)·onehot - ε/V, with q₁ = softmax(z).
+"""
+
+import ast
+import functools
+import math
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+from fxdistill.losses.reduce import wide
+
+FLOOR = -1e4
+Slope = tuple[Tensor, Tensor]  # the value of each token [c], and its gradient by s [c, V]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is fixed while a chunk is compiled.
+
+    ``divergences`` are ``(name, weight, β)``; ``columns`` of the vocabulary are compared, the label
+    loss takes the student's whole one. A head returns ``softcap·tanh(scale·x / softcap)`` of what
+    its weight gives, or ``scale·x`` without a cap.
+    """
+
+    divergences: tuple[tuple[str, float, float], ...] = ()
+    columns: int = 0
+    scales: tuple[float, float] = (1.0, 1.0)
+    softcaps: tuple[float | None, float | None] = (None, None)
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    labelled: bool = False
+
+    @property
+    def text(self) -> str:
+        """All of it as text, which an operator can take."""
+        return repr(astuple(self))
+
+    @classmethod
+    @functools.cache
+    def read(cls, text: str) -> "Shape":
+        """The inverse of ``text``."""
+        return cls(*ast.literal_eval(text))
+
+
+def forward_kl(log_q: Tensor, log_p: Tensor, beta: float) -> Slope:
+    """KL(p ‖ q); what the teacher rules out adds nothing."""
+    p = log_p.exp()
+    gap = torch.where(p > 0, log_p - log_q, 0.0)
+    return (p * gap).sum(-1), log_q.exp() - p
+
+
+def soft_cross_entropy(log_q: Tensor, log_p: Tensor, beta: float) -> Slope:
+    """-Σ p log q."""
+    p = log_p.exp()
+    return -torch.where(p > 0, p * log_q, 0.0).sum(-1), log_q.exp() - p
+
+
+def reverse_kl(log_q: Tensor, log_p: Tensor, beta: float) -> Slope:
+    """KL(q ‖ p)."""
+    q = log_q.exp()
+    gap = torch.where(q > 0, log_q - log_p, 0.0)
+    value = (q * gap).sum(-1)
+    return value, torch.where(q > 0, q * (gap - value[:, None]), 0.0)
+
+
+def jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Slope:
+    """β KL(p ‖ m) + (1-β) KL(q ‖ m); at β = 0 and 1 forward and reverse KL."""
+    if beta in (0, 1):
+        return (reverse_kl if beta else forward_kl)(log_q, log_p, beta)
+    log_q, log_p = log_q.clamp_min(FLOOR), log_p.clamp_min(FLOOR)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    q, gap = log_q.exp(), log_q - log_m
+    of_q = (q * gap).sum(-1)
+    value = beta * (log_p.exp() * (log_p - log_m)).sum(-1) + (1 - beta) * of_q
+    return value, (1 - beta) * q * (gap - of_q[:, None])
+
+
+DIVERGENCES = {f.__name__: f for f in (forward_kl, soft_cross_entropy, reverse_kl, jsd)}
+
+
+def through_head(raw: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """What a head makes of its weight's output, and the slope of that (``None`` where it is 1)."""
+    x = wide(raw) if scale == 1.0 else wide(raw) * scale
+    if softcap is None:
+        return x, None if scale == 1.0 else torch.full((), scale, device=x.device, dtype=x.dtype)
+    bent = torch.tanh(x / softcap)
+    return softcap * bent, scale * (1 - bent.square())
+
+
+def chunk_terms(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    logit_share: Tensor,
+    label_share: Tensor,
+    settings: Tensor,
+    shape: Shape,
+    want_gradient: bool,
+) -> Tensor:
+    """Both terms of a chunk, ``[2]``; ``student`` is overwritten by the gradient by itself.
+
+    Args:
+        student: ``[c, V]``, the student's logits as its weight gives them.
+        teacher: ``[c, V_T]``; ``None`` without a divergence.
+        labels: ``[c]``, valid indices (where ``label_share`` is 0, any).
+        logit_share: ``[c]``, w / Σw of the logit term.
+        label_share: ``[c]``, of the label term.
+        settings: ``[3]``: the weights of the two terms in the gradient, and τ.
+        shape: What is compiled in.
+        want_gradient: Whether ``student`` is overwritten.
+    """
+    logit_weight, label_weight, tau = settings.unbind()
+    live = ((logit_share != 0) | (label_share != 0))[:, None]
+    z, slope = through_head(student, shape.scales[0], shape.softcaps[0])
+    z = torch.where(live, z, 0.0)
+    terms = [settings.new_zeros(()), settings.new_zeros(())]
+    gradient = torch.zeros_like(z)
+    if teacher is not None and shape.divergences:
+        y, _ = through_head(teacher, shape.scales[1], shape.softcaps[1])
+        log_q = (z[:, : shape.columns] / tau).log_softmax(-1)
+        log_p = (torch.where(live, y, 0.0)[:, : shape.columns] / tau).log_softmax(-1)
+        found = [(w, *DIVERGENCES[n](log_q, log_p, beta)) for n, w, beta in shape.divergences]
+        value = sum(w * v for w, v, _ in found)
+        terms[0] = tau.square() * (logit_share * value).sum()
+        by_s = sum(w * d for w, _, d in found)
+        assert isinstance(by_s, Tensor)
+        by_z = (logit_weight * tau * logit_share)[:, None] * by_s
+        beyond = z.shape[-1] - shape.columns
+        gradient = torch.nn.functional.pad(by_z, (0, beyond)) if beyond else by_z
+    if labels is not None and shape.labelled:
+        value, by_z = _cross_entropy(z, labels, shape)
+        terms[1] = (label_share * value).sum()
+        gradient = gradient + (label_weight * label_share)[:, None] * by_z
+    if want_gradient:
+        student.copy_(gradient if slope is None else torch.where(live, gradient * slope, 0.0))
+    return torch.stack(terms)
+
+
+def _cross_entropy(z: Tensor, labels: Tensor, shape: Shape) -> Slope:
+    lse = z.logsumexp(-1)
+    epsilon, size = shape.label_smoothing, z.shape[-1]
+    value = lse - (1 - epsilon) * z.gather(-1, labels[:, None]).squeeze(-1)
+    q = (z - lse[:, None]).exp()
+    hit = torch.arange(size, device=z.device) == labels[:, None]
+    if epsilon:
+        value = value - epsilon * z.sum(-1) / size
+    by_z = q * (1 + 2 * shape.z_loss * lse[:, None]) if shape.z_loss else q
+    by_z = by_z - torch.where(hit, 1 - epsilon, 0.0) - (epsilon / size if epsilon else 0.0)
+    if shape.z_loss:
+        value = value + shape.z_loss * lse.square()
+    return value, by_z

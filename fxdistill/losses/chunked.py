@@ -1,0 +1,187 @@
+"""The loop over chunks, as one opaque operator with its gradients formed in the forward.
+
+Opaque, so that neither dynamo unrolls it (a graph for every length) nor Inductor fuses across
+chunks (measured: 82 MB became 606 MB). The body of a chunk is compiled by itself, for chunks of one
+size: the last one is filled up with tokens that do not count.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxdistill.losses.chunk import Shape, chunk_terms
+from fxdistill.nodes import own_code
+
+Body = Callable[..., Tensor]
+SMALLEST = 16
+
+
+@functools.cache
+def _body(shape: Shape, want_gradient: bool, compiled: bool) -> Body:
+    """The body of a chunk for one kind of loss."""
+
+    def body(
+        student: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor | None,
+        logit_share: Tensor,
+        label_share: Tensor,
+        settings: Tensor,
+    ) -> Tensor:
+        return chunk_terms(
+            student, teacher, labels, logit_share, label_share, settings, shape, want_gradient
+        )
+
+    if not compiled:
+        return body
+    return torch.compile(own_code(body), fullgraph=True, dynamic=False)
+
+
+@torch.library.custom_op("fxdistill::vocab_loss", mutates_args=())
+def vocab_operator(
+    h: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    t: Tensor | None,
+    t_weight: Tensor | None,
+    t_bias: Tensor | None,
+    labels: Tensor | None,
+    logit_share: Tensor,
+    label_share: Tensor,
+    settings: Tensor,
+    shape: str,
+    chunk: int,
+    needs: str,
+    compiled: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Total and terms, and the total's gradients by ``h``, ``w`` and ``bias`` (empty unless asked).
+
+    ``h`` ``[T, D]``, ``w`` ``[V, D]``, ``t`` ``[T, D_T]``, ``t_weight`` ``[V_T, D_T]``, ``labels``
+    and the shares ``[T]``, ``settings`` ``[3]``: weight of either term and τ. ``needs`` names the
+    gradients by letter.
+    """
+    if labels is not None:
+        # Not a check of the host: it waits for nothing, and an index is never wrong.
+        inside = (labels >= 0) & (labels < w.shape[0])
+        torch._assert_async(inside.all(), f"a label is outside of the vocabulary of {w.shape[0]}")
+    loop = _Loop(h, w, bias, t, t_weight, t_bias, needs, min(chunk, _power(h.shape[0])))
+    with torch.no_grad():
+        body = _body(Shape.read(shape), bool(needs), compiled)
+        terms = settings.new_zeros(2)
+        for start in range(0, h.shape[0], loop.size):
+            terms += loop.step(body, start, labels, logit_share, label_share, settings)
+        total = (settings[:2] * terms).sum()
+    return total, terms, *loop.gradients()
+
+
+class _Loop:
+    """The buffers that chunks share, and the gradients that they add to."""
+
+    def __init__(
+        self,
+        h: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        t: Tensor | None,
+        t_weight: Tensor | None,
+        t_bias: Tensor | None,
+        needs: str,
+        size: int,
+    ) -> None:
+        self.h, self.w, self.bias, self.needs, self.size = h, w, bias, needs, size
+        self.teacher = None if t is None or t_weight is None else (t, t_weight, t_bias)
+        self.z = h.new_empty(size, w.shape[0])
+        self.y = None if t is None or t_weight is None else t.new_empty(size, t_weight.shape[0])
+        # Sums over many chunks are kept in float32 at least.
+        wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+        self.dh = torch.empty_like(h) if "h" in needs else h.new_empty(0)
+        self.dw = torch.zeros_like(w, dtype=wide) if "w" in needs else h.new_empty(0)
+        self.db = w.new_zeros(w.shape[0], dtype=wide) if "b" in needs else h.new_empty(0)
+
+    def step(
+        self,
+        body: Body,
+        start: int,
+        labels: Tensor | None,
+        logit_share: Tensor,
+        label_share: Tensor,
+        settings: Tensor,
+    ) -> Tensor:
+        """One chunk: both projections, the body, the gradients."""
+        count = min(self.size, self.h.shape[0] - start)
+        shares = [self._rows(share, start, count) for share in (logit_share, label_share)]
+        own = None if labels is None else self._rows(labels, start, count)
+        hidden = self._rows(self.h, start, count)
+        _project(hidden, self.w, self.bias, self.z)
+        if self.teacher is not None and self.y is not None:
+            t, t_weight, t_bias = self.teacher
+            _project(self._rows(t, start, count), t_weight, t_bias, self.y)
+        terms = body(self.z, self.y, own, *shares, settings)
+        if "h" in self.needs:
+            torch.mm(self.z[:count], self.w, out=self.dh[start : start + count])
+        if "w" in self.needs:
+            # A token without share has no gradient, whatever its hidden state holds.
+            live = ((shares[0] != 0) | (shares[1] != 0))[:, None]
+            self._add_weight(torch.where(live, hidden, 0))
+        if "b" in self.needs:
+            self.db += self.z.sum(0, dtype=self.db.dtype)
+        return terms
+
+    def _rows(self, x: Tensor, start: int, count: int) -> Tensor:
+        rows = x[start : start + count]
+        if count == self.size:
+            return rows
+        filled = x.new_zeros(self.size, *x.shape[1:])
+        filled[:count] = rows
+        return filled
+
+    def _add_weight(self, hidden: Tensor) -> None:
+        if self.z.dtype == self.dw.dtype:
+            self.dw.addmm_(self.z.T, hidden)
+        else:
+            self.dw += self.z.T @ hidden
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """By hidden state, weight and bias, in their dtypes."""
+        return self.dh, self.dw.to(self.w.dtype), self.db.to(self.w.dtype)
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(hidden, weight.T, out=out)
+    else:  # as a linear layer: one rounding
+        torch.addmm(bias, hidden, weight.T, out=out)
+
+
+def _power(tokens: int) -> int:
+    """The power of two that holds so many tokens: few sizes, so few compilations."""
+    return max(SMALLEST, 1 << max(tokens - 1, 0).bit_length())
+
+
+@vocab_operator.register_fake
+def _(h: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    settings, needs = rest[7], rest[10]
+    shapes = (("h", h.shape), ("w", w.shape), ("b", w.shape[:1]))
+    gradients = [h.new_empty(shape if name in needs else (0,)) for name, shape in shapes]
+    return settings.new_empty(()), settings.new_empty(2), *gradients
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.needs = inputs[12]
+    ctx.save_for_backward(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _scale(ctx: Any, of_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """The gradients are there already: the backward only scales them."""
+    grads: list[Tensor | None] = [None, None, None]
+    if of_total is not None:
+        for i, (name, saved) in enumerate(zip("hwb", ctx.saved_tensors, strict=True)):
+            grads[i] = saved * of_total.to(saved.dtype) if name in ctx.needs else None
+    return (*grads, *[None] * 11)
+
+
+vocab_operator.register_autograd(_scale, setup_context=_save)

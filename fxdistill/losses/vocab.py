@@ -1,0 +1,230 @@
+"""The vocabulary head and its losses in one: logits exist for a chunk of tokens at a time.
+
+In logit distillation the two ``[tokens, vocabulary]`` tensors, their log-softmaxes and gradients
+fill the memory. Here a loop over chunks of tokens projects both hidden states, forms all terms and
+the gradient by the student's logits from one reading, turns that into gradients by hidden state and
+weight right there, and forgets the chunk. Backward only scales. So nothing of size tokens ×
+vocabulary is ever kept, in whatever precision.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxdistill.errors import OptionError, ShapeError, VocabularyError, did_you_mean
+from fxdistill.losses.chunk import DIVERGENCES, Shape
+from fxdistill.losses.chunked import vocab_operator
+from fxdistill.losses.labels import IGNORE
+
+BUDGET = 48 * 2**20  # bytes for the logits of a chunk, both towers together
+
+
+class VocabLoss(NamedTuple):
+    """``loss``, the weighted total, with gradients; and the two terms, unweighted and without."""
+
+    loss: Tensor
+    logits: Tensor
+    labels: Tensor
+
+
+def chunk_tokens_for(columns: int, itemsize: int, budget: int = BUDGET) -> int:
+    """How many tokens of ``columns`` logits (both towers') fit the budget: a multiple of 16."""
+    return max(16, budget // (columns * itemsize) // 16 * 16)
+
+
+def vocab_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    divergence: str | Mapping[str, float] | Callable[..., Tensor] | None = "forward_kl",
+    logit_weight: float | Tensor = 1.0,
+    label_weight: float | Tensor = 0.0,
+    temperature: float | Tensor = 1.0,
+    weights: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    chunk_tokens: int | None = None,
+    num_items: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    student_scale: float = 1.0,
+    teacher_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    compile: bool = True,
+) -> VocabLoss:
+    """logit_weight · divergence + label_weight · cross entropy, from hidden states and heads.
+
+    Equal to ``divergence(h W^T, h_T W_T^T, temperature=, weights=)`` and ``cross_entropy(h W^T,
+    labels, weights=)`` of this package, value and gradient; see there for the formulas. Labels and
+    predictions are aligned already: nothing is shifted.
+
+    Args:
+        student_hidden: ``[..., D]``, what the student's head takes.
+        student_weight: ``[V, D]``, its weight (tied or not).
+        teacher_hidden: ``[..., D_T]``; gets no gradient. ``None`` with ``divergence=None``.
+        teacher_weight: ``[V_T, D_T]``; gets none either.
+        labels: ``[...]``; -100 is ignored. Needed where ``label_weight`` is to count.
+        divergence: forward_kl, reverse_kl, jsd, soft_cross_entropy; one of these functions or a
+            ``functools.partial`` of ``jsd`` with ``beta``; a mix, ``{"forward_kl": 0.5, ...}``; or
+            ``None``.
+        logit_weight: Of the divergence in the total. A tensor recompiles nothing.
+        label_weight: Of the cross entropy.
+        temperature: τ of the divergence, which carries τ².
+        weights: ``[...]``, how much each token counts: Σ w·value / Σ w.
+        student_bias: ``[V]``.
+        teacher_bias: ``[V_T]``.
+        chunk_tokens: How many tokens at a time; ``None``: as many as fit 48 MiB of logits.
+        num_items: The denominator of both terms in place of Σ w.
+        vocab_size: How many columns the divergence compares; ``None``: the smaller vocabulary. The
+            columns beyond have probability zero in both.
+        label_smoothing: Of the cross entropy.
+        z_loss: Its multiple of lse².
+        student_scale: What the student's head multiplies its logits by.
+        teacher_scale: The teacher's.
+        student_softcap: Its cap, cap·tanh(logits / cap).
+        teacher_softcap: The teacher's.
+        compile: Compile the body of a chunk (by Inductor).
+
+    Raises:
+        ShapeError: Hidden states, heads, labels or weights that do not fit each other.
+        VocabularyError: ``vocab_size`` larger than a vocabulary.
+        OptionError: An unknown divergence.
+    """
+    _check_shapes(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, weights)
+    chosen = _divergences(divergence)
+    if chosen and (teacher_hidden is None or teacher_weight is None):
+        raise OptionError(f"divergence={divergence!r} compares with a teacher, and none is given")
+    columns = student_weight.shape[0]
+    if teacher_weight is not None and chosen:
+        columns = min(columns, teacher_weight.shape[0])
+    if vocab_size is not None and vocab_size > columns:
+        raise VocabularyError(f"vocab_size={vocab_size}, but there are {columns} common columns")
+    shape = Shape(
+        chosen,
+        columns if vocab_size is None else vocab_size,
+        (float(student_scale), float(teacher_scale)),
+        (student_softcap, teacher_softcap),
+        float(label_smoothing),
+        float(z_loss),
+        labels is not None,
+    )
+    h, w = _autocast(student_hidden.flatten(0, -2), student_weight)
+    t = t_weight = None
+    if chosen and teacher_hidden is not None and teacher_weight is not None:
+        t, t_weight = _autocast(teacher_hidden.detach().flatten(0, -2), teacher_weight.detach())
+    logit_share, label_share, flat = _shares(h, labels, weights, num_items)
+    kind = torch.float64 if h.dtype == torch.float64 else torch.float32
+    numbers = (logit_weight, label_weight, temperature)
+    settings = torch.stack([_number(value, h.device, kind) for value in numbers])
+    width = w.shape[0] + (0 if t_weight is None else t_weight.shape[0])
+    chunk = chunk_tokens or chunk_tokens_for(width, h.element_size())
+    total, terms, *_ = vocab_operator(
+        h,
+        w,
+        student_bias,
+        t,
+        t_weight,
+        None if teacher_bias is None or t is None else teacher_bias.detach(),
+        flat,
+        logit_share,
+        label_share,
+        settings,
+        shape.text,
+        chunk,
+        _wanted(h, w, student_bias),
+        compile,
+    )
+    return VocabLoss(total, terms[0].detach(), terms[1].detach())
+
+
+def _wanted(h: Tensor, w: Tensor, bias: Tensor | None) -> str:
+    """Which gradients to form: of the hidden state, the weight and the bias, a letter each."""
+    given = (("h", h), ("w", w), ("b", bias))
+    grad = torch.is_grad_enabled()
+    return "".join(n for n, x in given if grad and x is not None and x.requires_grad)
+
+
+def _shares(
+    h: Tensor, labels: Tensor | None, weights: Tensor | None, num_items: float | Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """W / Σw of each token for either term, and the labels with 0 for those that are ignored."""
+    kind = torch.float64 if h.dtype == torch.float64 else torch.float32
+    w = h.new_ones(h.shape[0], dtype=kind) if weights is None else weights.flatten().to(kind)
+    of_labels, flat = torch.zeros_like(w), None
+    if labels is not None:
+        flat = labels.flatten()
+        of_labels = w * (flat != IGNORE)
+        flat = torch.where(flat == IGNORE, 0, flat)
+    items = None if num_items is None else _number(num_items, h.device, kind)
+
+    def share(each: Tensor) -> Tensor:
+        total = each.sum() if items is None else items
+        return each / torch.where(total == 0, torch.ones_like(total), total)
+
+    return share(w), share(of_labels), flat
+
+
+def _number(value: float | Tensor, device: torch.device, kind: torch.dtype) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(device=device, dtype=kind).reshape(())
+    return torch.full((), float(value), device=device, dtype=kind)
+
+
+def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What a linear layer would do to its operands under autocast."""
+    kind = hidden.device.type
+    if not torch.is_autocast_enabled(kind):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(kind)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def _check_shapes(
+    h: Tensor,
+    w: Tensor,
+    t: Tensor | None,
+    t_weight: Tensor | None,
+    labels: Tensor | None,
+    weights: Tensor | None,
+) -> None:
+    heads = [("student", h, w)]
+    if t is not None and t_weight is not None:
+        heads.append(("teacher", t, t_weight))
+    for tower, hidden, weight in heads:
+        if weight.ndim != 2 or hidden.ndim < 2 or hidden.shape[-1] != weight.shape[1]:
+            raise ShapeError(
+                f"{tower}_hidden is {list(hidden.shape)} and {tower}_weight {list(weight.shape)}: "
+                "[..., D] and [V, D]"
+            )
+    grid = h.shape[:-1]
+    given = {"teacher_hidden": None if t is None else t.shape[:-1]}
+    given["labels"] = None if labels is None else labels.shape
+    given["weights"] = None if weights is None else weights.shape
+    for name, shape in given.items():
+        if shape is not None and shape != grid:
+            raise ShapeError(f"{name} has {list(shape)} tokens, student_hidden {list(grid)}")
+
+
+def _divergences(divergence: Any) -> tuple[tuple[str, float, float], ...]:
+    if divergence is None:
+        return ()
+    mix = divergence if isinstance(divergence, Mapping) else {divergence: 1.0}
+    named = [(*_named(each), float(weight)) for each, weight in mix.items()]
+    return tuple((name, weight, beta) for name, beta, weight in named)
+
+
+def _named(divergence: Any) -> tuple[str, float]:
+    plain = getattr(divergence, "func", divergence)
+    name = plain if isinstance(plain, str) else getattr(plain, "__name__", "")
+    if name not in DIVERGENCES:
+        near = did_you_mean(str(name or divergence), DIVERGENCES)
+        raise OptionError(f"divergence={divergence!r} is not fused. Nearest: {near}.")
+    beta = getattr(divergence, "keywords", {}).get("beta", 0.5)
+    return name, beta

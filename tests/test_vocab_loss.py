@@ -1,0 +1,272 @@
+"""The fused head against float64 autograd of logits that do exist, by torch's own functions."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fxdistill
+from fxdistill import errors
+from fxdistill.losses import vocab_loss
+
+TOKENS, D, D_T, V = 37, 12, 20, 101
+PARTS = ("student_hidden", "student_weight", "student_bias")
+
+
+def operands(dtype: torch.dtype = torch.float32, v_t: int = V, **changes: Any) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(0)
+    made = {
+        "student_hidden": torch.randn(TOKENS, D, generator=g),
+        "student_weight": torch.randn(V, D, generator=g) * 0.4,
+        "student_bias": torch.randn(V, generator=g),
+        "teacher_hidden": torch.randn(TOKENS, D_T, generator=g),
+        "teacher_weight": torch.randn(v_t, D_T, generator=g) * 0.4,
+        "teacher_bias": torch.randn(v_t, generator=g),
+        "labels": torch.randint(0, V, (TOKENS,), generator=g),
+        "weights": torch.rand(TOKENS, generator=g),
+    }
+    made["labels"][::5] = -100
+    made["weights"][::7] = 0
+    return cast({**made, **changes}, dtype)
+
+
+def cast(x: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    real = {k for k, v in x.items() if v is not None and v.is_floating_point()}
+    return {k: v.to(dtype) if k in real else v for k, v in x.items()}
+
+
+def divergence_value(name: str, s: Tensor, t: Tensor, beta: float) -> Tensor:
+    log_q, log_p = F.log_softmax(s, -1), F.log_softmax(t, -1)
+    q, p = log_q.exp(), log_p.exp()
+    if name == "jsd" and 0 < beta < 1:
+        log_m = (beta * p + (1 - beta) * q).log()
+        of_p = F.kl_div(log_m, p, reduction="none").sum(-1)
+        return beta * of_p + (1 - beta) * F.kl_div(log_m, q, reduction="none").sum(-1)
+    if name == "reverse_kl" or (name == "jsd" and beta == 1):
+        return F.kl_div(log_p, q, reduction="none").sum(-1)
+    if name == "soft_cross_entropy":
+        return F.cross_entropy(s, p, reduction="none")
+    return F.kl_div(log_q, p, reduction="none").sum(-1)
+
+
+def head(x: Tensor, scale: float, cap: float | None) -> Tensor:
+    return x * scale if cap is None else cap * torch.tanh(x * scale / cap)
+
+
+def oracle(x: dict[str, Any], mix: dict[str, tuple[float, float]], **o: Any) -> Any:
+    """Loss, terms and gradients in float64; ``mix`` is ``{name: (weight, beta)}``."""
+    x = cast(x, torch.float64)
+    leaves = [x[name].detach().requires_grad_() for name in PARTS if x[name] is not None]
+    h, w = leaves[:2]
+    s = head(F.linear(h, w, leaves[2] if len(leaves) > 2 else None), *o.get("student", (1.0, None)))
+    t = F.linear(x["teacher_hidden"], x["teacher_weight"], x["teacher_bias"])
+    t = head(t, *o.get("teacher", (1.0, None)))
+    tau, n = o.get("temperature", 1.0), o.get("columns", min(s.shape[-1], t.shape[-1]))
+    weights = torch.ones(len(h)).double() if x["weights"] is None else x["weights"]
+    value = sum(
+        c * divergence_value(k, s[:, :n] / tau, t[:, :n] / tau, b) for k, (c, b) in mix.items()
+    )
+    logits = tau**2 * (weights * value).sum() / o.get("items", weights.sum())
+    labels = torch.zeros(()).double()
+    if x["labels"] is not None:
+        kept = weights * (x["labels"] != -100)
+        smoothing = o.get("label_smoothing", 0.0)
+        ce = F.cross_entropy(s, x["labels"], reduction="none", label_smoothing=smoothing)
+        ce = ce + o.get("z_loss", 0.0) * s.logsumexp(-1).square()
+        labels = (kept * ce).sum() / o.get("items", kept.sum())
+    loss = o.get("logit_weight", 1.0) * logits + o.get("label_weight", 0.0) * labels
+    return loss.detach(), logits.detach(), labels.detach(), torch.autograd.grad(loss, leaves)
+
+
+def compare(
+    x: dict[str, Any], wanted: Any, call: Any = vocab_loss, rtol: float = 1e-5, **o: Any
+) -> None:
+    x = {
+        k: v.detach().requires_grad_() if k in PARTS and v is not None else v for k, v in x.items()
+    }
+    leaves = [x[name] for name in PARTS if x[name] is not None]
+    got = call(**x, chunk_tokens=o.pop("chunk_tokens", 16), compile=o.pop("compile", False), **o)
+    gradients = torch.autograd.grad(got.loss * 3, leaves)
+    for value, want in zip(got, wanted[:3], strict=True):
+        torch.testing.assert_close(value.double(), want, rtol=rtol, atol=rtol)
+    assert not got.logits.requires_grad
+    largest = max(g.norm() for g in wanted[3])
+    for g, want in zip(gradients, wanted[3], strict=True):
+        assert (g.double() / 3 - want).norm() <= rtol * want.norm() + 1e-6 * largest
+        assert g.dtype == x["student_weight"].dtype
+
+
+NAMES = ["forward_kl", "reverse_kl", "jsd", "soft_cross_entropy"]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_divergence_with_labels(name: str, temperature: float) -> None:
+    weights = {"logit_weight": 0.7, "label_weight": 0.4}
+    wanted = oracle(operands(), {name: (1.0, 0.5)}, temperature=temperature, **weights)
+    compare(operands(), wanted, divergence=name, temperature=temperature, **weights)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.9, 1.0])
+def test_jsd_with_another_beta(beta: float) -> None:
+    wanted = oracle(operands(), {"jsd": (1.0, beta)})
+    compare(operands(), wanted, divergence=functools.partial(fxdistill.losses.jsd, beta=beta))
+
+
+def test_a_mix_in_one_pass() -> None:
+    wanted = oracle(operands(), {"forward_kl": (0.3, 0), "reverse_kl": (0.5, 0), "jsd": (2.0, 0.5)})
+    mix = {"forward_kl": 0.3, "reverse_kl": 0.5, "jsd": 2.0}
+    compare(operands(), wanted, divergence=mix)
+
+
+def test_labels_alone_need_no_teacher() -> None:
+    wanted = oracle(operands(), {"forward_kl": (0.0, 0)}, label_weight=1.0)
+    x = {**operands(), "teacher_hidden": None, "teacher_weight": None, "teacher_bias": None}
+    compare(x, wanted, divergence=None, label_weight=1.0)
+
+
+@pytest.mark.parametrize("o", [{"label_smoothing": 0.1}, {"z_loss": 1e-2}])
+def test_options_of_cross_entropy(o: dict[str, float]) -> None:
+    compare(operands(), oracle(operands(), {"jsd": (1.0, 0.5)}, label_weight=2.0, **o),
+            divergence="jsd", label_weight=2.0, **o)  # fmt: skip
+
+
+def test_softcaps_and_scales() -> None:
+    wanted = oracle(operands(), {"forward_kl": (1.0, 0)}, label_weight=1.0,
+                    student=(0.5, 3.0), teacher=(2.0, None))  # fmt: skip
+    compare(operands(), wanted, label_weight=1.0, student_scale=0.5, student_softcap=3.0,
+            teacher_scale=2.0)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("v_t", [90, 120])
+def test_vocabularies_that_differ_by_padding(name: str, v_t: int) -> None:
+    x = operands(v_t=v_t)
+    compare(x, oracle(x, {name: (1.0, 0.5)}, label_weight=1.0), divergence=name, label_weight=1.0)
+    wanted = oracle(x, {name: (1.0, 0.5)}, columns=80)
+    compare(x, wanted, divergence=name, vocab_size=80)
+
+
+@pytest.mark.parametrize("without", ["student_bias", "teacher_bias", "labels", "weights"])
+def test_what_may_be_missing(without: str) -> None:
+    x = operands(**{without: None})
+    compare(x, oracle(x, {"forward_kl": (1.0, 0)}))
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 36, 37, 38, 4096, None])
+def test_the_size_of_chunks_changes_nothing(chunk: int | None) -> None:
+    compare(operands(), oracle(operands(), {"reverse_kl": (1.0, 0)}, label_weight=1.0),
+            divergence="reverse_kl", label_weight=1.0, chunk_tokens=chunk)  # fmt: skip
+
+
+def test_items_are_the_denominator() -> None:
+    wanted = oracle(operands(), {"forward_kl": (1.0, 0)}, label_weight=1.0, items=50)
+    compare(operands(), wanted, label_weight=1.0, num_items=torch.tensor(50))
+
+
+def test_leading_axes_are_tokens() -> None:
+    x = operands()
+    wanted = oracle(x, {"forward_kl": (1.0, 0)}, label_weight=1.0)
+    grid = {k: v.unflatten(0, (1, TOKENS)) for k, v in x.items() if v.shape[0] == TOKENS}
+    compare({**x, **grid}, (*wanted[:3], (wanted[3][0][None], *wanted[3][1:])), label_weight=1.0)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_inside_a_compiled_function(backend: str) -> None:
+    @functools.partial(torch.compile, fullgraph=True, backend=backend)
+    def call(**kwargs: Any) -> Any:
+        return vocab_loss(**kwargs)
+
+    compiled = {"compile": backend == "inductor"}
+    weights = {"label_weight": torch.tensor(0.4), "temperature": torch.tensor(2.0)}
+    for count in (TOKENS, 30, 21):
+        x = {k: v[:count] if v.shape[0] == TOKENS else v for k, v in operands().items()}
+        wanted = oracle(x, {"jsd": (1.0, 0.5)}, label_weight=0.4, temperature=2.0)
+        compare(x, wanted, call, divergence="jsd", **weights, **compiled)
+
+
+def test_bf16_is_no_worse_than_logits_in_bf16() -> None:
+    x = operands(torch.bfloat16)
+    wanted = oracle(x, {"forward_kl": (1.0, 0)}, label_weight=1.0)
+    leaves = [x[name].detach().requires_grad_() for name in PARTS]
+    s = F.linear(*leaves)
+    t = F.linear(x["teacher_hidden"], x["teacher_weight"], x["teacher_bias"])
+    w = x["weights"]
+    plain = fxdistill.losses.forward_kl(s, t, weights=w)
+    plain = plain + fxdistill.losses.cross_entropy(s, x["labels"], weights=w)
+    unfused = torch.autograd.grad(plain, leaves)
+    mine = [x[name].detach().requires_grad_() for name in PARTS]
+    given = {**x, **dict(zip(PARTS, mine, strict=True))}
+    got = vocab_loss(**given, label_weight=1.0, chunk_tokens=16, compile=False)
+    for g, u, want in zip(torch.autograd.grad(got.loss, mine), unfused, wanted[3], strict=True):
+        assert (g.double() - want).norm() <= 1.1 * (u.double() - want).norm()
+    assert got.loss.dtype == torch.float32
+
+
+def test_only_the_gradients_that_are_wanted() -> None:
+    x = operands()
+    with torch.no_grad():
+        assert not vocab_loss(**x, label_weight=1.0, compile=False).loss.requires_grad
+    x["student_hidden"].requires_grad_()  # a frozen head: LoRA below it
+    loss = vocab_loss(**x, label_weight=1.0, compile=False).loss
+    shapes = [tuple(t.shape) for t in loss.grad_fn.saved_tensors]
+    assert shapes == [(TOKENS, D), (0,), (0,)]
+    (gradient,) = torch.autograd.grad(loss, [x["student_hidden"]])
+    wanted = oracle(operands(), {"forward_kl": (1.0, 0)}, label_weight=1.0)[3][0]
+    torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("options", [{}, {"student_softcap": 5.0}])
+def test_tokens_that_do_not_count_may_hold_anything(bad: float, options: Any) -> None:
+    x = operands()
+    dead = x["weights"] == 0
+    clean = oracle(x, {"forward_kl": (1.0, 0)}, label_weight=1.0,
+                   student=(1.0, options.get("student_softcap")))  # fmt: skip
+    x["student_hidden"][dead] = bad
+    x["teacher_hidden"][dead] = bad
+    compare(x, clean, label_weight=1.0, **options)
+
+
+def test_nothing_that_counts_gives_zero_and_zero_gradients() -> None:
+    zero = torch.zeros(TOKENS)
+    for x in (operands(weights=zero), operands(labels=torch.full((TOKENS,), -100))):
+        leaves = [x[name].requires_grad_() for name in PARTS]
+        weight = 0.0 if x["weights"].any() else 1.0
+        got = vocab_loss(**x, logit_weight=weight, label_weight=1.0, compile=False)
+        assert got.loss == 0
+        assert all(g.count_nonzero() == 0 for g in torch.autograd.grad(got.loss, leaves))
+
+
+def test_identical_towers_diverge_by_nothing() -> None:
+    x = operands()
+    for ours, theirs in (
+        ("student_hidden", "teacher_hidden"),
+        ("student_weight", "teacher_weight"),
+    ):
+        x[theirs] = x[ours]
+    x["teacher_bias"] = x["student_bias"]
+    for name in ("forward_kl", "reverse_kl", "jsd"):
+        hidden = x["student_hidden"].detach().requires_grad_()
+        got = vocab_loss(**{**x, "student_hidden": hidden}, divergence=name, compile=False)
+        assert got.logits.abs() < 1e-6
+        assert torch.autograd.grad(got.loss, hidden)[0].abs().max() < 1e-6
+
+
+def test_bad_input_is_named() -> None:
+    x = operands()
+    with pytest.raises(errors.ShapeError, match=r"student_hidden is \[37, 12\].*\[101, 20\]"):
+        vocab_loss(**{**x, "student_weight": torch.randn(V, D_T)})
+    with pytest.raises(errors.ShapeError, match=r"labels has \[3\] tokens"):
+        vocab_loss(**{**x, "labels": torch.zeros(3).long()})
+    with pytest.raises(errors.OptionError, match="'forward_kl'"):
+        vocab_loss(**x, divergence="forward")
+    with pytest.raises(errors.OptionError, match="compares with a teacher"):
+        vocab_loss(x["student_hidden"], x["student_weight"], None, None)
+    with pytest.raises(errors.VocabularyError, match="101 common"):
+        vocab_loss(**x, vocab_size=102)
+    with pytest.raises(RuntimeError, match="a label is outside of the vocabulary of 101"):
+        vocab_loss(**{**x, "labels": torch.full((TOKENS,), V)}, label_weight=1.0, compile=False)
