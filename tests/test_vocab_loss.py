@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fxdistill
 from fxdistill import errors
-from fxdistill.losses import vocab_loss
+from fxdistill.losses import vocab_loss, vocab_loss_topk
 
 TOKENS, D, D_T, V = 37, 12, 20, 101
 PARTS = ("student_hidden", "student_weight", "student_bias")
@@ -268,5 +268,67 @@ def test_bad_input_is_named() -> None:
         vocab_loss(x["student_hidden"], x["student_weight"], None, None)
     with pytest.raises(errors.VocabularyError, match="101 common"):
         vocab_loss(**x, vocab_size=102)
-    with pytest.raises(RuntimeError, match="a label is outside of the vocabulary of 101"):
+    with pytest.raises(RuntimeError, match="a label is outside of the student's vocabulary of 101"):
         vocab_loss(**{**x, "labels": torch.full((TOKENS,), V)}, label_weight=1.0, compile=False)
+
+
+def stored(x: dict[str, Any], k: int, temperature: float) -> dict[str, Tensor]:
+    t = F.linear(x["teacher_hidden"], x["teacher_weight"], x["teacher_bias"]) / temperature
+    top = F.log_softmax(t, -1).topk(k)
+    return {"teacher_ids": top.indices, "teacher_logprobs": top.values}
+
+
+def buckets(x: Tensor, ids: Tensor) -> Tensor:
+    """Probabilities of the entries in `ids` and of all the rest together, one token at a time."""
+    rows = []
+    for p, chosen in zip(x, ids, strict=True):
+        rest = [i for i in range(len(p)) if i not in set(chosen.tolist())]
+        rows.append(torch.cat([p[chosen], p[rest].sum().reshape(1)]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_a_stored_teacher_is_compared_in_buckets(name: str, k: int) -> None:
+    tau, x = 2.0, operands()
+    given = stored(x, k, tau)
+    d = cast(x, torch.float64)
+    leaves = [d[part].detach().requires_grad_() for part in PARTS]
+    log_q = F.log_softmax(F.linear(*leaves) / tau, -1)
+    q = buckets(log_q.exp(), given["teacher_ids"])
+    p = stored(d, k, tau)["teacher_logprobs"].exp()
+    p = torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1)
+    value = divergence_value(name, q.log(), p.log(), 0.5)
+    w = d["weights"]
+    logits = tau**2 * (w * value).sum() / w.sum()
+    kept = w * (x["labels"] != -100)
+    ce = F.cross_entropy(F.linear(*leaves), x["labels"], reduction="none")
+    labels = (kept * ce).sum() / kept.sum()
+    loss = logits + 0.3 * labels
+    wanted = (*(v.detach() for v in (loss, logits, labels)), torch.autograd.grad(loss, leaves))
+    theirs = dict.fromkeys(("teacher_hidden", "teacher_weight", "teacher_bias"))
+
+    def call(**o: Any) -> Any:
+        return vocab_loss_topk(**{key: v for key, v in o.items() if key not in theirs}, **given)
+
+    # The rest's probability is a difference of float32 numbers near one.
+    compare({**x, **theirs}, wanted, call, 1e-4, divergence=name, temperature=tau, label_weight=0.3)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "jsd"])
+def test_all_entries_stored_are_the_full_divergence(name: str) -> None:
+    x = operands()
+    full = vocab_loss(**x, divergence=name, compile=False)
+    given = {k: x[k] for k in (*PARTS, "weights")}
+    stored_all = vocab_loss_topk(**given, **stored(x, V, 1.0), divergence=name, compile=False)
+    torch.testing.assert_close(stored_all.logits, full.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_bad_stored_teachers_are_named() -> None:
+    x = operands()
+    given = stored(x, 3, 1.0)
+    h, w = x["student_hidden"], x["student_weight"]
+    with pytest.raises(errors.ShapeError, match=r"both \[\.\.\., k\]"):
+        vocab_loss_topk(h, w, given["teacher_ids"], given["teacher_logprobs"][:, :2])
+    with pytest.raises(RuntimeError, match="teacher's id is outside"):
+        vocab_loss_topk(h, w, given["teacher_ids"] + V, given["teacher_logprobs"], compile=False)

@@ -13,7 +13,7 @@ from fxdistill.errors import OptionError, did_you_mean
 from fxdistill.losses.hidden import cosine, l1, l2, mse, smooth_l1
 from fxdistill.losses.labels import cross_entropy
 from fxdistill.losses.logits import forward_kl, jsd, reverse_kl, soft_cross_entropy
-from fxdistill.losses.vocab import VocabLoss, vocab_loss
+from fxdistill.losses.vocab import VocabLoss, vocab_loss, vocab_loss_topk
 
 Loss = Callable[..., Tensor]
 
@@ -36,6 +36,7 @@ __all__ = [
     "smooth_l1",
     "soft_cross_entropy",
     "vocab_loss",
+    "vocab_loss_topk",
 ]
 
 

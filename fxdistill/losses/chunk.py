@@ -30,6 +30,7 @@ from torch import Tensor
 from fxdistill.losses.reduce import wide
 
 FLOOR = -1e4
+Divergence = tuple[str, float, float]  # name, weight, β
 Slope = tuple[Tensor, Tensor]  # the value of each token [c], and its gradient by s [c, V]
 
 
@@ -37,12 +38,12 @@ Slope = tuple[Tensor, Tensor]  # the value of each token [c], and its gradient b
 class Shape:
     """What is fixed while a chunk is compiled.
 
-    ``divergences`` are ``(name, weight, β)``; ``columns`` of the vocabulary are compared, the label
+    ``columns`` of the vocabulary are compared, the label
     loss takes the student's whole one. A head returns ``softcap·tanh(scale·x / softcap)`` of what
     its weight gives, or ``scale·x`` without a cap.
     """
 
-    divergences: tuple[tuple[str, float, float], ...] = ()
+    divergences: tuple[Divergence, ...] = ()
     columns: int = 0
     scales: tuple[float, float] = (1.0, 1.0)
     softcaps: tuple[float | None, float | None] = (None, None)
@@ -110,6 +111,7 @@ def through_head(raw: Tensor, scale: float, softcap: float | None) -> tuple[Tens
 def chunk_terms(
     student: Tensor,
     teacher: Tensor | None,
+    ids: Tensor | None,
     labels: Tensor | None,
     logit_share: Tensor,
     label_share: Tensor,
@@ -121,7 +123,9 @@ def chunk_terms(
 
     Args:
         student: ``[c, V]``, the student's logits as its weight gives them.
-        teacher: ``[c, V_T]``; ``None`` without a divergence.
+        teacher: ``[c, V_T]``, its logits likewise; ``None`` without a divergence. With ``ids``
+            ``[c, k]``: the log-probabilities of those entries, at τ.
+        ids: See ``teacher``.
         labels: ``[c]``, valid indices (where ``label_share`` is 0, any).
         logit_share: ``[c]``, w / Σw of the logit term.
         label_share: ``[c]``, of the label term.
@@ -136,17 +140,9 @@ def chunk_terms(
     terms = [settings.new_zeros(()), settings.new_zeros(())]
     gradient = torch.zeros_like(z)
     if teacher is not None and shape.divergences:
-        y, _ = through_head(teacher, shape.scales[1], shape.softcaps[1])
-        log_q = (z[:, : shape.columns] / tau).log_softmax(-1)
-        log_p = (torch.where(live, y, 0.0)[:, : shape.columns] / tau).log_softmax(-1)
-        found = [(w, *DIVERGENCES[n](log_q, log_p, beta)) for n, w, beta in shape.divergences]
-        value = sum(w * v for w, v, _ in found)
+        value, by_s = _divergence(z, teacher, ids, live, tau, shape)
         terms[0] = tau.square() * (logit_share * value).sum()
-        by_s = sum(w * d for w, _, d in found)
-        assert isinstance(by_s, Tensor)
-        by_z = (logit_weight * tau * logit_share)[:, None] * by_s
-        beyond = z.shape[-1] - shape.columns
-        gradient = torch.nn.functional.pad(by_z, (0, beyond)) if beyond else by_z
+        gradient = (logit_weight * tau * logit_share)[:, None] * by_s
     if labels is not None and shape.labelled:
         value, by_z = _cross_entropy(z, labels, shape)
         terms[1] = (label_share * value).sum()
@@ -154,6 +150,48 @@ def chunk_terms(
     if want_gradient:
         student.copy_(gradient if slope is None else torch.where(live, gradient * slope, 0.0))
     return torch.stack(terms)
+
+
+def _divergence(
+    z: Tensor, teacher: Tensor, ids: Tensor | None, live: Tensor, tau: Tensor, shape: Shape
+) -> Slope:
+    if ids is not None:
+        # Anything finite where a token does not count: all buckets alike.
+        top = torch.where(live, teacher, -math.log(ids.shape[-1] + 1))
+        return bucket_slopes(z, ids, top, tau, shape.divergences)
+    y, _ = through_head(teacher, shape.scales[1], shape.softcaps[1])
+    log_q = (z[:, : shape.columns] / tau).log_softmax(-1)
+    log_p = (torch.where(live, y, 0.0)[:, : shape.columns] / tau).log_softmax(-1)
+    found = [(w, *DIVERGENCES[n](log_q, log_p, beta)) for n, w, beta in shape.divergences]
+    value = torch.stack([w * v for w, v, _ in found]).sum(0)
+    by_s = torch.stack([w * d for w, _, d in found]).sum(0)
+    beyond = z.shape[-1] - shape.columns
+    return value, torch.nn.functional.pad(by_s, (0, beyond)) if beyond else by_s
+
+
+def bucket_slopes(
+    z: Tensor, ids: Tensor, top: Tensor, tau: Tensor, divergences: tuple[Divergence, ...]
+) -> tuple[Tensor, Tensor]:
+    """Divergences between distributions over the teacher's k best and one bucket for the rest.
+
+    ``ids`` and ``top`` ``[c, k]`` are the teacher's best and their log-probabilities at τ. With Q
+    the student's buckets and g = ∂v/∂S of S = log Q (as if S were free logits of k + 1 classes),
+    the gradient by s is g at the k best, and g_rest · q / Q_rest at each of the rest.
+    """
+    log_q = (z / tau).log_softmax(-1)
+    best = log_q.gather(-1, ids)
+    rest = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    kept = top.to(z.dtype)
+    left = 1 - kept.exp().sum(-1, keepdim=True)
+    if ids.shape[-1] == z.shape[-1]:  # what is left then is rounding
+        left = torch.zeros_like(left)
+    tail = left.clamp_min(0).log()
+    log_s, log_t = torch.cat([best, rest], -1), torch.cat([kept, tail], -1)
+    found = [(w, *DIVERGENCES[name](log_s, log_t, beta)) for name, w, beta in divergences]
+    value = torch.stack([w * v for w, v, _ in found]).sum(0)
+    by_bucket = torch.stack([w * d for w, _, d in found]).sum(0)
+    spread = by_bucket[:, -1:] * (log_q - rest).exp()
+    return value, spread.scatter(-1, ids, by_bucket[:, :-1])
 
 
 def _cross_entropy(z: Tensor, labels: Tensor, shape: Shape) -> Slope:

@@ -26,14 +26,14 @@ def _body(shape: Shape, want_gradient: bool, compiled: bool) -> Body:
     def body(
         student: Tensor,
         teacher: Tensor | None,
+        ids: Tensor | None,
         labels: Tensor | None,
         logit_share: Tensor,
         label_share: Tensor,
         settings: Tensor,
     ) -> Tensor:
-        return chunk_terms(
-            student, teacher, labels, logit_share, label_share, settings, shape, want_gradient
-        )
+        tensors = (student, teacher, ids, labels, logit_share, label_share, settings)
+        return chunk_terms(*tensors, shape, want_gradient)
 
     if not compiled:
         return body
@@ -48,6 +48,7 @@ def vocab_operator(
     t: Tensor | None,
     t_weight: Tensor | None,
     t_bias: Tensor | None,
+    ids: Tensor | None,
     labels: Tensor | None,
     logit_share: Tensor,
     label_share: Tensor,
@@ -61,13 +62,16 @@ def vocab_operator(
 
     ``h`` ``[T, D]``, ``w`` ``[V, D]``, ``t`` ``[T, D_T]``, ``t_weight`` ``[V_T, D_T]``, ``labels``
     and the shares ``[T]``, ``settings`` ``[3]``: weight of either term and τ. ``needs`` names the
-    gradients by letter.
+    gradients by letter. With ``ids`` ``[T, k]``, ``t`` ``[T, k]`` are log-probabilities of those
+    entries and there is no ``t_weight``.
     """
-    if labels is not None:
-        # Not a check of the host: it waits for nothing, and an index is never wrong.
-        inside = (labels >= 0) & (labels < w.shape[0])
-        torch._assert_async(inside.all(), f"a label is outside of the vocabulary of {w.shape[0]}")
-    loop = _Loop(h, w, bias, t, t_weight, t_bias, needs, min(chunk, _power(h.shape[0])))
+    for name, indices in (("label", labels), ("teacher's id", ids)):
+        if indices is not None:
+            # Not a check of the host: it waits for nothing, and an index is never wrong.
+            inside = (indices >= 0) & (indices < w.shape[0])
+            text = f"a {name} is outside of the student's vocabulary of {w.shape[0]}"
+            torch._assert_async(inside.all(), text)
+    loop = _Loop(h, w, bias, t, t_weight, t_bias, ids, needs, min(chunk, _power(h.shape[0])))
     with torch.no_grad():
         body = _body(Shape.read(shape), bool(needs), compiled)
         terms = settings.new_zeros(2)
@@ -88,11 +92,13 @@ class _Loop:
         t: Tensor | None,
         t_weight: Tensor | None,
         t_bias: Tensor | None,
+        ids: Tensor | None,
         needs: str,
         size: int,
     ) -> None:
         self.h, self.w, self.bias, self.needs, self.size = h, w, bias, needs, size
         self.teacher = None if t is None or t_weight is None else (t, t_weight, t_bias)
+        self.stored = None if t is None or ids is None else (t, ids)
         self.z = h.new_empty(size, w.shape[0])
         self.y = None if t is None or t_weight is None else t.new_empty(size, t_weight.shape[0])
         # Sums over many chunks are kept in float32 at least.
@@ -119,7 +125,10 @@ class _Loop:
         if self.teacher is not None and self.y is not None:
             t, t_weight, t_bias = self.teacher
             _project(self._rows(t, start, count), t_weight, t_bias, self.y)
-        terms = body(self.z, self.y, own, *shares, settings)
+        y, ids = self.y, None
+        if self.stored is not None:
+            y, ids = (self._rows(x, start, count) for x in self.stored)
+        terms = body(self.z, y, ids, own, *shares, settings)
         if "h" in self.needs:
             torch.mm(self.z[:count], self.w, out=self.dh[start : start + count])
         if "w" in self.needs:
@@ -163,14 +172,14 @@ def _power(tokens: int) -> int:
 
 @vocab_operator.register_fake
 def _(h: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    settings, needs = rest[7], rest[10]
+    settings, needs = rest[8], rest[11]
     shapes = (("h", h.shape), ("w", w.shape), ("b", w.shape[:1]))
     gradients = [h.new_empty(shape if name in needs else (0,)) for name, shape in shapes]
     return settings.new_empty(()), settings.new_empty(2), *gradients
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs = inputs[12]
+    ctx.needs = inputs[13]
     ctx.save_for_backward(*output[2:])
     ctx.set_materialize_grads(False)
 
@@ -181,7 +190,7 @@ def _scale(ctx: Any, of_total: Tensor | None, *_: Any) -> tuple[Tensor | None, .
     if of_total is not None:
         for i, (name, saved) in enumerate(zip("hwb", ctx.saved_tensors, strict=True)):
             grads[i] = saved * of_total.to(saved.dtype) if name in ctx.needs else None
-    return (*grads, *[None] * 11)
+    return (*grads, *[None] * 12)
 
 
 vocab_operator.register_autograd(_scale, setup_context=_save)

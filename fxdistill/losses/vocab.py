@@ -119,27 +119,121 @@ def vocab_loss(
     t = t_weight = None
     if chosen and teacher_hidden is not None and teacher_weight is not None:
         t, t_weight = _autocast(teacher_hidden.detach().flatten(0, -2), teacher_weight.detach())
+    bias = None if teacher_bias is None or t is None else teacher_bias.detach()
+    width = w.shape[0] + (0 if t_weight is None else t_weight.shape[0])
+    return _run(
+        (h, w, student_bias),
+        (t, t_weight, bias, None),
+        labels,
+        weights,
+        num_items,
+        (logit_weight, label_weight, temperature),
+        shape,
+        chunk_tokens or chunk_tokens_for(width, h.element_size()),
+        compile,
+    )
+
+
+def vocab_loss_topk(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: str | Mapping[str, float] | Callable[..., Tensor] = "forward_kl",
+    logit_weight: float | Tensor = 1.0,
+    label_weight: float | Tensor = 0.0,
+    temperature: float | Tensor = 1.0,
+    weights: Tensor | None = None,
+    student_bias: Tensor | None = None,
+    chunk_tokens: int | None = None,
+    num_items: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    student_scale: float = 1.0,
+    student_softcap: float | None = None,
+    compile: bool = True,
+) -> VocabLoss:
+    """``vocab_loss`` against a teacher that lives elsewhere and left its k best entries per token.
+
+    The divergence is between distributions over those k and one bucket for all the rest, whose
+    probability is what the k leave over: for k = V the full divergence, for smaller k less than it.
+    Where the k leave nothing over, ``reverse_kl`` is infinite, and ``forward_kl`` and ``jsd`` are
+    not.
+
+    Args:
+        student_hidden: ``[..., D]``.
+        student_weight: ``[V, D]``.
+        teacher_ids: ``[..., k]``, the entries, each once.
+        teacher_logprobs: ``[..., k]``, their log-probabilities over the teacher's whole vocabulary,
+            at the same ``temperature``.
+        labels: ``[...]``, and all else as in ``vocab_loss``.
+        divergence: As in ``vocab_loss``.
+        logit_weight: Likewise.
+        label_weight: Likewise.
+        temperature: Likewise.
+        weights: Likewise.
+        student_bias: Likewise.
+        chunk_tokens: Likewise.
+        num_items: Likewise.
+        label_smoothing: Likewise.
+        z_loss: Likewise.
+        student_scale: Likewise.
+        student_softcap: Likewise.
+        compile: Likewise.
+
+    Raises:
+        ShapeError: Shapes that do not fit each other.
+        OptionError: An unknown divergence.
+    """
+    _check_shapes(student_hidden, student_weight, teacher_ids, None, labels, weights)
+    if teacher_ids.shape != teacher_logprobs.shape:
+        raise ShapeError(
+            f"teacher_ids is {list(teacher_ids.shape)}, teacher_logprobs "
+            f"{list(teacher_logprobs.shape)}: both [..., k]"
+        )
+    h, w = _autocast(student_hidden.flatten(0, -2), student_weight)
+    shape = Shape(
+        _divergences(divergence),
+        0,
+        (float(student_scale), 1.0),
+        (student_softcap, None),
+        float(label_smoothing),
+        float(z_loss),
+        labels is not None,
+    )
+    return _run(
+        (h, w, student_bias),
+        (teacher_logprobs.detach().flatten(0, -2), None, None, teacher_ids.flatten(0, -2)),
+        labels,
+        weights,
+        num_items,
+        (logit_weight, label_weight, temperature),
+        shape,
+        chunk_tokens or chunk_tokens_for(2 * w.shape[0], h.element_size()),
+        compile,
+    )
+
+
+def _run(
+    student: tuple[Tensor, Tensor, Tensor | None],
+    teacher: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    labels: Tensor | None,
+    weights: Tensor | None,
+    num_items: float | Tensor | None,
+    numbers: tuple[float | Tensor, ...],
+    shape: Shape,
+    chunk: int,
+    compile: bool,
+) -> VocabLoss:
+    h = student[0]
     logit_share, label_share, flat = _shares(h, labels, weights, num_items)
     kind = torch.float64 if h.dtype == torch.float64 else torch.float32
-    numbers = (logit_weight, label_weight, temperature)
     settings = torch.stack([_number(value, h.device, kind) for value in numbers])
-    width = w.shape[0] + (0 if t_weight is None else t_weight.shape[0])
-    chunk = chunk_tokens or chunk_tokens_for(width, h.element_size())
+    shares = (logit_share, label_share)
     total, terms, *_ = vocab_operator(
-        h,
-        w,
-        student_bias,
-        t,
-        t_weight,
-        None if teacher_bias is None or t is None else teacher_bias.detach(),
-        flat,
-        logit_share,
-        label_share,
-        settings,
-        shape.text,
-        chunk,
-        _wanted(h, w, student_bias),
-        compile,
+        *student, *teacher, flat, *shares, settings, shape.text, chunk, _wanted(*student), compile
     )
     return VocabLoss(total, terms[0].detach(), terms[1].detach())
 
