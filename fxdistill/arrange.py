@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxdistill.errors import LayoutError
-from fxdistill.layout import Group, Layout, Step, is_number, is_size, kept, parse
+from fxdistill.layout import Group, Layout, Step, is_number, is_size, kept, parse, pooling_step
 from fxdistill.nodes import one_node
 
 
@@ -119,24 +119,30 @@ def arrange(
 ) -> Tensor:
     """``value`` by its ``own`` layout; ``other`` and its layout tell sizes by name.
 
-    ``weights`` ``[B, L]``, where the first thing done to ``[B, L, ...]`` is to reduce the tokens:
-    mean, sum or maximum then count each token by its weight, and a padded one not at all.
+    ``weights`` ``[B, L]``, where the value is ``[B, L, ...]``: the step that reduces the tokens
+    counts each by its weight, and a padded one not at all.
     """
     theirs = sizes(others, other.shape, {})
-    if weights is None:
+    at = None if weights is None else pooling_step(own)
+    if weights is None or at is None:
         return _run(value, own, theirs)
     w = weights.reshape(*weights.shape, *(1,) * (value.ndim - 2)).expand_as(value).to(value.dtype)
-    (pattern, reduction), *rest = own
+    value, w = _run(value, own[:at], theirs), _run(w, own[:at], theirs)
+    return _run(_pooled(value, w, *own[at], theirs), own[at + 1 :], theirs)
+
+
+def _pooled(
+    value: Tensor, w: Tensor, pattern: str, reduction: str, known: Mapping[str, Any]
+) -> Tensor:
     if reduction == "max":
         lowest = torch.finfo(value.dtype).min
-        pooled = _run(torch.where(w != 0, value, lowest), ((pattern, reduction),), theirs)
-        pooled = torch.where(pooled == lowest, torch.zeros_like(pooled), pooled)
-    else:
-        pooled = _run(torch.where(w != 0, value * w, 0), ((pattern, "sum"),), theirs)
-        if reduction == "mean":
-            total = _run(w, ((pattern, "sum"),), theirs)
-            pooled = pooled / torch.where(total == 0, torch.ones_like(total), total)
-    return _run(pooled, tuple(rest), theirs)
+        pooled = _run(torch.where(w != 0, value, lowest), ((pattern, "max"),), known)
+        return torch.where(pooled == lowest, torch.zeros_like(pooled), pooled)
+    pooled = _run(torch.where(w != 0, value * w, 0), ((pattern, "sum"),), known)
+    if reduction == "sum":
+        return pooled
+    total = _run(w, ((pattern, "sum"),), known)
+    return pooled / torch.where(total == 0, torch.ones_like(total), total)
 
 
 def arranged_shape(value: Tensor, own: Layout, other: Tensor, others: Layout) -> tuple[int, ...]:

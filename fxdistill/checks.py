@@ -35,7 +35,7 @@ def verify(objective: "Objective", projections: nn.ModuleList, table: TapTable) 
     for term in objective.features:
         found = [table.values.get((tower, tap)) for tower, tap in term.taps]
         missing = [
-            not_executed(table, tower, tap)
+            table.problems.get((tower, tap.path, tap.port)) or not_executed(table, tower, tap)
             for (tower, tap), value in zip(term.taps, found, strict=True)
             if value is None
         ]

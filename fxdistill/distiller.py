@@ -81,9 +81,8 @@ class Distiller(nn.Module):
         self.projections.train(student.training)
         training = sum(module.training for module in teacher.modules())
         self._settle_modes()
-        self._notes: tuple[str, ...] = ()
-        if (settled := training - sum(module.training for module in teacher.modules())) > 0:
-            self._notes = (f"{settled} modules of the teacher were in training mode: eval now",)
+        settled = training - sum(module.training for module in teacher.modules())
+        self._notes = (*_notes(objective, settings), *_settled(settled))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("student", "teacher") and "_towers" in self.__dict__:
@@ -151,10 +150,12 @@ class Distiller(nn.Module):
             inputs = (self, objective, call.student, call.teacher)
             if mode == "one_graph":
                 return self._compiled("step", step)(table, *inputs, call.batch, settings)  # type: ignore[no-any-return]
-            if mode == "eager":
-                return step(*inputs, call.batch, settings)
-            anchor = run_towers(*inputs)
-            values = collect(objective, "logits" in self.plan.outputs)
+            # Models that run before their values are checked are put back if the checks fail.
+            with guards.buffers_kept_on_error(self, self.teacher):
+                if mode == "eager":
+                    return step(*inputs, call.batch, settings)
+                anchor = run_towers(*inputs)
+                values = collect(objective, "logits" in self.plan.outputs)
         with recording(TapTable(capturing=True)) as table:
             terms = self._compiled("terms", terms_of)
             return terms(table, self, objective, values, call.batch, settings, anchor)  # type: ignore[no-any-return]
@@ -268,8 +269,8 @@ class Distiller(nn.Module):
         if not self.plan.freeze_teacher:
             taken = {id(p) for p in groups[0]["params"]}
             groups[0]["params"] += [p for p in self.teacher.parameters() if id(p) not in taken]
-        if list(self.projections.parameters()):
-            groups.append({"params": list(self.projections.parameters()), **projection_options})
+        if own := [p for p in self.projections.parameters() if p.requires_grad]:
+            groups.append({"params": own, **projection_options})
         return groups
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
@@ -299,7 +300,9 @@ class Distiller(nn.Module):
         settings = self._settings_on(guards.device_of(self.student))
         inputs = (self, objective, call.student, call.teacher, call.batch, settings)
         with self._taps(objective, capturing=True) as table:
-            return capture.dry_run(step, self.plan.passes, table, *inputs)
+            program = capture.dry_run(step, self.plan.passes, table, *inputs)
+        self._announce()
+        return program
 
     def tapped_shapes(self, *args: Any, **kwargs: Any) -> dict[tuple[str, Tap], Tensor]:
         """The shapes of all matched values for these inputs, as meta tensors; runs nothing.
@@ -328,6 +331,27 @@ class Distiller(nn.Module):
     def extra_repr(self) -> str:
         """The terms, for ``print(distiller)``."""
         return f"mode={self.plan.mode}, matches={len(self.objective.features)}"
+
+
+def _settled(count: int) -> list[str]:
+    return [f"{count} modules of the teacher were in training mode: eval now"] if count > 0 else []
+
+
+def _notes(objective: Objective, settings: Mapping[str, float | Tensor]) -> list[str]:
+    """What works and may surprise."""
+    weightless = [
+        term.name
+        for term in objective.features
+        if not term.keeps_tokens and not any(term.pools_tokens)
+    ]
+    notes = []
+    if weightless and objective.task != "classification":
+        names = ", ".join(weightless)
+        notes.append(f"token weights and masks do not apply to {names}: no axes [B, L] in front")
+    zero = settings["feature_weight"]
+    if objective.features and not isinstance(zero, Tensor) and zero == 0:
+        notes.append("feature_weight is 0: matches teach nothing until set(feature_weight=...)")
+    return notes
 
 
 class _Towers:

@@ -17,6 +17,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from fxdistill.errors import (
     DeviceError,
     FrozenStudentError,
+    FxDistillError,
     MatchWarning,
     ModeError,
     OptionError,
@@ -127,6 +128,19 @@ def modes_kept_on_error(model: nn.Module) -> Iterator[None]:
     except BaseException:
         for module, training in modes:
             module.training = training
+        raise
+
+
+@contextlib.contextmanager
+def buffers_kept_on_error(*models: nn.Module) -> Iterator[None]:
+    """Put buffers (running statistics) back if the body raises an error of ours."""
+    before = {b: b.detach().clone() for model in models for b in model.buffers()}
+    try:
+        yield
+    except FxDistillError:
+        with torch.no_grad():
+            for buffer, value in before.items():
+                buffer.copy_(value)
         raise
 
 

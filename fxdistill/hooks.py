@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -53,11 +54,21 @@ def _take(value: Any, section: str, path: str, port: str, required: bool) -> Non
     if found is not None:
         tap(found, section, path, port)
     elif required:
-        reject(
-            "PortError",
-            f"{section} module {path!r} has no tensor at port {port!r}. Ports are 'output', "
-            "'output[i]', 'output.field', 'input' and 'input[i]'.",
-        )
+        reject(section, path, port, _no_port(value, section, path, port))
+
+
+def _no_port(value: Any, section: str, path: str, port: str) -> str:
+    side = "takes" if port.startswith("input") else "returns"
+    if isinstance(value, Mapping):
+        there = f"it {side} {', '.join(map(str, value)) or 'nothing'}"
+    elif isinstance(value, (tuple, list)):
+        there = f"it {side} {len(value)} values"
+    else:
+        there = f"it {side} a {type(value).__name__}"
+    return (
+        f"{section} module {path!r} has no tensor at port {port!r}: {there}. Ports are 'output', "
+        "'output[i]', 'output.field', 'input', 'input[i]' and 'input.name'."
+    )
 
 
 @contextlib.contextmanager
@@ -78,7 +89,7 @@ def hooked(
             if not traced and module._compiled_call_impl is not None:
                 handles.append(_CompiledCall(module, section, path, port, required))
             elif port.startswith("input"):
-                pre = _input_hook(section, path, port, required)
+                pre = _input_hook(section, path, port, required, _names(module))
                 handles.append(module.register_forward_pre_hook(pre, with_kwargs=True))
             else:
                 post = _output_hook(section, path, port, required)
@@ -105,11 +116,12 @@ class _CompiledCall:
             _take, section=section, path=path, port=port, required=required
         )
         self.port = port
+        self.names = _names(module)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Call what was compiled, and tap."""
         if self.port.startswith("input"):
-            self.take(_inputs(args, kwargs, self.port))
+            self.take(_inputs(args, kwargs, self.port, self.names))
         assert self.original is not None
         result = self.original(*args, **kwargs)
         if not self.port.startswith("input"):
@@ -134,8 +146,18 @@ def _reject_compiled_parents(model: nn.Module, section: str, path: str) -> None:
             )
 
 
-def _inputs(args: Any, kwargs: dict[str, Any], port: str) -> Any:
-    return kwargs if port.startswith("input.") else (*args, *kwargs.values())
+def _names(module: nn.Module) -> tuple[str, ...]:
+    """What ``forward`` calls its positional inputs."""
+    try:
+        return tuple(inspect.signature(module.forward).parameters)
+    except ValueError:
+        return ()
+
+
+def _inputs(args: Any, kwargs: dict[str, Any], port: str, names: tuple[str, ...]) -> Any:
+    if port.startswith("input."):
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+    return (*args, *kwargs.values())
 
 
 def _output_hook(section: str, path: str, port: str, required: bool) -> Any:
@@ -145,8 +167,8 @@ def _output_hook(section: str, path: str, port: str, required: bool) -> Any:
     return hook
 
 
-def _input_hook(section: str, path: str, port: str, required: bool) -> Any:
+def _input_hook(section: str, path: str, port: str, required: bool, names: tuple[str, ...]) -> Any:
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        _take(_inputs(args, kwargs, port), section, path, port, required)
+        _take(_inputs(args, kwargs, port, names), section, path, port, required)
 
     return hook

@@ -105,6 +105,7 @@ def parse(pattern: str, reduction: str = "") -> Step:
             )
     if "+" in right:
         raise LayoutError(f"{pattern!r}: a sum, which drops entries, can only stand on the left")
+    _check_right(right, left, pattern)
     step = Step(pattern, tuple(groups), right, reduction or None)
     names = [name for term in step.kept for name in term if not name.isdigit() and name != "..."]
     wanted = [token for token in _TOKEN.findall(right) if token[0].isalpha() or token[0] == "_"]
@@ -130,7 +131,19 @@ def parse(pattern: str, reduction: str = "") -> Step:
     return step
 
 
-def _groups(left: str, pattern: str) -> list[Group]:
+def _check_right(right: str, left: str, pattern: str) -> None:
+    """What einops would refuse at the first step is refused here."""
+    names = [n for group in _groups(right, pattern, "right") for term in group for n in term]
+    if twice := {name for name in names if names.count(name) > 1 and name != "1"}:
+        raise LayoutError(f"{pattern!r} names {', '.join(sorted(twice))} twice on the right")
+    if ("..." in names) != ("..." in left):
+        raise LayoutError(f"{pattern!r}: ... stands on both sides or on none")
+    for name in _TOKEN.findall(f"{left} {right}"):
+        if name.startswith("_") or name.endswith("_"):
+            raise LayoutError(f"{pattern!r}: {name} begins or ends with _, which no axis may")
+
+
+def _groups(left: str, pattern: str, side: str = "left") -> list[Group]:
     groups: list[Group] = []
     terms: list[list[str]] | None = None
     for token in _TOKEN.findall(left):
@@ -147,21 +160,33 @@ def _groups(left: str, pattern: str) -> list[Group]:
             else:
                 terms[-1].append(token)
         else:
-            raise LayoutError(f"{pattern!r}: unexpected {token!r} on the left")
+            raise LayoutError(f"{pattern!r}: unexpected {token!r} on the {side}")
     if terms is not None or any(not term for group in groups for term in group):
         raise LayoutError(f"{pattern!r}: a parenthesis is not closed, or holds nothing")
     return groups
 
 
+def pooling_step(layout: Layout) -> int | None:
+    """Which step reduces the token axis of ``[B, L, ...]``; ``None`` where none does."""
+    axis = 1
+    for number, (pattern, reduction) in enumerate(layout):
+        step = parse(pattern, reduction)
+        if len(step.left) <= axis or step.ellipsis is not None or len(step.left[axis]) > 1:
+            return None
+        name = step.left[axis]
+        right = _groups(step.right, pattern)
+        if name in right:
+            axis = right.index(name)
+        elif any(part in _TOKEN.findall(step.right) for part in name[0]):
+            return None
+        else:
+            return number
+    return None
+
+
 def pools_tokens(layout: Layout) -> bool:
-    """Whether the first thing done to ``[B, L, ...]`` is to reduce the second axis."""
-    if not layout or not layout[0][1]:
-        return False
-    step = parse(*layout[0])
-    if len(step.kept) < 2 or step.ellipsis in (0, 1):
-        return False
-    right = _TOKEN.findall(step.right)
-    return step.kept[0][0] in right and not any(name in right for name in step.kept[1])
+    """Whether a step reduces the token axis."""
+    return pooling_step(layout) is not None
 
 
 def keeps_tokens(layout: Layout, axis: int = 1) -> bool:

@@ -214,6 +214,9 @@ def _path(match: Match, tower: str) -> str:
 Mapped = Mapping[str, str | Match] | Iterable[Match | Mapping[str, str | Match]] | None
 
 
+_WHOLE = (Mapping, Matches)  # what a list may hold as a whole
+
+
 def entries(mapping: Any) -> list[tuple[Any, ...]]:
     """The entries of a mapping in any of its forms, each as ``(how to read it, what to read)``."""
     if mapping is None:
@@ -225,7 +228,7 @@ def entries(mapping: Any) -> list[tuple[Any, ...]]:
     return [
         one
         for entry in mapping
-        for one in (entries(entry) if isinstance(entry, Mapping) else [(_match, entry)])
+        for one in (entries(entry) if isinstance(entry, _WHOLE) else [(_match, entry)])
     ]
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fxdistill.errors import MappingFileError, did_you_mean
 from fxdistill.losses import FEATURE_LOSSES
 from fxdistill.matching import Match, Matches
@@ -95,6 +97,8 @@ def _plain(name: str, value: Any, match: Match) -> Any:
     """A value as files have it. ``None`` in a pair of layouts becomes an empty string."""
     if name == "loss":
         return _loss(value, match)
+    if isinstance(value, Tensor):
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         raise MappingFileError(f"the {name} of {match.student!r} is {value}: a finite number")
     if name == "project" and not isinstance(value, str):
@@ -102,7 +106,7 @@ def _plain(name: str, value: Any, match: Match) -> Any:
             f"the projection of {match.student!r} is a {type(value).__name__}, and a file holds no "
             'modules: use project="linear" or "auto", or put the module back after loading'
         )
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         return [_plain("", part, match) for part in value]
     return "" if value is None else value
 

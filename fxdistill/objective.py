@@ -166,6 +166,9 @@ def _laid_out(
     ours, theirs = term.layouts
     if not ours and not theirs:
         return s, t
+    if task == "classification":
+        # Pooling leaves padding out; how much the sample counts is for the loss to say.
+        batch = batch._replace(loss_mask=None, token_weights=None, labels=None)
     weights: list[Tensor | None] = []
     for value, pools in zip((s, t), term.pools_tokens, strict=True):
         w = feature_weights(batch, task, term.stream, value) if pools else None

@@ -138,7 +138,9 @@ class Pattern:
 
     def range(self, paths: Collection[str]) -> str:
         """Which numbers there are where the last braces stand, for messages."""
-        parts = [r"(\d+)" if t[0] == "{" else re.escape(t) for t in _TOKEN.findall(self.path)]
+        stars = {"*": "[^.]*", "**": ".*"}
+        tokens = _TOKEN.findall(self.path)
+        parts = [r"(\d+)" if t[0] == "{" else stars.get(t, re.escape(t)) for t in tokens]
         found = (re.fullmatch("".join(parts), path) for path in paths)
         numbers = sorted({int(match.groups()[-1]) for match in found if match is not None})
         return f"there are {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else "there is none"

@@ -30,8 +30,15 @@ class Width:
     is_map: bool = False
 
 
-def check_option(match: Match) -> None:
+def check_option(match: Match, student: nn.Module) -> None:
     """Raise OptionError where ``project`` is nothing that can be."""
+    if isinstance(match.project, nn.Module):
+        own = {id(p) for p in student.parameters()}
+        if any(id(p) in own for p in match.project.parameters()):
+            raise OptionError(
+                f"the projection of {match.student!r} is a part of the student: give it a module "
+                "of its own, such as a copy"
+            )
     if match.project is None or isinstance(match.project, nn.Module) or match.project in KINDS:
         return
     raise OptionError(

@@ -203,6 +203,9 @@ def _stack_matches(
 ) -> list[Match]:
     n, m = len(student.blocks), len(teacher.blocks)
     found = []
+    for tower, stack in (("student", student), ("teacher", teacher)):
+        if "mixer" in roles and not any(block.of("mixer") for block in stack.blocks):
+            notes.add(f"no mixer was recognised in the {tower}'s {stack.path!r}: name it yourself")
     for i, j in depth.pairs(n, m, student.path):
         s, t = student.blocks[i], teacher.blocks[j]
         where = f"{i} of {n} ← {j} of {m}, {depth.name}"

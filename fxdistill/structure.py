@@ -119,7 +119,7 @@ def block_of(block: nn.Module, path: str) -> Block:
     """Find the parts of one block."""
     width = _stream_width(block, path)
     parts, loose = _parts(block, path, width)
-    parts += _loose_parts(block, path, loose, width, any(p.role == "mixer" for p in parts))
+    parts += _loose_parts(block, path, loose, width, {part.role for part in parts})
     alone = not any(part.role == "mixer" for part in parts)
     for i, part in enumerate(parts):
         # A branch with a convolution inside its expansion is an MLP only beside a mixer.
@@ -213,18 +213,18 @@ def _classify(module: nn.Module, path: str, width: int | None) -> Part | None:
         if "D" in vectors:
             return Part(path, "mixer", "state space", "A_log, D and dt")
         return Part(path, "mixer", "linear attention", "A_log and dt, no D")
-    if (experts := _experts(module)) is not None:
+    if (experts := _experts(module, width)) is not None:
         return Part(path, "mlp", "mixture of experts", experts)
     if len(weights) < 2:
         return None
     chain = _chain(weights, width)
+    if heads := _head_attribute(module):
+        return Part(path, "mixer", _attention(path, module), heads)
     if any(w.kind != "linear" for w in weights):
         spatial = [w for w in weights if w.kind != "linear"]
         if chain and all(w.fan_in == chain[1] for w in spatial):
             return Part(path, "mlp", "convolved MLP", f"inner width {chain[1]}")
         return Part(path, "mixer", "convolution", _count(spatial))
-    if heads := _head_attribute(module):
-        return Part(path, "mixer", _attention(path, module), heads)
     return _by_widths(path, module, weights, width, chain) or _by_name(path, module)
 
 
@@ -279,11 +279,12 @@ def _chain(weights: Iterable[Weight], width: int | None) -> tuple[str, int] | No
     return found
 
 
-def _experts(module: nn.Module) -> str | None:
+def _experts(module: nn.Module, width: int | None) -> str | None:
     """Expert weights: three-dimensional parameters, or a list of equal MLPs."""
     for m in module.modules():
         cubes = [p for p in m.parameters(recurse=False) if p.ndim == 3]
-        if len(cubes) >= 2 and len({p.shape[0] for p in cubes}) == 1:
+        alike = len(cubes) >= 2 and len({p.shape[0] for p in cubes}) == 1
+        if alike and cubes[0].shape[0] > 1 and all(width in p.shape[1:] for p in cubes):
             return f"{cubes[0].shape[0]} experts"
     lists = [m for m in module.children() if _is_numbered(m) and not isinstance(m, nn.Sequential)]
     for experts in lists:
@@ -321,12 +322,15 @@ def _by_name(path: str, module: nn.Module) -> Part | None:
 
 
 def _loose_parts(
-    block: nn.Module, path: str, loose: list[Weight], width: int | None, has_mixer: bool
+    block: nn.Module, path: str, loose: list[Weight], width: int | None, roles: set[Role]
 ) -> list[Part]:
     """Parts whose weights are the block's own (``fc1``, ``fc2``), or each in a module apart."""
     parts = []
     spatial = [w for w in loose if w.kind != "linear"]
-    if spatial and (len(loose) > 1):
+    has_mixer = "mixer" in roles
+    if len(spatial) == len(loose) == 1 and roles == {"mlp"}:
+        return [Part(spatial[0].path, "mixer", "convolution", _count(spatial))]
+    if spatial and len(loose) > 1:
         inside = _chain(loose, width)
         if inside is None or spatial[-1].fan_in != width or inside[1] == width:
             # One branch: what comes last in it, a norm included, returns its value.

@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxdistill import errors
-from fxdistill.errors import CheckpointError, FxDistillError, TapError
+from fxdistill.errors import CheckpointError, FxDistillError, PortError, TapError
 from fxdistill.nodes import one_node
 
 
@@ -60,6 +59,7 @@ class TapTable:
         self.failure: FxDistillError | None = None
         self.verify: Callable[[TapTable], None] | None = None
         self.warnings: list[str] = []
+        self.problems: dict[tuple[str, str, str], FxDistillError] = {}  # by tower, path and port
         self.frozen_teacher = True
 
     def begin(self, section: str) -> None:
@@ -196,10 +196,11 @@ def verified() -> None:
         table.verify(table)
 
 
-@check
-def reject(kind: str, message: str) -> None:
-    """Raise the error class called ``kind``."""
-    raise getattr(errors, kind)(message)
+@one_node
+def reject(section: str, path: str, port: str, message: str) -> None:
+    """Remember that there is nothing at a port; ``verified`` tells, with all else that is wrong."""
+    if _active.table is not None:
+        _active.table.problems[section, path, port] = PortError(message)
 
 
 @one_node

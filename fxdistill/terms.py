@@ -41,7 +41,7 @@ def make_terms(
             base += ":output"
         seen[base] = seen.get(base, 0) + 1
         name = base if seen[base] == 1 else f"{base}#{seen[base]}"
-        gather(problems, projections.check_option, match)
+        gather(problems, projections.check_option, match, student)
         loss = gather(problems, resolve, match.loss or default, FEATURE_LOSSES, "loss")
         both = gather(problems, layouts, match.rearrange, match.reduce, name)
         if loss is not None and both is not None:

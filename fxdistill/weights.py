@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 WeightKind = Literal["linear", "convolution", "depthwise"]
@@ -34,7 +34,7 @@ def weight_of(module: nn.Module, path: str) -> Weight | None:
     if isinstance(module, nn.Linear):
         return Weight(path, "linear", module.in_features, module.out_features)
     weight = getattr(module, "weight", None)
-    if isinstance(module, nn.Embedding) or weight is None or weight.ndim != 2:
+    if isinstance(module, nn.Embedding) or not isinstance(weight, Tensor) or weight.ndim != 2:
         return None
     if next(module.children(), None) is not None:
         return None

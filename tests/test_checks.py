@@ -38,9 +38,10 @@ def test_all_that_is_wrong_with_the_values_is_told_at_once(mode):
         "model.layers.1.mlp": Match(teacher="model.layers.3.mlp", rearrange="b c h w -> b (h w) c"),
         "model.layers.0": Match(teacher="model.norm", project=nn.Linear(15, 32)),
         "model.embed_tokens": Match(teacher="model.embed_tokens", student_port="input"),
+        "model.layers.0.self_attn": Match(teacher="model.norm", student_port="output[7]"),
     }
     distiller = fxdistill.wrap(student, teacher, mapping, compile=mode)
-    with pytest.raises(errors.Problems, match="6 things") as caught:
+    with pytest.raises(errors.Problems, match="7 things") as caught:
         distiller(input_ids=ids())
     kinds = {type(problem) for problem in caught.value.problems}
     assert kinds == {
@@ -49,6 +50,7 @@ def test_all_that_is_wrong_with_the_values_is_told_at_once(mode):
         errors.LayoutError,
         errors.ProjectionError,
         errors.DtypeError,
+        errors.PortError,
     }
     text = str(caught.value)
     assert "project='auto' or nn.Linear(16, 32)" in text
@@ -56,6 +58,7 @@ def test_all_that_is_wrong_with_the_values_is_told_at_once(mode):
     assert "describes 4 axes, but the value has 3" in text
     assert "takes 15 features" in text
     assert "is torch.int64" in text
+    assert "no tensor at port 'output[7]': it returns 2 values" in text
     assert all(g is None for g in gradients(student).values())
     for name, value in student.state_dict().items():
         assert torch.equal(value, before[name])
@@ -316,3 +319,72 @@ def test_positional_inputs_without_names_are_warned_of():
     distiller = fxdistill.wrap(*pair, task="causal_lm", compile=False)
     with pytest.warns(errors.MatchWarning, match="pass inputs by keyword"):
         distiller(ids(), torch.ones_like(ids()))
+
+
+@pytest.mark.parametrize("mode", [False, AOT, "regional"], ids=NAMES)
+def test_a_failed_first_call_leaves_running_statistics_alone(mode):
+    build = ARCHITECTURES["ResNetForImageClassification"].build
+    student, teacher = build(1).train(), build(1)
+    before = {name: b.clone() for name, b in student.named_buffers()}
+    mapping = {"resnet.encoder.stages.0": "resnet.encoder.stages.1"}
+    distiller = fxdistill.wrap(student, teacher, mapping, compile=mode)
+    with pytest.raises(errors.ShapeError):
+        distiller(**ARCHITECTURES["ResNetForImageClassification"].batch(7))
+    for name, buffer in student.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+def test_a_frozen_pair_is_told_in_wrap_where_there_are_examples():
+    student, teacher = llamas()
+    student.model.embed_tokens.requires_grad_(False)
+    student.model.layers[0].requires_grad_(False)
+    mapping = {"model.layers.0.mlp": Match(teacher="model.layers.1.mlp", project="auto")}
+    with pytest.warns(errors.MatchWarning, match="no trainable"):
+        fxdistill.wrap(student, teacher, mapping, example_inputs={"input_ids": ids()}, compile=AOT)
+
+
+@MODES
+def test_inputs_by_name_however_they_are_passed(mode):
+    build = ARCHITECTURES["GPT2LMHeadModel"].build  # its blocks pass hidden states by position
+    student, teacher = build(1).eval(), build(2)  # without dropout
+    pairs = {}
+    for port in ("input", "input.hidden_states"):
+        match = Match("transformer.h.0.attn", "transformer.h.1.attn", student_port=port)
+        out = fxdistill.wrap(student, teacher, [match], compile=mode)(input_ids=ids())
+        pairs[port] = out.losses[f"transformer.h.0.attn:{port}"]
+    torch.testing.assert_close(pairs["input"], pairs["input.hidden_states"])
+
+
+def test_a_part_of_the_student_is_no_projection():
+    student, teacher = llamas()
+    own = student.model.layers[0].self_attn.o_proj
+    mapping = {"model.layers.0.mlp": Match(teacher="model.layers.1.mlp", project=own)}
+    with pytest.raises(errors.OptionError, match="a part of the student"):
+        fxdistill.wrap(student, teacher, mapping)
+    frozen = nn.Linear(16, 32).requires_grad_(False)
+    mapping = {"model.layers.0.mlp": Match(teacher="model.layers.1.mlp", project=frozen)}
+    assert len(fxdistill.wrap(student, teacher, mapping).param_groups()) == 1
+
+
+def test_samples_are_weighed_once_when_their_tokens_are_pooled():
+    build = ARCHITECTURES["DistilBertForSequenceClassification"].build
+    torch.manual_seed(0)
+    student, teacher = build(1).eval(), build(1).eval()
+    path = "distilbert.transformer.layer.0"
+    weights = torch.tensor([0.5, 1.0])
+    for reduction in ("sum", "mean", "max"):
+        mapping = {path: Match(teacher=path, reduce=("b l d -> b d", reduction))}
+        distiller = fxdistill.wrap(student, teacher, mapping, logit_loss=None, compile=False)
+        each = [distiller(input_ids=row[None]).losses["features"] for row in ids()]
+        got = distiller(input_ids=ids(), token_weights=weights).losses["features"]
+        torch.testing.assert_close(got, (0.5 * each[0] + each[1]) / 1.5)
+
+
+def test_what_drops_token_weights_is_noted():
+    student, teacher = llamas()
+    turned = "b l d -> b d l"
+    mapping = {"model.norm": Match(teacher="model.norm", rearrange=turned, project=nn.Identity())}
+    distiller = fxdistill.wrap(student, teacher, mapping, feature_weight=0.0)
+    notes = " ".join(str(part) for part in distiller.summary().renderables)
+    assert "token weights and masks do not apply to model.norm" in notes
+    assert "feature_weight is 0" in notes

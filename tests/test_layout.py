@@ -69,7 +69,13 @@ def test_one_layout_is_for_both_sides_and_a_pair_for_each() -> None:
         ("b () d -> b d", "", "holds nothing"),
         ("b (n + m) d -> b n d", "", "all but one term are numbers"),
         ("b n -> b (1 + n)", "", "only stand on the left"),
-        ("b n; d -> b n d", "", "unexpected ';'"),
+        ("b n; d -> b n d", "", "unexpected ';' on the left"),
+        ("b l d -> (b l d", "", "not closed"),
+        ("b l d -> b l d ]", "", "unexpected ']' on the right"),
+        ("b l d -> b b l d", "", "names b twice on the right"),
+        ("b l d -> b ... l d", "", "stands on both sides or on none"),
+        ("b l d -> (b (l d))", "", r"unexpected '\(' on the right"),
+        ("b _l d -> b _l d", "", "_l begins or ends with _"),
     ],
 )
 def test_what_is_no_pattern_is_said_in_words(pattern: str, reduction: str, words: str) -> None:
@@ -134,6 +140,22 @@ def test_pooling_counts_tokens_by_their_weights(reduction: str) -> None:
         assert (gradient[1, 0] == slope[1]).all()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "max"])
+def test_pooling_follows_the_tokens_through_what_comes_before(reduction: str) -> None:
+    value = torch.randn(2, 3, 4)
+    turned = (("b l d -> b d l", ""), ("b d l -> b d", reduction))
+    got = arrange(value, turned, value, (), WEIGHTS)
+    torch.testing.assert_close(
+        got, arrange(value, one("b l d -> b d", reduction), value, (), WEIGHTS)
+    )
+    # Another axis that is reduced is not the tokens': nothing is weighed there.
+    heads = one("b l (h d) -> b l d", reduction)
+    plain = arrange(value, (("b l (h 2) -> b l h", reduction),), value, ())
+    weighed = arrange(value, (("b l (h 2) -> b l h", reduction),), value, (), WEIGHTS)
+    torch.testing.assert_close(weighed, plain)
+    assert not pools_tokens(heads)
+
+
 def test_pooling_where_nothing_counts_is_zero_with_zero_gradients() -> None:
     value = torch.randn(2, 3, 4, requires_grad=True)
     for reduction in ("mean", "sum", "max"):
@@ -153,6 +175,7 @@ def test_pooling_where_nothing_counts_is_zero_with_zero_gradients() -> None:
         ("b l d -> b d l", "", False, False),
         ("b (1 + n) d -> b n d", "", False, False),
         ("b l d -> b d", "mean", False, True),
+        ("b l d -> b 1 d", "max", False, True),
         ("b l h w -> b l", "mean", True, False),
         ("... d -> d ...", "", False, False),
     ],

@@ -18,7 +18,7 @@ from fxdistill.losses.chunk import DIVERGENCES, Shape
 from fxdistill.losses.chunked import vocab_operator
 from fxdistill.losses.labels import IGNORE
 
-BUDGET = 48 * 2**20  # bytes for the logits of a chunk, both towers together
+BUDGET = 32 * 2**20  # bytes for the logits of a chunk, both towers together
 
 
 class VocabLoss(NamedTuple):
@@ -80,7 +80,7 @@ def vocab_loss(
         weights: ``[...]``, how much each token counts: Σ w·value / Σ w.
         student_bias: ``[V]``.
         teacher_bias: ``[V_T]``.
-        chunk_tokens: How many tokens at a time; ``None``: as many as fit 48 MiB of logits.
+        chunk_tokens: How many tokens at a time; ``None``: as many as fit 32 MiB of logits.
         num_items: The denominator of both terms in place of Σ w.
         vocab_size: How many columns the divergence compares; ``None``: the smaller vocabulary. The
             columns beyond have probability zero in both.
