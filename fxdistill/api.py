@@ -1,6 +1,7 @@
 """``wrap``: options in, Distiller out. Everything that can be checked is checked here."""
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -11,17 +12,30 @@ from torch import Tensor, nn
 from fxdistill import guards
 from fxdistill.call import Inputs
 from fxdistill.distiller import Distiller, Mode, Plan
-from fxdistill.errors import CaptureError, OptionError, did_you_mean
+from fxdistill.errors import (
+    CaptureError,
+    FxDistillError,
+    OptionError,
+    did_you_mean,
+    gather,
+    raise_together,
+)
 from fxdistill.landmarks import vocabulary_of
 from fxdistill.losses import LABEL_LOSSES, LOGIT_LOSSES, is_named, resolve
 from fxdistill.lower import Lowering, check_lowering, mode_options
-from fxdistill.matching import Mapped, Matches
+from fxdistill.matching import Mapped, Matches, entries
 from fxdistill.objective import Objective, require_padding_only
 from fxdistill.passes import KeepTeacher
 from fxdistill.program import Pass
 from fxdistill.resolve import resolve as resolve_matches
 from fxdistill.roles import find_task
-from fxdistill.terms import Shapes, asks_for_width, make_terms, with_projections
+from fxdistill.terms import (
+    Shapes,
+    asks_for_width,
+    check_options,
+    make_terms,
+    with_projections,
+)
 
 LossLike = str | Callable[..., Tensor] | None
 _COMPILE_KEYS = ("backend", "options", "mode", "dynamic", "fallback")
@@ -91,7 +105,7 @@ def wrap(
     guards.check_trainable(student)
     plan = _plan(compile, tuple(outputs), tuple(passes), freeze_teacher)
     found_task = find_task(student, task)
-    matches = resolve_matches(student, teacher, mapping)
+    matches = _resolved(student, teacher, mapping, feature_loss)
     objective = Objective(
         features=make_terms(student, matches, feature_loss, found_task),
         logit_loss=_optional(logit_loss, LOGIT_LOSSES, "logit_loss"),
@@ -115,6 +129,24 @@ def wrap(
     return _built(student, teacher, objective, matches, settings, plan, _as_inputs(example_inputs))
 
 
+def _resolved(
+    student: nn.Module,
+    teacher: nn.Module,
+    mapping: Mapped,
+    default: str | Callable[..., Tensor],
+) -> Matches:
+    """The explicit matches; where there are none to be had, options are checked all the same."""
+    problems: list[FxDistillError] = []
+    matches = gather(problems, resolve_matches, student, teacher, mapping)
+    if matches is not None:
+        return matches
+    for read, *entry in gather([], entries, mapping) or ():
+        if (match := gather([], read, *entry)) is not None:
+            check_options(match, str(match.student), student, default, problems)
+    raise_together(problems)
+    raise AssertionError("what cannot be resolved is a problem")
+
+
 def _built(
     student: nn.Module,
     teacher: nn.Module,
@@ -132,9 +164,16 @@ def _built(
             # What cannot be captured is reported below, with what can be done about it.
             with contextlib.suppress(CaptureError):
                 shapes = probe.tapped_shapes(*examples.args, **examples.kwargs)
-        terms, projections = with_projections(objective.features, matches, student, teacher, shapes)
+        problems: list[FxDistillError] = []
+        terms, projections = with_projections(
+            objective.features, matches, student, teacher, shapes, problems
+        )
         objective = replace(objective, features=terms)
         distiller = Distiller(student, teacher, objective, projections, matches, settings, plan)
+        if problems and examples is not None:  # what else is wrong, told with it
+            check = functools.partial(distiller.check, *examples.args, **examples.kwargs)
+            gather(problems, check)
+        raise_together(problems)
         if examples is None:
             return distiller
         try:

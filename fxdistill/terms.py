@@ -9,7 +9,7 @@ from fxdistill import projections
 from fxdistill.arrange import arranged_shape
 from fxdistill.errors import FxDistillError, LayoutError, gather, raise_together
 from fxdistill.layout import Layout, keeps_tokens, layouts, pools_tokens
-from fxdistill.losses import FEATURE_LOSSES, resolve
+from fxdistill.losses import FEATURE_LOSSES, Loss, resolve
 from fxdistill.matching import Match, Matches
 from fxdistill.objective import GLOBAL_SETTINGS, Term
 from fxdistill.projections import Width, structural_widths
@@ -41,9 +41,7 @@ def make_terms(
             base += ":output"
         seen[base] = seen.get(base, 0) + 1
         name = base if seen[base] == 1 else f"{base}#{seen[base]}"
-        gather(problems, projections.check_option, match, student)
-        loss = gather(problems, resolve, match.loss or default, FEATURE_LOSSES, "loss")
-        both = gather(problems, layouts, match.rearrange, match.reduce, name)
+        loss, both = check_options(match, name, student, default, problems)
         if loss is not None and both is not None:
             terms.append(
                 Term(
@@ -60,6 +58,19 @@ def make_terms(
             )
     raise_together(problems)
     return tuple(terms)
+
+
+def check_options(
+    match: Match,
+    name: str,
+    student: nn.Module,
+    default: str | Callable[..., Tensor],
+    problems: list[FxDistillError],
+) -> tuple[Loss | None, tuple[Layout, Layout] | None]:
+    """The loss and the layouts of a match; what is wrong with its options joins ``problems``."""
+    gather(problems, projections.check_option, match, student)
+    loss = gather(problems, resolve, match.loss or default, FEATURE_LOSSES, "loss")
+    return loss, gather(problems, layouts, match.rearrange, match.reduce, name)
 
 
 def _token_axis(model: nn.Module, tap: Tap) -> int:
@@ -79,17 +90,19 @@ def with_projections(
     student: nn.Module,
     teacher: nn.Module,
     shapes: Shapes,
+    problems: list[FxDistillError],
 ) -> tuple[tuple[Term, ...], nn.ModuleList]:
     """Terms that know their projections, and those. A module given to several matches is shared.
 
-    Widths are those of ``shapes`` where a tap is in it, else what the models' structure tells.
+    Widths are those of ``shapes`` where a tap is in it, else what the models' structure tells. A
+    term whose projection cannot be made is left out, and the reason joins ``problems``.
     """
     models = {"student": student, "teacher": teacher}
     structure = {}
     if asks_for_width(matches):
         structure = {tower: structural_widths(model) for tower, model in models.items()}
     made: list[nn.Module] = []
-    found, problems = [], list[FxDistillError]()
+    found = []
 
     def projection(term: Term, match: Match) -> nn.Module | None:
         if isinstance(match.project, nn.Module):
@@ -99,13 +112,14 @@ def with_projections(
         return projections.made(match, *_widths(term, shapes, structure), like)
 
     for term, match in zip(terms, matches, strict=True):
-        asked = match.project is not None
-        module = gather(problems, projection, term, match) if asked else None
+        before = len(problems)
+        module = None if match.project is None else gather(problems, projection, term, match)
+        if len(problems) > before:
+            continue
         if module is not None and not any(m is module for m in made):
             made.append(module)
         index = next((i for i, m in enumerate(made) if m is module), None)
         found.append(replace(term, projection=index))
-    raise_together(problems)
     return tuple(found), nn.ModuleList(made)
 
 

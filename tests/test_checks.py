@@ -388,3 +388,37 @@ def test_what_drops_token_weights_is_noted():
     notes = " ".join(str(part) for part in distiller.summary().renderables)
     assert "token weights and masks do not apply to model.norm" in notes
     assert "feature_weight is 0" in notes
+
+
+def test_paths_options_and_patterns_are_told_together():
+    mapping = {
+        "model.layers.0.mpl": "model.layers.1.mlp",
+        "model.layers.0.mlp": Match(teacher="model.layers.1.mlp", project="lin"),
+        "model.layers.1.mlp": Match(teacher="model.layers.3.mlp", loss="mze"),
+        "model.norm": Match(teacher="model.norm", rearrange="b l"),
+    }
+    with pytest.raises(errors.Problems, match="4 things") as caught:
+        fxdistill.wrap(*llamas(), mapping)
+    assert {type(p) for p in caught.value.problems} == {
+        errors.PathError,
+        errors.OptionError,
+        errors.LayoutError,
+    }
+
+
+def test_widths_that_cannot_be_had_are_told_with_the_shapes():
+    student, teacher = llamas()
+    student.spare = nn.Linear(2, 2)
+    wrong = "b (h w) c -> b h w c"
+    mapping = {
+        "model.layers.0.mlp": "model.layers.1.mlp",
+        "spare": "model.layers.0",
+        "model.norm": Match(teacher="model.norm", project="auto", rearrange=wrong),
+    }
+    with pytest.raises(errors.Problems, match="3 things") as caught:
+        fxdistill.wrap(student, teacher, mapping, example_inputs={"input_ids": ids()})
+    assert {type(p) for p in caught.value.problems} == {
+        errors.ShapeError,
+        errors.TapError,
+        errors.LayoutError,
+    }
