@@ -7,18 +7,14 @@
 
 Forward KL plus cross entropy, forward and backward. Times are interleaved: every round runs every
 version once, and a ratio is taken within a round; the median of the ratios is shown with the
-smallest and the largest. Peak memory is beyond inputs and gradients: on a GPU the allocator's, on a
-CPU the resident set of a process of its own for each version, sampled every half millisecond.
+smallest and the largest. Peak memory is what the allocator hands out beyond inputs and gradients: on
+a CPU by the profiler's events, on a GPU by its statistics.
 """
 
 import argparse
-import ctypes
-import gc
+import itertools
 import json
 import statistics
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -114,33 +110,12 @@ def peak(step: Step, o: argparse.Namespace) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before - gradients
-    statm, done = Path("/proc/self/statm"), threading.Event()
-    sizes = []
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the compiler has freed is no room for the step
-
-    def watch() -> None:
-        while not done.is_set():
-            sizes.append(int(statm.read_text().split()[1]) * 4096)
-            time.sleep(0.0005)
-
-    before = int(statm.read_text().split()[1]) * 4096
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    for _ in range(3):
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
-    done.set()
-    watcher.join()
-    return max(sizes) - before - gradients
-
-
-def measure_peak(name: str, o: argparse.Namespace) -> int:
-    """The peak of one version: on a CPU in a process of its own."""
-    if o.device == "cuda":
-        return peak(versions(o)[name], o)
-    command = [sys.executable, __file__, *sys.argv[1:], "--peak", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout.splitlines()[-1])
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(sizes)) - gradients
 
 
 def main() -> None:
@@ -157,20 +132,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--peak", default=None, help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.threads:
         torch.set_num_threads(o.threads)
     steps = versions(o)
-    if o.peak:
-        steps[o.peak]()  # compile
-        print(peak(steps[o.peak], o))
-        return
     for step in steps.values():
         step()
     rounds = [{name: seconds(step, o) for name, step in steps.items()} for _ in range(o.rounds)]
     first = next(iter(steps))
-    memory = {name: measure_peak(name, o) for name in steps if name != "four products"}
+    memory = {name: peak(step, o) for name, step in steps.items() if name != "four products"}
     table = Table("version", "s", "time ratio", "peak MB", "memory ratio")
     results = {}
     for name in steps:

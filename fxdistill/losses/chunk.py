@@ -163,10 +163,18 @@ def _divergence(
     log_q = (z[:, : shape.columns] / tau).log_softmax(-1)
     log_p = (torch.where(live, y, 0.0)[:, : shape.columns] / tau).log_softmax(-1)
     found = [(w, *DIVERGENCES[n](log_q, log_p, beta)) for n, w, beta in shape.divergences]
-    value = torch.stack([w * v for w, v, _ in found]).sum(0)
-    by_s = torch.stack([w * d for w, _, d in found]).sum(0)
+    value, by_s = _mixed(found)
     beyond = z.shape[-1] - shape.columns
     return value, torch.nn.functional.pad(by_s, (0, beyond)) if beyond else by_s
+
+
+def _mixed(found: list[tuple[float, Tensor, Tensor]]) -> Slope:
+    """The weighted sum of several divergences; nothing is stacked, which would be kept."""
+    weight, value, by_s = found[0]
+    value, by_s = weight * value, weight * by_s
+    for weight, v, d in found[1:]:
+        value, by_s = value + weight * v, by_s + weight * d
+    return value, by_s
 
 
 def bucket_slopes(
@@ -188,8 +196,7 @@ def bucket_slopes(
     tail = left.clamp_min(0).log()
     log_s, log_t = torch.cat([best, rest], -1), torch.cat([kept, tail], -1)
     found = [(w, *DIVERGENCES[name](log_s, log_t, beta)) for name, w, beta in divergences]
-    value = torch.stack([w * v for w, v, _ in found]).sum(0)
-    by_bucket = torch.stack([w * d for w, _, d in found]).sum(0)
+    value, by_bucket = _mixed(found)
     spread = by_bucket[:, -1:] * (log_q - rest).exp()
     return value, spread.scatter(-1, ids, by_bucket[:, :-1])
 
