@@ -7,8 +7,8 @@
 
 Forward KL plus cross entropy, forward and backward. Times are interleaved: every round runs every
 version once, and a ratio is taken within a round; the median of the ratios is shown with the
-smallest and the largest. Peak memory is what the allocator hands out beyond inputs and gradients: on
-a CPU by the profiler's events, on a GPU by its statistics.
+smallest and the largest. Peak memory is what the allocator hands out beyond inputs and gradients:
+on a CPU by the profiler's events, on a GPU by its statistics.
 """
 
 import argparse
