@@ -84,8 +84,8 @@ def vocab_loss(
         weights: ``[...]``, how much each token counts: Σ w·value / Σ w.
         student_bias: ``[V]``.
         teacher_bias: ``[V_T]``.
-        chunk_tokens: How many tokens at a time; ``None``: as many as fit 28 MiB of logits, and 48 at
-            least.
+        chunk_tokens: How many tokens at a time; ``None``: as many as fit 28 MiB of logits, and 48
+            at least.
         num_items: The denominator of both terms in place of Σ w.
         vocab_size: How many columns the divergence compares; ``None``: the smaller vocabulary. The
             columns beyond have probability zero in both.
