@@ -79,6 +79,7 @@ def test_set_and_num_items_recompile_nothing(counted):
     assert len(graphs) == before == 1
 
 
+@pytest.mark.slow
 def test_distillers_do_not_use_up_each_others_compilations():
     for _ in range(10):
         student, teacher = toy_pair()
@@ -311,6 +312,7 @@ def test_a_backend_that_fails_is_named_as_such():
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.slow
 def test_an_ordinary_loop_has_more_forms_than_dynamo_allows_by_default():
     student, teacher = toy_pair()
     distiller = fxdistill.wrap(student, teacher, MAPPING, task="causal_lm", compile=AOT)

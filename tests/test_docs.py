@@ -22,6 +22,7 @@ def code(page: Path) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.slow  # a page is several models, each traced
 @pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
 # transformers asks for versions in forward(), through a cache that dynamo warns about.
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")

@@ -186,6 +186,7 @@ def test_tokens_drop_the_class_token_and_pool(vision: Any, mode: Any) -> None:
     compare(distiller, wanted, inputs)
 
 
+@pytest.mark.slow
 def test_layouts_follow_other_shapes_without_more_graphs(llamas: Any) -> None:
     student, teacher = llamas
     pool, flat = ("b l d -> b d", "mean"), "b l d -> (b l) d"
