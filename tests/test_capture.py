@@ -204,6 +204,7 @@ def test_dump_writes_numbered_programs(tmp_path, monkeypatch):
     assert "mse" in (tmp_path / next(n for n in names if "PruneTeacher" in n)).read_text()
 
 
+@pytest.mark.slow
 def test_the_registered_backend():
     student, teacher = toy_pair()
     compiled = torch.compile(
@@ -226,6 +227,7 @@ def test_passes_of_the_user_run_after_compose():
     assert seen[0][0] == "loss"
 
 
+@pytest.mark.slow
 def test_an_evaluation_in_inference_mode_comes_first():
     for mode in (False, AOT, "regional"):
         distiller = fxdistill.wrap(*toy_pair(), MAPPING, compile=mode)
@@ -234,6 +236,7 @@ def test_an_evaluation_in_inference_mode_comes_first():
         distiller(tokens()).loss.backward()
 
 
+@pytest.mark.slow
 def test_all_sizes_dynamic():
     project = nn.Linear(8, 8)
     mapping = [
