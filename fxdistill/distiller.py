@@ -75,6 +75,7 @@ class Distiller(nn.Module):
         self._vector: Tensor | None = None
         self._steps: dict[str, Callable[..., Any]] = {}
         self.program: JointProgram | None = None
+        self._passed = False  # whether a step has run to its end outside of one graph
         self._warnings: dict[str, bool] = {}  # text, and whether it was given
         # Not self.train(): parts of the student may be in a mode of their own.
         self.training = student.training
@@ -150,12 +151,18 @@ class Distiller(nn.Module):
             inputs = (self, objective, call.student, call.teacher)
             if mode == "one_graph":
                 return self._compiled("step", step)(table, *inputs, call.batch, settings)  # type: ignore[no-any-return]
-            # Models that run before their values are checked are put back if the checks fail.
-            with guards.buffers_kept_on_error(self, self.teacher):
+            # Models that run before their values are checked are put back if the checks fail. Once
+            # they have passed, a step need not keep copies.
+            models = () if self._passed else (self, self.teacher)
+            with guards.buffers_kept_on_error(*models):
                 if mode == "eager":
-                    return step(*inputs, call.batch, settings)
-                anchor = run_towers(*inputs)
-                values = collect(objective, "logits" in self.plan.outputs)
+                    result = step(*inputs, call.batch, settings)
+                else:
+                    anchor = run_towers(*inputs)
+                    values = collect(objective, "logits" in self.plan.outputs)
+            self._passed = True
+            if mode == "eager":
+                return result
         with recording(TapTable(capturing=True)) as table:
             terms = self._compiled("terms", terms_of)
             return terms(table, self, objective, values, call.batch, settings, anchor)  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.text import Text
 from torch import Tensor, nn
 
-from fxdistill.errors import OptionError, PathError, did_you_mean
+from fxdistill.errors import OptionError, did_you_mean
 
 Reduction = tuple[str, Literal["mean", "max", "sum"]]
 ACCEPTED = "{student path: teacher path or Match}, a list of Match, or what fxdistill.match returns"
@@ -263,12 +263,3 @@ def _from_item(student: Any, value: Any) -> Match:
 def module_names(module: nn.Module) -> list[str]:
     """The paths of all submodules of ``module``, in order: what a mapping can name."""
     return [name for name, _ in module.named_modules(remove_duplicate=False) if name]
-
-
-def submodule(model: nn.Module, path: str, tower: str) -> nn.Module:
-    """The module at ``path``; PathError, with the nearest paths, where there is none."""
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        near = did_you_mean(path, module_names(model))
-        raise PathError(f"the {tower} has no module {path!r}. Nearest: {near}.") from None
