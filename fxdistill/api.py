@@ -38,7 +38,7 @@ from fxdistill.terms import (
 )
 
 LossLike = str | Callable[..., Tensor] | None
-_COMPILE_KEYS = ("backend", "options", "mode", "dynamic", "fallback")
+_COMPILE_KEYS = ("backend", "options", "mode", "dynamic", "fallback", "fuse_head")
 
 
 def wrap(
@@ -94,8 +94,9 @@ def wrap(
             nothing is executed.
         compile: ``True``: one graph, by Inductor. ``"regional"``: the models run as they are and
             the losses are one compiled graph. ``False``: all eager. A dict: one graph with
-            ``backend``, ``options``, ``mode``, ``dynamic`` as of ``torch.compile``, and
-            ``fallback="regional"`` to go there, with a warning, when the models cannot be captured.
+            ``backend``, ``options``, ``mode``, ``dynamic`` as of ``torch.compile``,
+            ``fallback="regional"`` to go there, with a warning, when the models cannot be captured,
+            and ``fuse_head=False`` to make the logits even if only losses read them.
         outputs: ``("logits",)`` adds the student's logits to the output, detached.
         passes: Passes of your own, run on the joint program after compose.
 
@@ -242,6 +243,7 @@ def _plan(
         dynamic=options.get("dynamic"),
         fallback=options.get("fallback") is not None,
         passes=passes,
+        fuse_head=bool(options.get("fuse_head", True)),
         freeze_teacher=freeze_teacher,
         outputs=outputs,
     )

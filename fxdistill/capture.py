@@ -24,7 +24,7 @@ from fxdistill.errors import FxDistillError, OptionError
 from fxdistill.hooks import hooked
 from fxdistill.lower import Lowering, lower
 from fxdistill.nodes import own_code
-from fxdistill.passes import ExposeOutputs, PruneTeacher
+from fxdistill.passes import ExposeOutputs, FuseHead, PruneTeacher
 from fxdistill.pipeline import Dump, Observer
 from fxdistill.program import JointProgram, Pass, PassRecord, Program, output_values
 from fxdistill.split import split
@@ -40,8 +40,15 @@ class Recipe:
 
     lowering: Lowering = Lowering()
     passes: tuple[Pass, ...] = ()
+    fuse_head: bool = True
     keep: Callable[[JointProgram], None] = lambda program: None
     dry: bool = False
+
+    @property
+    def last(self) -> tuple[Pass, ...]:
+        """The library's own passes, behind the user's."""
+        head = FuseHead(compiled=self.lowering.backend == "inductor")
+        return (*([head] if self.fuse_head else []), PruneTeacher())
 
 
 class _Captured(Exception):
@@ -71,7 +78,7 @@ def backend(
         names = tuple(f"output_{i}" for i in range(len(output_values(gm.graph))))
         dump.write("terms", Program(gm, names, title="terms"))
         return lower(gm, example_inputs, replace(recipe.lowering, joint_passes=()))
-    joint = joint_program(gm, recipe.passes, dump)
+    joint = joint_program(gm, (*recipe.passes, *recipe.last), dump)
     history = list(joint.history)
     recipe.keep(joint)
     if recipe.dry:
@@ -96,7 +103,7 @@ def joint_program(gm: fx.GraphModule, passes: Sequence[Pass], dump: Dump) -> Joi
     records = tuple(record for program in exposed.values() for record in program.history)
     joint = JointProgram(joint.gm, joint.outputs, records, title=joint.title)
     dump.write("joint_compose", joint)
-    return pipeline.run(joint, (*passes, PruneTeacher()), observers)
+    return pipeline.run(joint, passes, observers)
 
 
 def _erase_checks(gm: fx.GraphModule) -> None:
@@ -149,10 +156,10 @@ def _dynamo_settings() -> Iterator[None]:
         yield
 
 
-def dry_run(step: Step, passes: tuple[Pass, ...], table: TapTable, *args: Any) -> JointProgram:
+def dry_run(step: Step, recipe: Recipe, table: TapTable, *args: Any) -> JointProgram:
     """Capture ``step`` on the shapes of ``args`` and return the program; nothing is executed."""
     kept: list[JointProgram] = []
-    compiled = one_graph(step, Recipe(passes=passes, keep=kept.append, dry=True))
+    compiled = one_graph(step, replace(recipe, keep=kept.append, dry=True))
     try:
         compiled(table, *args)
     except _Captured:

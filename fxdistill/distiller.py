@@ -40,6 +40,7 @@ class Plan:
     dynamic: bool | None = None
     fallback: bool = False
     passes: tuple[Pass, ...] = ()
+    fuse_head: bool = True
     freeze_teacher: bool = True
     outputs: tuple[str, ...] = ()
 
@@ -169,9 +170,12 @@ class Distiller(nn.Module):
 
     def _compiled(self, name: str, step: Callable[..., Any]) -> Callable[..., Any]:
         if name not in self._steps:
-            recipe = Recipe(self.plan.lowering, self.plan.passes, self._keep)
-            self._steps[name] = capture.one_graph(step, recipe, self.plan.dynamic)
+            self._steps[name] = capture.one_graph(step, self._recipe(), self.plan.dynamic)
         return self._steps[name]
+
+    def _recipe(self) -> Recipe:
+        plan = self.plan
+        return Recipe(plan.lowering, plan.passes, plan.fuse_head, keep=self._keep)
 
     def _keep(self, program: JointProgram) -> None:
         self.program = program
@@ -307,7 +311,7 @@ class Distiller(nn.Module):
         settings = self._settings_on(guards.device_of(self.student))
         inputs = (self, objective, call.student, call.teacher, call.batch, settings)
         with self._taps(objective, capturing=True) as table:
-            program = capture.dry_run(step, self.plan.passes, table, *inputs)
+            program = capture.dry_run(step, self._recipe(), table, *inputs)
         self._announce()
         return program
 

@@ -31,10 +31,11 @@ class Effects:
     storages: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
     writes: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
 
-    def written_after(self, value: fx.Node, moment: fx.Node) -> bool:
+    def written_after(self, value: fx.Node, moment: fx.Node, until: fx.Node | None = None) -> bool:
         """Whether ``value`` or an alias of it is written at or after ``moment``."""
         mine, start = self.storages[value], self.place[moment]
-        return any(mine & w and self.place[node] >= start for node, w in self.writes.items())
+        end = len(self.place) if until is None else self.place[until]
+        return any(mine & w and start <= self.place[n] < end for n, w in self.writes.items())
 
     def aliases_input(self, value: fx.Node) -> bool:
         """Whether ``value`` lies in an input's storage, which other programs may write."""

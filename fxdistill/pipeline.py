@@ -29,7 +29,7 @@ def run(program: P, passes: Sequence[Pass], between: Sequence[Observer] = ()) ->
         name, start, before = pass_name(p), perf_counter(), program
         try:
             program = p(program)
-            if program is not before:
+            if program.gm is not before.gm:
                 program.gm.graph.lint()
                 program.gm.recompile()
         except FxDistillError:
@@ -43,7 +43,8 @@ def run(program: P, passes: Sequence[Pass], between: Sequence[Observer] = ()) ->
             len(program.gm.graph.nodes),
             tuple(o for o in program.outputs if o not in before.outputs),
             perf_counter() - start,
-            program is not before,
+            program.gm is not before.gm,
+            program.remarks[len(before.remarks) :],
         )
         program = replace(program, history=(*before.history, record))
         for observer in between:

@@ -19,12 +19,14 @@ class PassRecord:
     added: tuple[str, ...]
     seconds: float
     changed: bool
+    remarks: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """One log line."""
         what = f"{self.nodes_before} -> {self.nodes_after} nodes" if self.changed else "unchanged"
         added = f", outputs + {len(self.added)}" if self.added else ""
-        return f"{self.name}: {what}{added} ({self.seconds * 1e3:.0f} ms)"
+        said = f"; {'; '.join(self.remarks)}" if self.remarks else ""
+        return f"{self.name}: {what}{added}{said} ({self.seconds * 1e3:.0f} ms)"
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,15 @@ class Program:
 
     ``level`` is ``"captured"`` for torch operators as the models call them (modules' operators and
     losses still readable, values may be mutated), and ``"joint"`` for AOTAutograd's functional
-    forward and backward.
+    forward and backward. ``remarks`` are what passes have to say to the reader of the report: what
+    they chose, or why they declined.
     """
 
     gm: fx.GraphModule
     outputs: tuple[str, ...]
     history: tuple[PassRecord, ...] = ()
     level: Level = "captured"
+    remarks: tuple[str, ...] = field(default=(), compare=False)
     title: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxdistill.errors import BatchError
 from fxdistill.losses.labels import IGNORE
+from fxdistill.nodes import one_node
 from fxdistill.taps import check
 
 Task = Literal["causal_lm", "masked_lm", "seq2seq", "classification"]
@@ -75,10 +76,10 @@ def prediction_weights(batch: Batch, task: Task | None, logits: Tensor) -> Tenso
     if task != "causal_lm":
         counted = None if batch.labels is None else (batch.labels != IGNORE).float()
         weights = _times(_times(chosen, mask), counted)
-        return logits.new_ones(grid, dtype=torch.float32) if weights is None else weights
+        return torch.ones(grid, device=logits.device) if weights is None else weights
     if batch.labels is None and chosen is None:
         if mask is None:
-            return logits.new_ones(grid, dtype=torch.float32)
+            return torch.ones(grid, device=logits.device)
         return mask * torch.cat([mask[:, 1:], torch.ones_like(mask[:, :1])], dim=1)
     of_token = _times(chosen, mask)
     if batch.labels is not None:
@@ -169,9 +170,13 @@ def _sample_feature_weights(
 
 
 def rescaled(value: Tensor, weights: Tensor | None, count: int, items: Tensor | None) -> Tensor:
+    """``over_items`` where there are any."""
+    return value if items is None else over_items(value, weights, count, items)
+
+
+@one_node
+def over_items(value: Tensor, weights: Tensor | None, count: int, items: Tensor) -> Tensor:
     """Turn a mean over Σ w into a sum over ``items``: gradient accumulation's denominator."""
-    if items is None:
-        return value
     total: Tensor | int = count if weights is None else weights.sum()
     # No items at all: nothing counts, and the value is 0 already.
     return value * (total / torch.where(items == 0, torch.ones_like(items), items))

@@ -1,7 +1,8 @@
 """The passes, one a file; README.md says how to write one."""
 
 from fxdistill.passes.expose_outputs import ExposeOutputs
+from fxdistill.passes.fuse_head import FuseHead
 from fxdistill.passes.keep_teacher import KeepTeacher
 from fxdistill.passes.prune_teacher import PruneTeacher
 
-__all__ = ["ExposeOutputs", "KeepTeacher", "PruneTeacher"]
+__all__ = ["ExposeOutputs", "FuseHead", "KeepTeacher", "PruneTeacher"]

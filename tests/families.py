@@ -106,6 +106,10 @@ def gemma2() -> Family:
     return decoder(hf.Gemma2Config, **options)
 
 
+def cohere() -> Family:
+    return decoder(hf.CohereConfig, logit_scale=0.25, **ATTENTION)
+
+
 def gpt2() -> Family:
     sizes = {"num_attention_heads": HEADS, "n_positions": 64}
     no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -303,7 +307,7 @@ def convnext() -> Family:
     return image_classifier(*towers(build, (1, 2)), mapping)
 
 
-DECODERS = (llama, qwen3, gemma2, gpt2, gpt_neox, mixtral)
+DECODERS = (llama, qwen3, gemma2, cohere, gpt2, gpt_neox, mixtral)
 RECURRENT = (mamba, mamba2, bamba, falcon_h1, qwen3_next)
 ENCODERS = (bert_mlm, distilbert_classifier)
 ENCODER_DECODERS = (t5, bart, whisper)

@@ -52,6 +52,9 @@ def compare(name: str, mode: Any) -> None:
     check_losses(out, wanted)
     check_gradients(student, wanted)
     assert all(parameter.grad is None for parameter in teacher.parameters())
+    if distiller.program is not None and mode != "regional":
+        targets = [node.target for node in distiller.program.gm.graph.nodes]
+        assert (fxdistill.losses.vocab_loss in targets) == (family.task != "classification")
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from fxdistill.errors import OptionError, ShapeError, VocabularyError, did_you_mean
-from fxdistill.losses.chunk import DIVERGENCES, Shape
+from fxdistill.losses.chunk import DIVERGENCES, Divergence, Shape
 from fxdistill.losses.chunked import vocab_operator
 from fxdistill.losses.labels import IGNORE
 
 BUDGET = 28 * 2**20  # bytes for the logits of a chunk, both towers together
+
+DivergenceLike = str | Mapping[str, float] | Callable[..., Tensor] | tuple[Divergence, ...] | None
 
 
 class VocabLoss(NamedTuple):
@@ -45,7 +47,7 @@ def vocab_loss(
     teacher_weight: Tensor | None,
     labels: Tensor | None = None,
     *,
-    divergence: str | Mapping[str, float] | Callable[..., Tensor] | None = "forward_kl",
+    divergence: DivergenceLike = "forward_kl",
     logit_weight: float | Tensor = 1.0,
     label_weight: float | Tensor = 0.0,
     temperature: float | Tensor = 1.0,
@@ -146,7 +148,7 @@ def vocab_loss_topk(
     teacher_logprobs: Tensor,
     labels: Tensor | None = None,
     *,
-    divergence: str | Mapping[str, float] | Callable[..., Tensor] = "forward_kl",
+    divergence: DivergenceLike = "forward_kl",
     logit_weight: float | Tensor = 1.0,
     label_weight: float | Tensor = 0.0,
     temperature: float | Tensor = 1.0,
@@ -314,6 +316,8 @@ def _check_shapes(
 def _divergences(divergence: Any) -> tuple[tuple[str, float, float], ...]:
     if divergence is None:
         return ()
+    if isinstance(divergence, tuple):  # as a graph holds it: name, weight and β of each
+        return tuple((_named(name)[0], float(w), float(beta)) for name, w, beta in divergence)
     mix = divergence if isinstance(divergence, Mapping) else {divergence: 1.0}
     named = [(*_named(each), float(weight)) for each, weight in mix.items()]
     return tuple((name, weight, beta) for name, beta, weight in named)

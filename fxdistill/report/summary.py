@@ -66,7 +66,8 @@ def _passes(program: Program) -> Table:
     table = Table("pass", "nodes", "result", "ms", title="Passes", title_justify="left")
     for record in program.history:
         result = f"{len(record.added)} values exposed" if record.added else ""
-        if not record.changed:
+        result = "; ".join([result, *record.remarks] if result else record.remarks)
+        if not record.changed and not result:
             result = "nothing to do"
         nodes = f"{record.nodes_before} -> {record.nodes_after}"
         table.add_row(record.name, nodes, result, f"{record.seconds * 1e3:.0f}")

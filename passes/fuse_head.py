@@ -1,0 +1,232 @@
+"""Logits that only losses read are never made."""
+
+import operator
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+
+from fxdistill import losses
+from fxdistill.compose import SECTION
+from fxdistill.effects import effects_of
+from fxdistill.head import Head, Unreadable, read_head, target_name, value_of
+from fxdistill.losses.vocab import chunk_tokens_for
+from fxdistill.program import P, fork_module
+from fxdistill.total import ON_LOGITS, Summand, read_total
+
+
+@dataclass(frozen=True)
+class FuseHead:
+    """Replace both heads and the losses on their logits by one ``vocab_loss`` node.
+
+    1. What is sought: hidden state → linear → scale, cap, slice, cast → logits that nothing but
+       ``logit_weight · divergence`` and ``label_weight · cross_entropy`` reads, in both towers.
+    2. Where something else reads the logits (an output, a match of the head), or they are made in
+       another way, nothing changes, and the remark says why.
+    3. Logits ``[B, C]`` are left alone: classes are few.
+
+    Works on the captured level. ``compiled``: whether the body of a chunk is compiled.
+    """
+
+    compiled: bool = True
+
+    def __call__(self, program: P) -> P:
+        """Fuse; a program without losses on logits is returned as it is."""
+        targets = {node.target for node in program.gm.graph.nodes}
+        if losses.vocab_loss in targets or not {"logits", "labels"} & set(program.outputs):
+            return program
+        gm = fork_module(program.gm)
+        try:
+            remark = _Fusion.read(gm).write(self.compiled)
+        except Unreadable as why:
+            return replace(program, remarks=(*program.remarks, f"logits are made: {why}"))
+        return replace(program, gm=gm, remarks=(*program.remarks, remark))
+
+
+@dataclass(frozen=True)
+class _Fusion:
+    """What was found, and how it is written."""
+
+    graph: fx.Graph
+    stack: fx.Node
+    divergence: Summand | None
+    labelled: Summand | None
+    student: Head
+    teacher: Head | None
+
+    @classmethod
+    def read(cls, gm: fx.GraphModule) -> "_Fusion":
+        stack, summands = read_total(gm.graph)
+        divergence, labelled = _one_of_each(summands)
+        student, teacher = _heads(divergence, labelled)
+        _require_same_surroundings(gm, stack, student, teacher)
+        return cls(gm.graph, stack, divergence, labelled, student, teacher)
+
+    @property
+    def summands(self) -> tuple[Summand, ...]:
+        return tuple(s for s in (self.divergence, self.labelled) if s is not None)
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        return tuple(head for head in (self.student, self.teacher) if head is not None)
+
+    def write(self, compiled: bool) -> str:
+        """Rewrite the graph, and say what was done."""
+        made = [value_of(head.logits) for head in self.heads]
+        columns = sum(int(value.shape[-1]) for value in made)
+        size = value_of(self.student.linear).element_size()
+        chunk = chunk_tokens_for(columns, size)
+        old = set(self.graph.nodes)
+        with self.graph.inserting_before(self.stack):
+            args, kwargs = self._arguments()
+            kwargs |= {"chunk_tokens": chunk, "compile": compiled}
+            fused = self.graph.call_function(losses.vocab_loss, tuple(args), kwargs)
+            out = [self.graph.call_function(operator.getitem, (fused, i)) for i in range(3)]
+        scalar = value_of(self.summands[0].product)
+        fused.meta["example_value"] = losses.VocabLoss(scalar, scalar, scalar)
+        for node in [n for n in self.graph.nodes if n not in old]:
+            node.meta["custom"] = {SECTION: "objective"}
+        for node in out:
+            node.meta["example_value"] = scalar
+        self._rewire(out)
+        return _remark(made, chunk, columns * size)
+
+    def _arguments(self) -> tuple[list[Any], dict[str, Any]]:
+        """Those of ``vocab_loss``: nodes and constants."""
+        kwargs: dict[str, Any] = {"divergence": None}
+        args: list[Any] = []
+        for tower, head in (("student", self.student), ("teacher", self.teacher)):
+            hidden, weight, bias = (None,) * 3 if head is None else head.emit(self.graph)
+            args += [hidden, weight]
+            if head is not None:
+                curve = {"scale": head.curve.scale, "softcap": head.curve.softcap, "bias": bias}
+                kwargs |= {f"{tower}_{name}": value for name, value in curve.items()}
+        if self.labelled is not None:
+            args.append(self.labelled.argument(1))
+            kwargs["label_weight"] = self.labelled.weight
+            for name in ("label_smoothing", "z_loss"):
+                kwargs[name] = self.labelled.option(name, 0.0)
+        if self.divergence is not None:
+            kwargs["divergence"] = self.divergence.mix
+            kwargs["logit_weight"] = self.divergence.weight
+            kwargs["temperature"] = self.divergence.option("temperature", 1.0)
+            kwargs["vocab_size"] = value_of(self.divergence.argument(0)).shape[-1]
+        kwargs["weights"] = self.summands[0].option("weights")
+        kwargs["num_items"] = self.summands[0].items
+        return args, kwargs
+
+    def _rewire(self, out: list[fx.Node]) -> None:
+        """The fused total is one summand in place of two; what is not read any more goes."""
+        products = [summand.product for summand in self.summands]
+        kept = [node for node in self.stack.args[0] if node not in products]  # type: ignore[union-attr]
+        self.stack.args = ([out[0], *kept],)
+        for summand in self.summands:
+            for told in summand.told:
+                told.replace_all_uses_with(out[1 if summand.is_divergence else 2])
+        dead = {node for s in self.summands for node in (*s.nodes, *s.told, *s.losses)}
+        dead |= {node for loss in dead if loss.target in ON_LOGITS for node in loss.all_input_nodes}
+        dead |= {node for head in self.heads for node in head.nodes}
+        for node in reversed(list(self.graph.nodes)):
+            if node in dead and not node.users and node.op != "placeholder":
+                self.graph.erase_node(node)
+
+
+def _remark(made: list[Tensor], chunk: int, bytes_of_token: int) -> str:
+    """How many logits exist at a time."""
+    shapes = " and ".join(str([*value.shape]) for value in made)
+    tokens = made[0].numel() // made[0].shape[-1]
+    if isinstance(tokens, int) and tokens <= chunk:
+        return f"logits fused with their losses; {shapes} are one chunk"
+    size = f"{chunk * bytes_of_token / 2**20:.0f} MiB"
+    return f"logits fused with their losses, {chunk} tokens at a time: {size}, not {shapes}"
+
+
+def _one_of_each(summands: tuple[Summand, ...]) -> tuple[Summand | None, Summand | None]:
+    """The divergence and the label loss, which must count the same tokens."""
+    divergences = [s for s in summands if s.is_divergence]
+    labelled = [s for s in summands if not s.is_divergence]
+    if not summands:
+        raise Unreadable("no loss of this library reads them")
+    if len(divergences) > 1 or len(labelled) > 1:
+        raise Unreadable("several divergences, or label losses, have weights of their own")
+    first, last = summands[0], summands[-1]
+    if first.option("weights") is not last.option("weights") or first.items is not last.items:
+        raise Unreadable("divergence and label loss count different tokens")
+    return next(iter(divergences), None), next(iter(labelled), None)
+
+
+def _heads(divergence: Summand | None, labelled: Summand | None) -> tuple[Head, Head | None]:
+    """The heads of student and teacher, whose logits nothing but the losses reads."""
+    found = [s.argument(0) for s in (labelled, divergence) if s is not None]
+    logits, compared = found[0], found[-1]
+    readers = {loss for s in (divergence, labelled) if s is not None for loss in s.losses}
+    if compared is not logits:  # without padding columns, which the label loss counts
+        if compared.target is not operator.getitem or compared.args[0] is not logits:
+            raise Unreadable("divergence and label loss read different logits")
+        _require_readers("student", compared, readers)
+        readers.add(compared)
+    _require_readers("student", logits, readers)
+    if value_of(logits).ndim < 3:
+        raise Unreadable(f"{[*value_of(logits).shape]} is classes, not a vocabulary")
+    student = _of("student", read_head, logits)
+    if student.detached:
+        raise Unreadable("the student's logits are detached")
+    if divergence is None:
+        return student, None
+    theirs = divergence.argument(1)
+    _require_readers("teacher", theirs, readers)
+    teacher = _of("teacher", read_head, theirs)
+    if not teacher.detached:
+        raise Unreadable("the teacher learns too, and the fused form gives it no gradient")
+    return student, teacher
+
+
+def _of(tower: str, read: Callable[[fx.Node], Head], logits: fx.Node) -> Head:
+    try:
+        return read(logits)
+    except Unreadable as why:
+        raise Unreadable(f"the {tower}'s {why}") from None
+
+
+def _require_readers(tower: str, logits: fx.Node, allowed: Collection[fx.Node]) -> None:
+    for reader in logits.users:
+        if reader not in allowed:
+            while reader.target == "detach" and len(reader.users) == 1:  # handed on as it is
+                reader = next(iter(reader.users))
+            raise Unreadable(f"the {tower}'s logits are also read by {target_name(reader)}")
+
+
+def _require_same_surroundings(
+    gm: fx.GraphModule, stack: fx.Node, student: Head, teacher: Head | None
+) -> None:
+    """A linear layer that moves to the losses must find there what it found at its own place."""
+    effects, modes = effects_of(gm), _modes(gm.graph)
+    for tower, head in (("student", student), ("teacher", teacher)):
+        if head is None:
+            continue
+        for value in head.inputs:
+            if effects.written_after(value, head.linear, until=stack):
+                raise Unreadable(f"{value.name} is written between the {tower}'s head and the loss")
+        (autocast, grad), (autocast_then, grad_then) = modes[head.linear], modes[stack]
+        if autocast != autocast_then:
+            raise Unreadable(f"the {tower}'s head runs under another autocast than the losses")
+        if tower == "student" and grad != grad_then:
+            raise Unreadable("the student's head runs in another grad mode than the losses")
+
+
+def _modes(graph: fx.Graph) -> dict[fx.Node, tuple[tuple[Any, ...], bool]]:
+    """At every node the autocasts that have been entered, and the grad mode."""
+    entered: dict[fx.Node, tuple[Any, ...]] = {}
+    grad, found = torch.is_grad_enabled(), {}
+    for node in graph.nodes:
+        if node.target is _enter_autocast:
+            entered[node] = tuple(node.args)
+        elif node.target is _exit_autocast:
+            entered.pop(node.args[0], None)
+        elif node.target is torch._C._set_grad_enabled:
+            grad = bool(node.args[0])
+        found[node] = (tuple(entered.values()), grad)
+    return found

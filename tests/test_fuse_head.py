@@ -1,0 +1,369 @@
+"""FuseHead: what it takes for a head, what it leaves, and that no number changes."""
+
+import functools
+import io
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+
+import fxdistill
+from families import FAMILIES
+from fxdistill.losses import forward_kl, jsd, reverse_kl, vocab_loss
+
+V, D, B, L = 61, 16, 3, 7
+EAGER = {"backend": "eager"}
+AOT = {"backend": "aot_eager"}
+
+
+class Model(nn.Module):
+    """An embedding, a layer, and a head to be overridden."""
+
+    def __init__(self, seed: int = 0, vocabulary: int = V, width: int = D) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.body = nn.Linear(width, width)
+        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        self.other = nn.Parameter(torch.empty(width, vocabulary))
+        self.low = nn.Linear(width, 2, bias=False)
+        g = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=g) / parameter.shape[-1] ** 0.5
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.head(torch.tanh(self.body(self.embed(ids))))
+
+    def head(self, x: Tensor) -> Any:
+        return self.lm_head(x)
+
+
+def variant(head: Any) -> type[Model]:
+    """A model whose head is ``head(self, x)``."""
+    return type("Variant", (Model,), {"head": head})
+
+
+def flat(self: Any, x: Tensor) -> Tensor:
+    return self.lm_head(x.reshape(-1, D)).view(x.shape[0], x.shape[1], -1)
+
+
+def flat_by_hand(self: Any, x: Tensor) -> Tensor:
+    return self.lm_head(x.flatten(0, 1)).reshape(B, L, V)
+
+
+READ = {
+    "linear": lambda self, x: self.lm_head(x),
+    "tied": lambda self, x: F.linear(x, self.embed.weight),
+    "matmul": lambda self, x: x @ self.embed.weight.T,
+    "transposed weight": lambda self, x: torch.matmul(x, self.other),
+    "float": lambda self, x: self.lm_head(x).float(),
+    "scaled": lambda self, x: self.lm_head(x) * 0.3,
+    "scaled from the left": lambda self, x: 0.3 * self.lm_head(x),
+    "divided": lambda self, x: self.lm_head(x) / 1.7,
+    "capped": lambda self, x: 2.0 * torch.tanh(self.lm_head(x) / 2.0),
+    "scaled and capped": lambda self, x: 1.5 * torch.tanh(self.lm_head(x) * 0.7),
+    "bias": lambda self, x: F.linear(x, self.other.T, self.other[0]),
+    "bias apart": lambda self, x: self.lm_head(x) + self.other[:1],
+    "fewer columns": lambda self, x: self.lm_head(x)[..., :50],
+    "fewer columns, capped": lambda self, x: torch.tanh(self.lm_head(x)[:, :, 0:50] * 2) * 3,
+    "flat": flat,
+    "flat by hand": flat_by_hand,
+    "positions": lambda self, x: self.lm_head(torch.cat([x, x], 1))[:, L:],
+    "dict": lambda self, x: {"logits": self.lm_head(x), "hidden": x},
+}
+
+
+def batch() -> tuple[Tensor, dict[str, Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 50, (B, L), generator=g)
+    labels = ids.clone()
+    labels[0, :3] = -100
+    return ids, {"labels": labels, "token_weights": torch.rand(B, L, generator=g)}
+
+
+def run(student: nn.Module, teacher: nn.Module, compile: Any, call: Any = None, **options: Any):
+    """Loss, terms, gradients, and what FuseHead has to say (``None`` where it does not run)."""
+    student.zero_grad(set_to_none=True)
+    options = {"task": "causal_lm", **options}
+    distiller = fxdistill.wrap(student, teacher, compile=compile, **options)
+    ids, own = batch()
+    out = distiller(ids, **(own if call is None else call))
+    out.loss.backward()
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    numbers = {"loss": out.loss.detach(), **out.losses}
+    return numbers, gradients, remarks(distiller)
+
+
+def remarks(distiller: Any) -> str | None:
+    history = () if distiller.program is None else distiller.program.history
+    return next((" ".join(r.remarks) for r in history if r.name == "FuseHead"), None)
+
+
+def agree(student: nn.Module, teacher: nn.Module, *, fused: bool = True, **options: Any) -> str:
+    """Fused and unfused: the same numbers; returns the remark."""
+    numbers, gradients, remark = run(student, teacher, AOT, **options)
+    plain, wanted, _ = run(student, teacher, False, **options)
+    assert remark is not None
+    assert remark.startswith("logits fused" if fused else "logits are made"), remark
+    for name, value in plain.items():
+        torch.testing.assert_close(numbers[name], value, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        bound = 1e-5 * gradient.norm() + 1e-6 * gradient.abs().max()
+        assert (gradients[name] - gradient).norm() <= bound, name
+    return remark
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_heads_that_are_read(kind: str) -> None:
+    student, teacher = variant(READ[kind])(0), variant(READ[kind])(1)
+    agree(student, teacher)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "logits only": {"label_loss": None},
+    "labels only": {"logit_loss": None},
+    "no labels": {"call": {}},
+    "mask only": {"call": {"loss_mask": torch.arange(L).expand(B, L) > 2}},
+    "reverse": {"logit_loss": "reverse_kl", "temperature": 2.0},
+    "soft": {"logit_loss": "soft_cross_entropy", "logit_weight": 0.3, "label_weight": 2.0},
+    "jsd": {"logit_loss": functools.partial(jsd, beta=0.2)},
+    "jsd at its end": {"logit_loss": functools.partial(jsd, beta=1.0)},
+    "label options": {
+        "label_loss": functools.partial(
+            fxdistill.losses.cross_entropy, label_smoothing=0.1, z_loss=0.01
+        )
+    },
+    "items": {"call": {**batch()[1], "num_items": 40}},
+    "columns": {"vocab_size": 40},
+    "masked": {"task": "masked_lm"},
+    "with features": {"mapping": {"body": "body"}},
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_options(kind: str) -> None:
+    agree(Model(0), Model(1), **OPTIONS[kind])
+
+
+def test_mix_of_a_user() -> None:
+    def mixed(s: Tensor, t: Tensor, *, temperature: Tensor, weights: Tensor) -> Tensor:
+        both = {"temperature": temperature, "weights": weights}
+        return 0.3 * forward_kl(s, t, **both) + reverse_kl(s, t, **both) * 0.7
+
+    agree(Model(0), Model(1), logit_loss=mixed, temperature=1.5)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(V, V - 2), (V - 2, V)])
+def test_padded_vocabularies(ours: int, theirs: int) -> None:
+    agree(Model(0, ours), Model(1, theirs))
+    agree(Model(0, ours), Model(1, theirs), label_loss=None)
+
+
+def test_widths_and_biases_differ() -> None:
+    student = variant(READ["bias"])(0)
+    teacher = variant(lambda self, x: torch.tanh(self.lm_head(x) / 5) * 5)(1, V, 24)
+    agree(student, teacher)
+
+
+def test_no_logits_in_the_graph() -> None:
+    distiller = fxdistill.wrap(Model(0), Model(1), task="causal_lm", compile=EAGER)
+    ids, own = batch()
+    distiller(ids, **own)
+    assert distiller.program is not None
+    values = [node.meta.get("example_value") for node in distiller.program.gm.graph.nodes]
+    shapes = {tuple(value.shape) for value in values if isinstance(value, Tensor)}
+    assert (B, L, D) in shapes
+    assert (B, L, V) not in shapes
+
+
+class Adapted(Model):
+    """LoRA on the head."""
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.lm_head(x) + F.linear(self.low(x), self.other[:2].T) * 2.0
+
+
+class Written(Model):
+    """The hidden state is written after the head has read it."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.lm_head.weight.requires_grad_(False)  # its gradient would need the hidden state
+
+    def head(self, x: Tensor) -> Tensor:
+        y = x + 1.0
+        logits = self.lm_head(y)
+        y.mul_(2.0)
+        return logits
+
+
+class Autocast(Model):
+    def head(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.lm_head(x).float()
+
+
+class Twice(Model):
+    def head(self, x: Tensor) -> dict[str, Tensor]:
+        logits = self.lm_head(x)
+        return {"logits": logits, "entropy": logits.softmax(-1).log().sum()}
+
+
+LEFT: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "LoRA": (Adapted, "come from add", {}),
+    "tensor scale": (variant(lambda m, x: m.lm_head(x) * m.other.mean()), "no constant", {}),
+    "two bends": (variant(lambda m, x: m.lm_head(x).tanh().tanh()), "two tanh", {}),
+    "other columns": (variant(lambda m, x: m.lm_head(x)[..., 3:]), "first ones", {}),
+    "softmax": (variant(lambda m, x: m.lm_head(x).log_softmax(-1)), "log_softmax", {}),
+    "half": (variant(lambda m, x: m.lm_head(x).bfloat16().float()), "bfloat16", {}),
+    "written": (Written, "is written", {}),
+    "autocast": (Autocast, "another autocast", {}),
+    "matched": (Model, "also read by mse", {"mapping": {"lm_head": "lm_head"}}),
+    "output": (Model, "also read by the output", {"outputs": ("logits",)}),
+    "own loss": (
+        Model,
+        "no loss of this library reads",
+        {"logit_loss": lambda s, t, **o: (s - t).sum()},
+    ),
+    "mutual": (Model, "the teacher learns too", {"freeze_teacher": False}),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT)
+def test_what_is_left_alone(kind: str) -> None:
+    made, why, options = LEFT[kind]
+    if kind == "own loss":
+        options = {**options, "label_loss": None}
+    remark = agree(made(0), made(1), fused=False, **options)
+    assert why in remark
+
+
+def test_only_one_head_is_plain() -> None:
+    assert "the teacher's logits" in agree(Model(0), Adapted(1), fused=False)
+    assert "the student's logits" in agree(Adapted(0), Model(1), fused=False)
+
+
+def test_a_value_beside_the_logits_is_no_hindrance() -> None:
+    """What the model makes of its logits for others, and nobody reads, is not in the graph."""
+    distiller = fxdistill.wrap(Twice(0), Twice(1), task="causal_lm", compile=EAGER)
+    ids, own = batch()
+    out = distiller(ids, **own)
+    assert out.loss.isfinite()
+
+
+def test_switched_off() -> None:
+    numbers, _, remark = run(Model(0), Model(1), {**AOT, "fuse_head": False})
+    assert remark is None
+    torch.testing.assert_close(numbers["loss"], run(Model(0), Model(1), False)[0]["loss"])
+
+
+def test_classes_are_left_alone() -> None:
+    class Classifier(Model):
+        def head(self, x: Tensor) -> Tensor:
+            return self.lm_head(x[:, 0])
+
+    call = {"labels": torch.tensor([1, -100, 4])}
+    agree(Classifier(0), Classifier(1), fused=False, task="classification", call=call)
+
+
+def test_the_report_tells() -> None:
+    for options, said in (({}, "one chunk"), ({"outputs": ("logits",)}, "are made")):
+        distiller = fxdistill.wrap(Model(0), Model(1), task="causal_lm", compile=EAGER, **options)
+        ids, own = batch()
+        distiller(ids, **own)
+        text = io.StringIO()
+        Console(file=text, width=200).print(distiller.summary())
+        assert said in text.getvalue()
+
+
+def test_other_shapes_and_settings() -> None:
+    """Weights, temperature and lengths change; the numbers follow."""
+    student, teacher = Model(0), Model(1)
+    fused = fxdistill.wrap(student, teacher, task="causal_lm", compile=AOT)
+    plain = fxdistill.wrap(student, teacher, task="causal_lm", compile=False)
+    ids, own = batch()
+    for length in (7, 5, 6, 4):
+        call = {name: value[:, :length] for name, value in own.items()}
+        found = []
+        for distiller in (fused, plain):
+            distiller.set(temperature=length / 3, logit_weight=0.1 * length, label_weight=0.5)
+            student.zero_grad()
+            out = distiller(ids[:, :length], **call)
+            (out.loss * 3).backward()
+            gradients = [p.grad.clone() for p in student.parameters() if p.grad is not None]
+            found.append([out.loss.detach(), *out.losses.values(), *gradients])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_forms_no_gradient() -> None:
+    student, teacher = Model(0), Model(1)
+    distiller = fxdistill.wrap(student, teacher, task="causal_lm", compile=AOT)
+    ids, own = batch()
+    with torch.no_grad():
+        out = distiller(ids, **own)
+    assert not out.loss.requires_grad
+    assert remarks(distiller) is not None
+    expected = fxdistill.wrap(student, teacher, task="causal_lm", compile=False)(ids, **own)
+    torch.testing.assert_close(out.loss, expected.loss.detach())
+
+
+def test_under_autocast() -> None:
+    """The fused head is no less precise than the unfused one."""
+    student, teacher = Model(0), Model(1)
+    exact = run(student.double(), teacher.double(), False)[1]["lm_head.weight"]
+    student.float(), teacher.float()
+    errors = []
+    for compile in (AOT, {**AOT, "fuse_head": False}):
+        with torch.autocast("cpu", torch.bfloat16):
+            _, gradients, _ = run(student, teacher, compile)
+        errors.append((gradients["lm_head.weight"] - exact).norm() / exact.norm())
+    assert errors[0] <= errors[1] * 1.1
+
+
+def test_bad_numbers_and_labels() -> None:
+    """NaN where it counts is NaN, as it is unfused; all labels ignored: 0 and zero gradients."""
+    student, teacher = Model(0), Model(1)
+    ids, own = batch()
+    nothing = {"labels": torch.full_like(ids, -100)}
+    numbers, gradients, _ = run(student, teacher, AOT, call=nothing)
+    assert numbers["loss"] == 0
+    assert all((g == 0).all() for g in gradients.values())
+    with torch.no_grad():
+        student.embed.weight[ids[1, 2]] = torch.nan
+    numbers, _, _ = run(student, teacher, AOT, call=own)
+    assert numbers["loss"].isnan()
+    far = {"labels": own["labels"].clone()}
+    far["labels"][1, 3] = V
+    with pytest.raises(RuntimeError, match="outside of the student's vocabulary"):
+        run(Model(0), teacher, AOT, call=far)
+
+
+def test_running_it_again_changes_nothing() -> None:
+    distiller = fxdistill.wrap(Model(0), Model(1), task="causal_lm", compile=EAGER)
+    ids, own = batch()
+    distiller(ids, **own)
+    program = distiller.program
+    assert program is not None
+    assert fxdistill.passes.FuseHead()(program) is program
+    assert program.outputs == ("loss", "logits", "labels")
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "gpt2"])
+def test_curves_of_captured_models(name: str) -> None:
+    """The cap of Gemma 2, the scale of Cohere and the tied head of GPT-2 are in the fused call."""
+    family = FAMILIES[name]()
+    distiller = fxdistill.wrap(family.student, family.teacher, compile=EAGER)
+    distiller(**family.batch, labels=family.labels)
+    assert distiller.program is not None
+    (fused,) = distiller.program.gm.graph.find_nodes(op="call_function", target=vocab_loss)
+    curve = {"gemma2": (1.0, 30.0), "cohere": (0.25, None), "gpt2": (1.0, None)}[name]
+    for tower in ("student", "teacher"):
+        assert fused.kwargs[f"{tower}_scale"] == pytest.approx(curve[0])
+        assert fused.kwargs[f"{tower}_softcap"] == curve[1]
+    tied = "wte" if name == "gpt2" else "embed_tokens"
+    assert tied in str(fused.args[1])
