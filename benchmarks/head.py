@@ -4,29 +4,27 @@
     python benchmarks/head.py --vocabulary 128000
     python benchmarks/head.py --device cuda --dtype bfloat16 --tokens 16384 --width 4096 \
         --teacher-width 4096 --vocabulary 128256
+    python benchmarks/head.py --loss jsd --liger 128 256 512 1024    # after pip install --no-deps \
+                                                                     # liger-kernel
 
-Forward KL plus cross entropy, forward and backward. Times are interleaved: every round runs every
+A divergence plus cross entropy, forward and backward. Times are interleaved: every round runs every
 version once, and a ratio is taken within a round; the median of the ratios is shown with the
 smallest and the largest. Peak memory is what the allocator hands out beyond inputs and gradients:
 on a CPU by the profiler's events, on a GPU by its statistics.
 """
 
 import argparse
-import itertools
+import functools
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import Step, comparison, interleaved, peak
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from fxdistill.losses import cross_entropy, forward_kl, vocab_loss
-
-Step = Callable[[], None]
+from fxdistill.losses import LOGIT_LOSSES, cross_entropy, vocab_loss
 
 
 def operands(o: argparse.Namespace) -> dict[str, Tensor]:
@@ -48,16 +46,28 @@ def operands(o: argparse.Namespace) -> dict[str, Tensor]:
     return made
 
 
-def unfused(student_hidden, student_weight, teacher_hidden, teacher_weight, labels):
+def unfused(divergence, student_hidden, student_weight, teacher_hidden, teacher_weight, labels):
     s, t = student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T
-    return forward_kl(s, t) + cross_entropy(s, labels)
+    return divergence(s, t) + cross_entropy(s, labels)
 
 
-def fused(chunk: int | None) -> Callable[..., Tensor]:
+def fused(o: argparse.Namespace) -> Callable[..., Tensor]:
     def loss(**x: Tensor) -> Tensor:
-        return vocab_loss(**x, label_weight=1.0, chunk_tokens=chunk).loss
+        options = {"divergence": o.loss, "label_weight": 1.0, "chunk_tokens": o.chunk}
+        return vocab_loss(**x, **options).loss
 
     return loss
+
+
+def liger(o: argparse.Namespace, chunk: int) -> Callable[..., Tensor]:
+    """Liger's chunked loss; its β = 0 is forward KL, as ours."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    beta = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5}[o.loss]
+    weights = {"weight_hard_loss": 1.0, "weight_soft_loss": 1.0}
+    loss = LigerFusedLinearJSDLoss(**weights, beta=beta, chunk_size=chunk)
+    order = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "labels")
+    return lambda **x: loss(*(x[name] for name in order))
 
 
 def products(student_hidden, student_weight, teacher_hidden, teacher_weight, labels):
@@ -79,43 +89,16 @@ def versions(o: argparse.Namespace) -> dict[str, Step]:
 
         return run
 
-    compiled = torch.compile(unfused, fullgraph=True)
-    inside = torch.compile(fused(o.chunk), fullgraph=True)
+    plain = functools.partial(unfused, LOGIT_LOSSES[o.loss])
+    compiled = torch.compile(plain, fullgraph=True)
+    inside = torch.compile(fused(o), fullgraph=True)
     return {
         "unfused, compiled": step(compiled),
-        "fused": step(fused(o.chunk)),
+        "fused": step(fused(o)),
         "fused, compiled": step(inside),
+        **{f"Liger, chunk_size={c}": step(liger(o, c)) for c in o.liger},
         "four products": lambda: products(**x),
     }
-
-
-def synchronise(o: argparse.Namespace) -> None:
-    if o.device == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds(step: Step, o: argparse.Namespace) -> float:
-    synchronise(o)
-    start = time.perf_counter()
-    step()
-    synchronise(o)
-    return time.perf_counter() - start
-
-
-def peak(step: Step, o: argparse.Namespace) -> int:
-    """Bytes beyond what is there before the step, and beyond the two gradients."""
-    gradients = (o.tokens + o.vocabulary) * o.width * getattr(torch, o.dtype).itemsize
-    if o.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before - gradients
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    return max(itertools.accumulate(sizes)) - gradients
 
 
 def main() -> None:
@@ -129,6 +112,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--chunk", type=int, default=None)
+    parser.add_argument("--loss", default="forward_kl", choices=["forward_kl", "reverse_kl", "jsd"])
+    parser.add_argument("--liger", type=int, nargs="*", default=[], help="chunk sizes of Liger's")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", type=Path, default=None)
@@ -136,25 +121,14 @@ def main() -> None:
     if o.threads:
         torch.set_num_threads(o.threads)
     steps = versions(o)
-    for step in steps.values():
-        step()
-    rounds = [{name: seconds(step, o) for name, step in steps.items()} for _ in range(o.rounds)]
-    first = next(iter(steps))
-    memory = {name: peak(step, o) for name, step in steps.items() if name != "four products"}
-    table = Table("version", "s", "time ratio", "peak MB", "memory ratio")
-    results = {}
-    for name in steps:
-        ratios = sorted(r[name] / r[first] for r in rounds)
-        middle = statistics.median(r[name] for r in rounds)
-        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
-        cells = ["", ""]
-        if name in memory:
-            cells = [f"{memory[name] / 1e6:.0f}", f"1/{memory[first] / memory[name]:.1f}"]
-        table.add_row(name, f"{middle:.2f}", spread, *cells)
-        results[name] = {"seconds": [r[name] for r in rounds], "peak": memory.get(name)}
-    Console(width=100).print(vars(o) | {"torch": torch.__version__}, table)
+    rounds = interleaved(steps, o.rounds, o.device)
+    # Beyond the two gradients, which every version makes.
+    gradients = (o.tokens + o.vocabulary) * o.width * getattr(torch, o.dtype).itemsize
+    measured = [name for name in steps if name != "four products"]
+    memory = {name: peak(steps[name], o.device) - gradients for name in measured}
+    Console(width=100).print(vars(o) | {"torch": torch.__version__}, comparison(rounds, memory))
     if o.json:
-        o.json.write_text(json.dumps(results, indent=2) + "\n")
+        o.json.write_text(json.dumps({"seconds": rounds, "peak": memory}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The loop over chunks, as one opaque operator with its gradients formed in the forward.
 
 Opaque, so that neither dynamo unrolls it (a graph for every length) nor Inductor fuses across
-chunks (measured: 82 MB became 606 MB). The body of a chunk is compiled by itself, for chunks of one
-size: the last one is filled up with tokens that do not count.
+chunks (measured: 82 MB became 606 MB). The body of a chunk is compiled by itself, for one number of
+tokens: the last chunk is filled up with tokens that do not count. On a CPU the body takes a few
+tokens of the chunk at a time, so that what it makes of them stays in the cache; the projections want
+as many tokens as the memory allows, because each reads the whole weight.
 """
 
 import functools
@@ -16,7 +18,7 @@ from fxdistill.losses.chunk import Shape, chunk_terms
 from fxdistill.nodes import own_code
 
 Body = Callable[..., Tensor]
-SMALLEST = 16
+ROWS = 16  # tokens that the body takes at a time on a CPU; chunks are multiples of it
 
 
 @functools.cache
@@ -71,7 +73,7 @@ def vocab_operator(
             inside = (indices >= 0) & (indices < w.shape[0])
             text = f"a {name} is outside of the student's vocabulary of {w.shape[0]}"
             torch._assert_async(inside.all(), text)
-    loop = _Loop(h, w, bias, t, t_weight, t_bias, ids, needs, min(chunk, _power(h.shape[0])))
+    loop = _Loop(h, w, bias, t, t_weight, t_bias, ids, needs, _size(chunk, h))
     with torch.no_grad():
         body = _body(Shape.read(shape), bool(needs), compiled)
         terms = settings.new_zeros(2)
@@ -97,6 +99,7 @@ class _Loop:
         size: int,
     ) -> None:
         self.h, self.w, self.bias, self.needs, self.size = h, w, bias, needs, size
+        self.rows = ROWS if h.device.type == "cpu" else size  # that the body takes at a time
         self.teacher = None if t is None or t_weight is None else (t, t_weight, t_bias)
         self.stored = None if t is None or ids is None else (t, ids)
         self.z = h.new_empty(size, w.shape[0])
@@ -118,44 +121,52 @@ class _Loop:
     ) -> Tensor:
         """One chunk: both projections, the body, the gradients."""
         count = min(self.size, self.h.shape[0] - start)
-        shares = [self._rows(share, start, count) for share in (logit_share, label_share)]
-        own = None if labels is None else self._rows(labels, start, count)
-        hidden = self._rows(self.h, start, count)
-        _project(hidden, self.w, self.bias, self.z)
+        filled = -(-count // self.rows) * self.rows
+        shares = [_taken(share, start, count, filled) for share in (logit_share, label_share)]
+        own = None if labels is None else _taken(labels, start, count, filled)
+        hidden = _taken(self.h, start, count, filled)
+        z, y, ids = self.z[:filled], None, None
+        _project(hidden, self.w, self.bias, z)
         if self.teacher is not None and self.y is not None:
             t, t_weight, t_bias = self.teacher
-            _project(self._rows(t, start, count), t_weight, t_bias, self.y)
-        y, ids = self.y, None
+            y = self.y[:filled]
+            _project(_taken(t, start, count, filled), t_weight, t_bias, y)
         if self.stored is not None:
-            y, ids = (self._rows(x, start, count) for x in self.stored)
-        terms = body(self.z, y, ids, own, *shares, settings)
+            y, ids = (_taken(x, start, count, filled) for x in self.stored)
+        terms = settings.new_zeros(2)
+        for some in range(0, filled, self.rows):
+            of_tokens = (z, y, ids, own, *shares)
+            rows = [None if x is None else x[some : some + self.rows] for x in of_tokens]
+            terms += body(*rows, settings)
         if "h" in self.needs:
-            torch.mm(self.z[:count], self.w, out=self.dh[start : start + count])
+            torch.mm(z[:count], self.w, out=self.dh[start : start + count])
         if "w" in self.needs:
             # A token without share has no gradient, whatever its hidden state holds.
             live = ((shares[0] != 0) | (shares[1] != 0))[:, None]
-            self._add_weight(torch.where(live, hidden, 0))
+            self._add_weight(z, torch.where(live, hidden, 0))
         if "b" in self.needs:
-            self.db += self.z.sum(0, dtype=self.db.dtype)
+            self.db += z.sum(0, dtype=self.db.dtype)
         return terms
 
-    def _rows(self, x: Tensor, start: int, count: int) -> Tensor:
-        rows = x[start : start + count]
-        if count == self.size:
-            return rows
-        filled = x.new_zeros(self.size, *x.shape[1:])
-        filled[:count] = rows
-        return filled
-
-    def _add_weight(self, hidden: Tensor) -> None:
-        if self.z.dtype == self.dw.dtype:
-            self.dw.addmm_(self.z.T, hidden)
+    def _add_weight(self, z: Tensor, hidden: Tensor) -> None:
+        if z.dtype == self.dw.dtype:
+            self.dw.addmm_(z.T, hidden)
         else:
-            self.dw += self.z.T @ hidden
+            self.dw += z.T @ hidden
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """By hidden state, weight and bias, in their dtypes."""
         return self.dh, self.dw.to(self.w.dtype), self.db.to(self.w.dtype)
+
+
+def _taken(x: Tensor, start: int, count: int, filled: int) -> Tensor:
+    """The tokens of a chunk, filled up with zeros: tokens that do not count."""
+    rows = x[start : start + count]
+    if count == filled:
+        return rows
+    more = x.new_zeros(filled, *x.shape[1:])
+    more[:count] = rows
+    return more
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -165,9 +176,17 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
         torch.addmm(bias, hidden, weight.T, out=out)
 
 
-def _power(tokens: int) -> int:
-    """The power of two that holds so many tokens: few sizes, so few compilations."""
-    return max(SMALLEST, 1 << max(tokens - 1, 0).bit_length())
+def _size(chunk: int, h: Tensor) -> int:
+    """How many tokens to take at a time, ``chunk`` at most, and chunks of about one size.
+
+    Off the CPU the body is compiled for that number, hence powers of two: few sizes.
+    """
+    tokens = max(1, h.shape[0])
+    if h.device.type != "cpu":
+        tokens = min(chunk, 1 << (tokens - 1).bit_length())
+    else:
+        tokens = -(-tokens // -(-tokens // chunk))
+    return -(-tokens // ROWS) * ROWS
 
 
 @vocab_operator.register_fake
@@ -189,8 +208,18 @@ def _scale(ctx: Any, of_total: Tensor | None, *_: Any) -> tuple[Tensor | None, .
     grads: list[Tensor | None] = [None, None, None]
     if of_total is not None:
         for i, (name, saved) in enumerate(zip("hwb", ctx.saved_tensors, strict=True)):
-            grads[i] = saved * of_total.to(saved.dtype) if name in ctx.needs else None
+            if name in ctx.needs:
+                grads[i] = saved if _is_one(of_total) else saved * of_total.to(saved.dtype)
     return (*grads, *[None] * 12)
+
+
+def _is_one(x: Tensor) -> bool:
+    """Whether it is known to be 1: the usual case, which saves a copy of the weight's gradient.
+
+    On a CPU only, where asking waits for nothing; and not of a tracer's stand-in, which is no
+    number.
+    """
+    return type(x) is Tensor and x.device.type == "cpu" and bool(x == 1)
 
 
 vocab_operator.register_autograd(_scale, setup_context=_save)

@@ -18,7 +18,7 @@ from fxdistill.losses.chunk import DIVERGENCES, Divergence, Shape
 from fxdistill.losses.chunked import vocab_operator
 from fxdistill.losses.labels import IGNORE
 
-BUDGET = 28 * 2**20  # bytes for the logits of a chunk, both towers together
+BUDGET = 96 * 2**20  # bytes for the logits of a chunk, both towers together
 
 DivergenceLike = str | Mapping[str, float] | Callable[..., Tensor] | tuple[Divergence, ...] | None
 
@@ -34,8 +34,7 @@ class VocabLoss(NamedTuple):
 def chunk_tokens_for(columns: int, itemsize: int, budget: int = BUDGET) -> int:
     """How many tokens of ``columns`` logits (both towers') fit the budget: a multiple of 16.
 
-    48 at least: every chunk reads and writes the weight's gradient once. The body of a chunk takes
-    about as much again as its logits.
+    48 at least: every chunk reads both weights, and reads and writes the weight's gradient.
     """
     return max(48, budget // (columns * itemsize) // 16 * 16)
 
@@ -86,7 +85,7 @@ def vocab_loss(
         weights: ``[...]``, how much each token counts: Σ w·value / Σ w.
         student_bias: ``[V]``.
         teacher_bias: ``[V_T]``.
-        chunk_tokens: How many tokens at a time; ``None``: as many as fit 28 MiB of logits, and 48
+        chunk_tokens: How many tokens at a time; ``None``: as many as fit 96 MiB of logits, and 48
             at least.
         num_items: The denominator of both terms in place of Σ w.
         vocab_size: How many columns the divergence compares; ``None``: the smaller vocabulary. The
