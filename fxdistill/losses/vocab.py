@@ -34,9 +34,9 @@ class VocabLoss(NamedTuple):
 def chunk_tokens_for(columns: int, itemsize: int, budget: int = BUDGET) -> int:
     """How many tokens of ``columns`` logits (both towers') fit the budget: a multiple of 16.
 
-    48 at least: every chunk reads both weights, and reads and writes the weight's gradient.
+    160 at least: every chunk reads both weights, and reads and writes the weight's gradient.
     """
-    return max(48, budget // (columns * itemsize) // 16 * 16)
+    return max(160, budget // (columns * itemsize) // 16 * 16)
 
 
 def vocab_loss(
@@ -85,7 +85,7 @@ def vocab_loss(
         weights: ``[...]``, how much each token counts: Σ w·value / Σ w.
         student_bias: ``[V]``.
         teacher_bias: ``[V_T]``.
-        chunk_tokens: How many tokens at a time; ``None``: as many as fit 96 MiB of logits, and 48
+        chunk_tokens: How many tokens at a time; ``None``: as many as fit 96 MiB of logits, and 160
             at least.
         num_items: The denominator of both terms in place of Σ w.
         vocab_size: How many columns the divergence compares; ``None``: the smaller vocabulary. The
