@@ -45,10 +45,10 @@ class Recipe:
     dry: bool = False
 
     @property
-    def last(self) -> tuple[Pass, ...]:
-        """The library's own passes, behind the user's."""
-        head = FuseHead(compiled=self.lowering.backend == "inductor")
-        return (*([head] if self.fuse_head else []), PruneTeacher())
+    def fusing(self) -> tuple[Pass, ...]:
+        """The pass that fuses the head, if it is wanted."""
+        compiled = self.lowering.backend == "inductor"
+        return (FuseHead(compiled=compiled),) if self.fuse_head else ()
 
 
 class _Captured(Exception):
@@ -64,21 +64,26 @@ def backend(
 ) -> Callable[..., Any]:
     """The ``torch.compile`` backend: split, expose, compose, user passes, prune, lower.
 
-    A graph without our markers (something else that was compiled with ``backend="fxdistill"``) goes
-    to the lowering as it is.
+    A graph without our markers is the terms of regional mode, which need no more than the fused
+    head; or something else that was compiled with ``backend="fxdistill"``, and lowered as it is.
     """
     if unknown:
         raise OptionError(
             f"the backend 'fxdistill' takes no {' and '.join(unknown)} from torch.compile: give "
             'them to wrap(..., compile={"options": ..., "mode": ...})'
         )
-    recipe = recipe or Recipe()
+    given, recipe = recipe, recipe or Recipe()
     dump = Dump()
     if not any(node.target is begin for node in gm.graph.nodes):
         names = tuple(f"output_{i}" for i in range(len(output_values(gm.graph))))
-        dump.write("terms", Program(gm, names, title="terms"))
-        return lower(gm, example_inputs, replace(recipe.lowering, joint_passes=()))
-    joint = joint_program(gm, (*recipe.passes, *recipe.last), dump)
+        terms = JointProgram(gm, names, title="terms")
+        dump.write("terms", terms)
+        if given is not None:  # the terms of regional mode
+            _erase_checks(gm)
+            terms = pipeline.run(terms, recipe.fusing, [dump])
+            recipe.keep(terms)
+        return lower(terms.gm, example_inputs, replace(recipe.lowering, joint_passes=()))
+    joint = joint_program(gm, (*recipe.passes, *recipe.fusing, PruneTeacher()), dump)
     history = list(joint.history)
     recipe.keep(joint)
     if recipe.dry:

@@ -16,6 +16,7 @@ from fxdistill import capture, guards
 from fxdistill.call import Call, scalar, sort_call
 from fxdistill.capture import Recipe
 from fxdistill.checks import verify
+from fxdistill.deferred import deferring, head_of, head_path
 from fxdistill.errors import CaptureError, MatchWarning, OptionError, did_you_mean
 from fxdistill.hooks import hooked
 from fxdistill.lower import Lowering
@@ -75,6 +76,7 @@ class Distiller(nn.Module):
         self._settings: dict[str, float | Tensor] = dict(settings)
         self._vector: Tensor | None = None
         self._steps: dict[str, Callable[..., Any]] = {}
+        self._head_paths: tuple[str | None, ...] | None = None  # looked for once, when needed
         self.program: JointProgram | None = None
         self._passed = False  # whether a step has run to its end outside of one graph
         self._warnings: dict[str, bool] = {}  # text, and whether it was given
@@ -159,7 +161,8 @@ class Distiller(nn.Module):
                 if mode == "eager":
                     result = step(*inputs, call.batch, settings)
                 else:
-                    anchor = run_towers(*inputs)
+                    with deferring(self._heads(objective)):
+                        anchor = run_towers(*inputs)
                     values = collect(objective, "logits" in self.plan.outputs)
             self._passed = True
             if mode == "eager":
@@ -167,6 +170,18 @@ class Distiller(nn.Module):
         with recording(TapTable(capturing=True)) as table:
             terms = self._compiled("terms", terms_of)
             return terms(table, self, objective, values, call.batch, settings, anchor)  # type: ignore[no-any-return]
+
+    def _heads(self, objective: Objective) -> list[tuple[nn.Linear, bool]]:
+        """The heads whose logits only the losses read, and whether each of them learns."""
+        if not self.plan.fuse_head or not objective.can_fuse or "logits" in self.plan.outputs:
+            return []
+        models = (self.student, self.teacher)
+        if self._head_paths is None:
+            self._head_paths = tuple(head_path(model) for model in models)
+        student, teacher = map(head_of, models, self._head_paths)
+        if student is None or (objective.logit_loss is not None and teacher is None):
+            return []
+        return [(student, True), *([] if teacher is None else [(teacher, False)])]
 
     def _compiled(self, name: str, step: Callable[..., Any]) -> Callable[..., Any]:
         if name not in self._steps:

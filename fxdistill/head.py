@@ -5,6 +5,7 @@ at most a few operators on single logits. What is read here is a value, ``Head``
 fused form of ``losses.vocab`` computes the same logits a chunk at a time.
 """
 
+import ast
 import math
 import operator
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fxdistill.nodes import one_node
 
 
 class Unreadable(Exception):
@@ -108,6 +111,20 @@ def value_of(node: fx.Node) -> Tensor:
     return value
 
 
+@one_node
+def logits_from(hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: str) -> Tensor:
+    """The logits of a head: how the losses are handed those that were not made yet.
+
+    ``spec`` is a curve and the number of columns, as text.
+    """
+    inner, outer, columns = ast.literal_eval(spec)
+    x = torch.nn.functional.linear(
+        hidden, weight[:columns], None if bias is None else bias[:columns]
+    )
+    x = x if inner == 1.0 else x * inner
+    return x if outer is None else outer * torch.tanh(x)
+
+
 def read_head(logits: fx.Node) -> Head:
     """Read backwards from ``logits``; Unreadable says what stands in the way."""
     size = value_of(logits).shape[-1]
@@ -142,6 +159,11 @@ _SLICED = (operator.getitem,)
 
 def _projection(node: fx.Node) -> Head | None:
     """The linear layer that ``node`` is, if it is one."""
+    if node.target is logits_from:
+        hidden, weight, bias, spec = node.args
+        inner, outer, columns = ast.literal_eval(str(spec))
+        given = Head(hidden, weight, bias=bias)  # type: ignore[arg-type]
+        return replace(given, curve=Curve(inner, outer), columns=columns)
     if node.target in _LINEAR:
         hidden, weight, bias = (*node.args, None)[:3] if len(node.args) > 1 else (None,) * 3
         bias = node.kwargs.get("bias", bias)

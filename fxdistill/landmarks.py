@@ -11,7 +11,7 @@ from fxdistill.weights import norm_width, weights_in
 
 def embedding_of(model: nn.Module, stacks: list[Stack]) -> str | None:
     """The token embedding; without one, the module that hands over to the first block."""
-    own = _asked(model, "get_input_embeddings")
+    own = asked(model, "get_input_embeddings")
     if isinstance(own, nn.Embedding):
         # T5 names one that never runs: of those that share its weight, the one beside the blocks.
         shared: list[str] = [
@@ -40,7 +40,7 @@ def norms_of(model: nn.Module, stacks: list[Stack]) -> list[str | None]:
 
 def logits_of(model: nn.Module, stacks: list[Stack]) -> str | None:
     """The module whose output is the logits: what the model says, else its last weight."""
-    own = _asked(model, "get_output_embeddings")
+    own = asked(model, "get_output_embeddings")
     if own is not None:
         return _path_of(model, own)
     weights = [w.path for w in weights_in(model, "") if w.kind == "linear"]
@@ -54,11 +54,11 @@ def logits_of(model: nn.Module, stacks: list[Stack]) -> str | None:
 
 def vocabulary_of(model: nn.Module) -> int | None:
     """How many columns the logits have, where the model names a plain head."""
-    head = _asked(model, "get_output_embeddings")
+    head = asked(model, "get_output_embeddings")
     return head.out_features if isinstance(head, nn.Linear) else None
 
 
-def _asked(model: nn.Module, method: str) -> nn.Module | None:
+def asked(model: nn.Module, method: str) -> nn.Module | None:
     """What Hugging Face's accessors return; not every model implements them."""
     get = getattr(model, method, None)
     try:

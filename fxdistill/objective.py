@@ -81,6 +81,11 @@ class Objective:
         """Whether any term compares with the teacher."""
         return bool(self.features) or self.logit_loss is not None
 
+    @property
+    def can_fuse(self) -> bool:
+        """Whether the fused head knows the losses, and the teacher needs no gradient of it."""
+        return self.own_losses and self.freeze_teacher
+
     def without_labels(self) -> "Objective":
         """The objective of a call that brings no labels."""
         return replace(self, label_loss=None)

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from fxdistill import guards
 from fxdistill.call import Inputs
+from fxdistill.deferred import Deferred, Parts, handed_on
 from fxdistill.errors import LogitsError
+from fxdistill.head import logits_from
 from fxdistill.objective import LOGITS, Losses, Objective, lookup_marker
 from fxdistill.roles import logits_of
-from fxdistill.taps import Tap, begin, check, named, tap, verified
+from fxdistill.taps import Tap, begin, check, keep, named, tap, verified
 from fxdistill.tokens import Batch
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ def run_towers(
     return guards.first_trainable(distiller)
 
 
-def collect(objective: Objective, logits: bool) -> dict[tuple[str, Tap], Tensor]:
+def collect(objective: Objective, logits: bool) -> dict[tuple[str, Tap], Tensor | Parts]:
     """What the towers have tapped and the objective reads; TapError where a module did not run."""
     verified()
     wanted = [("student", term.student) for term in objective.features]
@@ -68,13 +70,13 @@ def collect(objective: Objective, logits: bool) -> dict[tuple[str, Tap], Tensor]
         wanted.append(("student", LOGITS))
     if objective.logit_loss is not None:
         wanted.append(("teacher", LOGITS))
-    return {(tower, tap): lookup_marker(tower, tap) for tower, tap in wanted}
+    return {(tower, tap): handed_on(lookup_marker(tower, tap)) for tower, tap in wanted}
 
 
 def terms_of(
     distiller: "Distiller",
     objective: Objective,
-    values: dict[tuple[str, Tap], Tensor],
+    values: dict[tuple[str, Tap], Tensor | Parts],
     batch: Batch,
     settings: Tensor,
     anchor: Tensor,
@@ -82,12 +84,13 @@ def terms_of(
     """The objective on values that were collected: what regional mode compiles."""
 
     def lookup(tower: str, tap: Tap) -> Tensor:
-        return values[tower, tap]
+        value = values[tower, tap]
+        return logits_from(*value) if isinstance(value, Parts) else value
 
     losses = objective(lookup, batch, settings, distiller.projections, anchor)
     logits = None
     if "logits" in distiller.plan.outputs:
-        logits = values["student", LOGITS].detach()
+        logits = lookup("student", LOGITS).detach()
     return losses, logits
 
 
@@ -95,6 +98,8 @@ def _tap_logits(output: Any, tower: str) -> None:
     logits = logits_of(output)
     if logits is None:
         no_logits(tower)
+    elif isinstance(logits, Deferred):
+        keep(logits, LOGITS.path, LOGITS.port)
     else:
         tap(logits, tower, LOGITS.path, LOGITS.port)
 

@@ -142,6 +142,12 @@ def tap(x: Tensor, section: str, path: str, port: str) -> Tensor:
     return x
 
 
+def keep(x: Tensor, path: str, port: str) -> None:
+    """Tap a value that exists in no captured graph, and of which there can be no copy."""
+    if _active.table is not None:
+        _active.table.add(path, port, x)
+
+
 @one_node
 def tapped(section: str, path: str, port: str, call: str) -> Tensor:
     """Return the value that ``tap`` has named. ``call`` is text: dynamo makes numbers symbolic."""

@@ -36,7 +36,8 @@ class FuseHead:
     def __call__(self, program: P) -> P:
         """Fuse; a program without losses on logits is returned as it is."""
         targets = {node.target for node in program.gm.graph.nodes}
-        if losses.vocab_loss in targets or not {"logits", "labels"} & set(program.outputs):
+        expected = targets.intersection(ON_LOGITS) or {"logits", "labels"} & set(program.outputs)
+        if losses.vocab_loss in targets or not expected:
             return program
         gm = fork_module(program.gm)
         try:

@@ -3,8 +3,8 @@
 Opaque, so that neither dynamo unrolls it (a graph for every length) nor Inductor fuses across
 chunks (measured: 82 MB became 606 MB). The body of a chunk is compiled by itself, for one number of
 tokens: the last chunk is filled up with tokens that do not count. On a CPU the body takes a few
-tokens of the chunk at a time, so that what it makes of them stays in the cache; the projections want
-as many tokens as the memory allows, because each reads the whole weight.
+tokens of the chunk at a time, so that what it makes of them stays in the cache; the projections
+want as many tokens as the memory allows, because each reads the whole weight.
 """
 
 import functools

@@ -1,0 +1,321 @@
+"""Logits that regional mode does not make: a head hands on a stand-in for what it would return.
+
+In regional mode the models run as they are, and so would their heads. For the time of a call the
+``forward`` of a plain linear head returns a tensor without storage instead. It remembers hidden
+state and weight and follows the operators that heads end in (``head.Curve``); anything else that is
+done to it makes the logits there and then, and all that came of them. What reaches the losses still
+unmade is handed to them as ``head.logits_from`` the parts, which ``FuseHead`` reads.
+
+Private to torch and used here only: ``_make_wrapper_subclass``. If it moves, regional mode fails in
+the first call.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_map
+
+from fxdistill.errors import StepError
+from fxdistill.head import Curve, Unreadable
+from fxdistill.landmarks import asked
+
+
+class Parts(NamedTuple):
+    """What logits are made from; ``spec`` is a ``Curve`` and the number of columns as text."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    spec: str
+
+
+@dataclass
+class _Origin:
+    """How one stand-in came to be: by the head, or by ``make`` from another one."""
+
+    source: tuple[Tensor, int] | None  # what the head took, and how often it had been written
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    curve: Curve
+    columns: int | None
+    make: Callable[[], Tensor]
+    family: "list[Deferred]" = field(default_factory=list)
+
+
+class Deferred(Tensor):
+    """Logits that are not made yet."""
+
+    origin: _Origin
+    made: Tensor | None
+
+    @staticmethod
+    def __new__(cls: "type[Deferred]", origin: _Origin, like: Tensor) -> "Deferred":
+        """A stand-in of the shape and dtype of ``like``."""
+        self: Deferred = Tensor._make_wrapper_subclass(
+            cls, like.shape, dtype=like.dtype, device=origin.hidden.device
+        )
+        self.origin, self.made = origin, None
+        origin.family.append(self)
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Follow, answer what needs no numbers, or make the logits and go on with those."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _QUESTIONS:
+                return func(*args, **kwargs)
+            unmade = [x for x in args[:2] if isinstance(x, Deferred) and x.made is None]
+            followed = _followed(func, unmade[0], args, kwargs) if len(unmade) == 1 else None
+            if followed is not None:
+                return followed
+        args, kwargs = tree_map(_settled, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """What comes past ``__torch_function__`` gets the logits too."""
+        args, kwargs = tree_map(_settled, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Deferred({list(self.shape)}, {self.dtype})"
+
+    @property
+    def parts(self) -> Parts:
+        """What the losses are handed; StepError where that is not what the head took."""
+        origin = self.origin
+        if origin.source is not None and origin.source[0]._version != origin.source[1]:
+            raise StepError(
+                "a model has written, in place, the hidden state that its head had taken, and its "
+                'logits were not made yet. outputs=("logits",) makes them where the model does.'
+            )
+        curve = (origin.curve.inner, origin.curve.outer)
+        return Parts(origin.hidden, origin.weight, origin.bias, repr((*curve, origin.columns)))
+
+
+def handed_on(value: Tensor) -> Tensor | Parts:
+    """A tapped value as the losses take it."""
+    if not isinstance(value, Deferred):
+        return value
+    return value.parts if value.made is None else value.made
+
+
+def _settled(value: Any) -> Any:
+    """The logits themselves, and with them all that stand-ins were followed through so far.
+
+    In their order, so that what an operator in place does to one of them later is done to its
+    aliases, as it would have been.
+    """
+    if not isinstance(value, Deferred):
+        return value
+    for member in value.origin.family:
+        if member.made is None:
+            member.made = member.origin.make()
+    return value.made
+
+
+_QUESTIONS = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_cuda", "is_meta", "is_leaf")),
+    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "__len__")),
+    *(getattr(Tensor, name) for name in ("element_size", "__repr__", "__hash__", "__format__")),
+}
+_TIMES = {"mul", "__mul__", "__rmul__"}
+_DIVIDED = {"div", "__truediv__", "true_divide"}
+_TANH = {"tanh"}
+_PLUS = {"add", "__add__", "__radd__"}
+_CAST = {"float", "to", "type", "contiguous"}
+_RESHAPED = {"view", "reshape"}
+_SLICED = {"__getitem__"}
+_KNOWN = _TIMES | _DIVIDED | _TANH | _PLUS | _CAST | _RESHAPED | _SLICED
+
+
+def _followed(func: Any, x: Deferred, args: Any, kwargs: dict[str, Any]) -> Deferred | None:
+    """A stand-in for ``func`` of one, or ``None`` where none can be."""
+    name = getattr(func, "__name__", "")
+    if name not in _KNOWN:
+        return None
+    others = [value for value in args if value is not x]
+    origin = x.origin
+
+    def make() -> Tensor:
+        real, options = tree_map(_made, (args, kwargs))
+        return func(*real, **options)  # type: ignore[no-any-return]
+
+    new = replace(origin, make=make)
+    if name in _CAST:
+        like = _cast(func, x, others, kwargs)
+        return None if like is None else Deferred(new, like)
+    if kwargs:
+        return None
+    like = _like(func, x, args)
+    if name in _TIMES | _DIVIDED | _TANH:
+        found = _curved(name, x, new, args, others)
+    elif name in _PLUS:
+        found = _with_bias(x, new, others)
+    else:
+        found = _moved(name, x, new, others, like)
+    return None if found is None else Deferred(found, like)
+
+
+def _made(value: Any) -> Any:
+    return value.made if isinstance(value, Deferred) else value
+
+
+def _like(func: Any, x: Deferred, args: Any) -> Tensor:
+    """The shape of what ``func`` returns."""
+    meta = torch.empty(x.shape, dtype=x.dtype, device="meta")
+    given = [meta if value is x else value for value in args]
+    given = [v.to("meta") if isinstance(v, Tensor) and v is not meta else v for v in given]
+    return func(*given)  # type: ignore[no-any-return]
+
+
+def _cast(func: Any, x: Deferred, others: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """Casts that lose nothing, on the same device."""
+    given = [*others, *kwargs.values()]
+    if any(isinstance(value, (str, torch.device, Tensor)) for value in given):
+        return None
+    like = func(torch.empty(x.shape, dtype=x.dtype, device="meta"), *others, **kwargs)
+    return like if like.dtype in (x.dtype, torch.float32) else None
+
+
+def _curved(name: str, x: Deferred, new: _Origin, args: Any, others: Any) -> _Origin | None:
+    try:
+        if name in _TANH:
+            return replace(new, curve=new.curve.bent()) if not others else None
+        (number,) = others
+        if not isinstance(number, (int, float)) or not number or args[0] is not x:
+            return None
+        return replace(new, curve=new.curve.times(1 / number if name in _DIVIDED else number))
+    except Unreadable:
+        return None
+
+
+def _with_bias(x: Deferred, new: _Origin, others: Any) -> _Origin | None:
+    (value,) = others
+    plain = new.bias is None and new.curve == Curve() and new.columns is None
+    size = x.shape[-1]
+    if plain and isinstance(value, Tensor) and value.numel() == size == value.shape[-1]:
+        return replace(new, bias=value.reshape(-1))
+    return None
+
+
+def _moved(name: str, x: Deferred, new: _Origin, others: Any, like: Tensor) -> _Origin | None:
+    """Tokens are taken from, or laid out anew in, the hidden state; columns from the weight."""
+    if name in _RESHAPED:
+        if like.shape[-1] != x.shape[-1]:
+            return None
+        return replace(new, hidden=new.hidden.reshape(*like.shape[:-1], new.hidden.shape[-1]))
+    index = list(others[0]) if isinstance(others[0], tuple) else [others[0]]
+    if any(not (isinstance(part, (slice, int)) or part is Ellipsis) for part in index):
+        return None
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        index[at : at + 1] = [slice(None)] * (x.ndim - len(index) + 1)
+    if len(index) == x.ndim:
+        columns = index.pop()
+        if not isinstance(columns, slice) or columns.indices(x.shape[-1])[::2] != (0, 1):
+            return None
+        count = like.shape[-1]
+        new = replace(new, columns=new.columns if count == x.shape[-1] else count)
+    return replace(new, hidden=new.hidden[tuple(index)]) if index else new
+
+
+# ---------------------------------------------------------------------- the head of a model
+
+
+def head_path(model: nn.Module) -> str | None:
+    """The module that makes the logits: what the model says, else its widest linear layer.
+
+    A wrong guess costs little: what is not handed to the losses is made where it is used.
+    """
+    own = asked(model, "get_output_embeddings")
+    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if own is not None:
+        return next((name for name, module in linear if module is own), None)
+    sizes: dict[str, int] = {name: module.out_features for name, module in linear}
+    return max(reversed(sizes), key=sizes.__getitem__, default=None)
+
+
+def head_of(model: nn.Module, path: str | None) -> nn.Linear | None:
+    """The module at ``path``, if it is a linear layer that nothing has changed or compiled.
+
+    ``None`` too in wrappers that shard a model, or wait for its outputs in the backward: those must
+    see its logits.
+    """
+    if path is None or any(_is_wrapper(type(module).__mro__) for module in model.modules()):
+        return None
+    head = model.get_submodule(path)
+    if any(is_traceable_wrapper_subclass(parameter) for parameter in head.parameters()):
+        return None
+    names = path.split(".")
+    around = [model.get_submodule(".".join(names[:end])) for end in range(len(names) + 1)]
+    compiled = any(module._compiled_call_impl is not None for module in around)
+    plain = type(head) is nn.Linear and "forward" not in head.__dict__
+    return head if plain and not compiled else None  # type: ignore[return-value]
+
+
+@functools.cache
+def _is_wrapper(bases: tuple[type, ...]) -> bool:
+    wrappers = ("torch.distributed", "torch.nn.parallel", "deepspeed")
+    return any(base.__module__.startswith(wrappers) for base in bases)
+
+
+@contextlib.contextmanager
+def deferring(heads: Iterable[tuple[nn.Linear, bool]]) -> Iterator[None]:
+    """While the context lasts the heads return stand-ins; each comes with whether it learns."""
+    surroundings = _surroundings()
+    changed: list[nn.Linear] = []
+
+    def put(head: nn.Linear, learns: bool) -> None:
+        def forward(x: Tensor) -> Tensor:
+            here = _surroundings()
+            same = here == surroundings if learns else here[1:] == surroundings[1:]
+            if x.ndim < 2 or not same:
+                return nn.Linear.forward(head, x)
+            return _defer(x, head.weight, head.bias)
+
+        head.__dict__["forward"] = forward
+        changed.append(head)
+
+    try:
+        for head, learns in heads:
+            if head not in changed:
+                put(head, learns)
+        yield
+    finally:
+        for head in changed:
+            del head.__dict__["forward"]
+
+
+def _surroundings() -> tuple[Any, ...]:
+    """What a linear layer depends on besides its arguments: must be the same at the losses."""
+    autocast = [
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda")
+    ]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
+def _defer(x: Tensor, weight: Tensor, bias: Tensor | None) -> Deferred:
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    like = torch.empty(*x.shape[:-1], weight.shape[0], dtype=dtype, device="meta")
+    inference = x.is_inference()  # then nobody counts how often it is written
+    source = None if inference else (x, x._version)
+    x = x.clone() if inference else x
+    origin = _Origin(source, x, weight, bias, Curve(), None, lambda: F.linear(x, weight, bias))
+    return Deferred(origin, like)

@@ -1,0 +1,174 @@
+"""Regional mode makes no logits that only losses read, and the right ones where something does."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxdistill
+from fxdistill.deferred import Deferred, deferring, head_of, head_path
+from fxdistill.errors import StepError
+from fxdistill.lower import Lowering
+from heads import LEFT, READ, Model, batch, remarks, variant
+
+
+def run(student: nn.Module, teacher: nn.Module, compile: Any, call: Any = None, **options: Any):
+    """Loss and terms, gradients, and what FuseHead has to say."""
+    student.zero_grad(set_to_none=True)
+    options = {"task": "causal_lm", **options}
+    distiller = fxdistill.wrap(student, teacher, compile=compile, **options)
+    # The terms of regional mode without Inductor, for speed.
+    distiller.plan = dataclasses.replace(distiller.plan, lowering=Lowering("aot_eager"))
+    ids, own = batch()
+    out = distiller(ids, **(own if call is None else call))
+    out.loss.backward()
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    return {"loss": out.loss.detach(), **out.losses}, gradients, remarks(distiller)
+
+
+def agree(student: nn.Module, teacher: nn.Module, **options: Any) -> str:
+    numbers, gradients, remark = run(student, teacher, "regional", **options)
+    plain, wanted, _ = run(student, teacher, False, **options)
+    for name, value in plain.items():
+        torch.testing.assert_close(numbers[name], value, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        bound = 1e-5 * gradient.norm() + 1e-6 * gradient.abs().max()
+        assert (gradients[name] - gradient).norm() <= bound, name
+    assert all("forward" not in m.__dict__ for model in (student, teacher) for m in model.modules())
+    assert remark is not None
+    return remark
+
+
+BY_FUNCTIONS = {"tied", "matmul", "transposed weight", "bias"}  # no module to be asked
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_heads(kind: str) -> None:
+    remark = agree(variant(READ[kind])(0), variant(READ[kind])(1))
+    made = "the input" if kind in BY_FUNCTIONS else ""
+    assert remark.startswith("logits are made" if made else "logits fused"), remark
+    assert made in remark
+
+
+@pytest.mark.parametrize("kind", LEFT)
+def test_what_is_left_alone(kind: str) -> None:
+    made, _, options = LEFT[kind]
+    if kind == "own loss":  # nothing in the graph is a loss that could be fused
+        assert agree(made(0), made(1), **options, label_loss=None) == ""
+    elif kind == "written":
+        with pytest.raises(StepError, match="in place"):
+            agree(made(0), made(1), **options)
+    else:
+        assert agree(made(0), made(1), **options).startswith("logits are made")
+
+
+class InPlace(Model):
+    """Reads and writes its logits in ways that no stand-in can follow."""
+
+    def head(self, x: Tensor) -> Any:
+        logits = self.lm_head(x)
+        same = logits.float()
+        twice = logits * 2
+        logits.mul_(0.5)
+        return {"logits": same + twice, "seen": logits.sum()}
+
+
+class Biased(Model):
+    def head(self, x: Tensor) -> Any:
+        logits = self.lm_head(x)
+        return logits if logits.shape[-1] == 1 else logits + torch.zeros_like(logits)
+
+
+class NoGradient(Model):
+    def head(self, x: Tensor) -> Any:
+        with torch.no_grad():
+            fixed = self.lm_head(x)
+        return fixed + self.body(x).mean()
+
+
+@pytest.mark.parametrize("kind", [InPlace, Biased, NoGradient])
+def test_logits_are_made_where_a_model_uses_them(kind: type[Model]) -> None:
+    assert agree(kind(0), kind(1)).startswith("logits are made")
+
+
+def test_under_autocast() -> None:
+    found = []
+    for compile in ("regional", False):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(run(Model(0), Model(1), compile))
+    assert found[0][2].startswith("logits fused")
+    torch.testing.assert_close(found[0][0]["loss"], found[1][0]["loss"], rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation(mode: Any) -> None:
+    student, teacher = Model(0), Model(1)
+    losses = []
+    for compile in ("regional", False):
+        distiller = fxdistill.wrap(student, teacher, task="causal_lm", compile=compile)
+        distiller.plan = dataclasses.replace(distiller.plan, lowering=Lowering("aot_eager"))
+        ids, own = batch()
+        with mode():
+            losses.append(distiller(ids, **own).loss)
+    assert not losses[0].requires_grad
+    torch.testing.assert_close(*losses)
+
+
+def test_hooks_on_the_head_see_logits() -> None:
+    """A hook of the user's own gets numbers when it asks for them."""
+    student, seen = Model(0), []
+    student.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.sum().item()))
+    assert agree(student, Model(1)).startswith("logits are made")
+    assert seen[0] == pytest.approx(seen[1], rel=1e-5)
+
+
+def test_labels_only_and_matches_only() -> None:
+    assert agree(Model(0), Model(1), logit_loss=None).startswith("logits fused")
+    student, teacher = Model(0), Model(1)
+    options = {"logit_loss": None, "label_loss": None, "mapping": {"body": "body"}}
+    numbers, gradients, _ = run(student, teacher, "regional", call={}, **options)
+    plain, wanted, _ = run(student, teacher, False, call={}, **options)
+    torch.testing.assert_close(numbers["loss"], plain["loss"])
+    assert gradients.keys() == wanted.keys()
+
+
+def test_a_failing_model_gets_its_head_back() -> None:
+    class Failing(Model):
+        def head(self, x: Tensor) -> Any:
+            self.lm_head(x)
+            raise RuntimeError("as it happens")
+
+    student = Failing(0)
+    with pytest.raises(RuntimeError, match="as it happens"):
+        run(student, Model(1), "regional")
+    assert "forward" not in student.lm_head.__dict__
+
+
+def test_which_heads_can_be_deferred() -> None:
+    model = Model(0)
+    assert head_path(model) == "lm_head"
+    assert head_of(model, "lm_head") is model.lm_head
+    assert head_of(nn.DataParallel(model), "module.lm_head") is None
+    assert head_of(model, "embed") is None
+    model.lm_head.compile(backend="eager")
+    assert head_of(model, "lm_head") is None
+
+
+def test_a_stand_in_answers_without_being_made() -> None:
+    model = Model(0)
+    x = torch.randn(2, 5, 16)
+    with deferring([(model.lm_head, True)]):
+        logits = model.lm_head(x)
+        assert isinstance(logits, Deferred)
+        assert (logits.shape, logits.dtype, logits.ndim) == ((2, 5, 61), torch.float32, 3)
+        assert (logits.size(-1), logits.dim(), len(logits)) == (61, 3, 2)
+        capped = (logits[:, 1:].float() / 2).tanh() * 2
+        assert isinstance(capped, Deferred)
+        assert logits.made is None
+        assert capped.shape == (2, 4, 61)
+    exact = ((x @ model.lm_head.weight.T)[:, 1:] / 2).tanh() * 2
+    torch.testing.assert_close(capped.softmax(-1), exact.softmax(-1))
+    assert logits.made is not None
