@@ -13,7 +13,7 @@ from fxdistill import losses
 from fxdistill.compose import SECTION
 from fxdistill.effects import effects_of
 from fxdistill.head import Head, Unreadable, read_head, target_name, value_of
-from fxdistill.losses.vocab import chunk_tokens_for
+from fxdistill.losses.chunked import chunk_tokens_for
 from fxdistill.program import P, fork_module
 from fxdistill.total import ON_LOGITS, Summand, read_total
 

@@ -22,6 +22,7 @@ q₁ (1 + 2c·lse) - (1-ε)·onehot - ε/V, with q₁ = softmax(z).
 import ast
 import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 
 import torch
@@ -31,6 +32,7 @@ from fxdistill.losses.reduce import wide
 
 FLOOR = -1e4
 Divergence = tuple[str, float, float]  # name, weight, β
+Sums = tuple[Tensor, Tensor]
 Slope = tuple[Tensor, Tensor]  # the value of each token [c], and its gradient by s [c, V]
 
 
@@ -63,40 +65,103 @@ class Shape:
         return cls(*ast.literal_eval(text))
 
 
-def forward_kl(log_q: Tensor, log_p: Tensor, beta: float) -> Slope:
-    """KL(p ‖ q); what the teacher rules out adds nothing."""
+# ---- for each divergence: sums over the columns, and the slope that follows from them
+
+
+def _forward_kl(log_q: Tensor, log_p: Tensor, beta: float) -> Sums:
     p = log_p.exp()
-    gap = torch.where(p > 0, log_p - log_q, 0.0)
-    return (p * gap).sum(-1), log_q.exp() - p
+    value = (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)
+    return value, value
 
 
-def soft_cross_entropy(log_q: Tensor, log_p: Tensor, beta: float) -> Slope:
-    """-Σ p log q."""
+def _soft_cross_entropy(log_q: Tensor, log_p: Tensor, beta: float) -> Sums:
     p = log_p.exp()
-    return -torch.where(p > 0, p * log_q, 0.0).sum(-1), log_q.exp() - p
+    value = -torch.where(p > 0, p * log_q, 0.0).sum(-1)
+    return value, value
 
 
-def reverse_kl(log_q: Tensor, log_p: Tensor, beta: float) -> Slope:
-    """KL(q ‖ p)."""
+def _gap_of_means(log_q: Tensor, log_p: Tensor, beta: float, inner: Tensor) -> Tensor:
+    return log_q.exp() - log_p.exp()
+
+
+def _reverse_kl(log_q: Tensor, log_p: Tensor, beta: float) -> Sums:
     q = log_q.exp()
-    gap = torch.where(q > 0, log_q - log_p, 0.0)
-    value = (q * gap).sum(-1)
-    return value, torch.where(q > 0, q * (gap - value[:, None]), 0.0)
+    value = (q * torch.where(q > 0, log_q - log_p, 0.0)).sum(-1)
+    return value, value
 
 
-def jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Slope:
-    """β KL(p ‖ m) + (1-β) KL(q ‖ m); at β = 0 and 1 forward and reverse KL."""
-    if beta in (0, 1):
-        return (reverse_kl if beta else forward_kl)(log_q, log_p, beta)
+def _reverse_kl_slope(log_q: Tensor, log_p: Tensor, beta: float, inner: Tensor) -> Tensor:
+    q = log_q.exp()
+    return torch.where(q > 0, q * (log_q - log_p - inner[:, None]), 0.0)
+
+
+def _mixture(log_q: Tensor, log_p: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     log_q, log_p = log_q.clamp_min(FLOOR), log_p.clamp_min(FLOOR)
-    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    q, gap = log_q.exp(), log_q - log_m
-    of_q = (q * gap).sum(-1)
-    value = beta * (log_p.exp() * (log_p - log_m)).sum(-1) + (1 - beta) * of_q
-    return value, (1 - beta) * q * (gap - of_q[:, None])
+    return log_q, log_p, torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
 
 
-DIVERGENCES = {f.__name__: f for f in (forward_kl, soft_cross_entropy, reverse_kl, jsd)}
+def _jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Sums:
+    log_q, log_p, log_m = _mixture(log_q, log_p, beta)
+    of_q = (log_q.exp() * (log_q - log_m)).sum(-1)
+    return beta * (log_p.exp() * (log_p - log_m)).sum(-1) + (1 - beta) * of_q, of_q
+
+
+def _jsd_slope(log_q: Tensor, log_p: Tensor, beta: float, inner: Tensor) -> Tensor:
+    log_q, log_p, log_m = _mixture(log_q, log_p, beta)
+    return (1 - beta) * log_q.exp() * (log_q - log_m - inner[:, None])
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Sums over the columns, of each token: the value, and what the slope ∂v/∂s needs.
+
+    Sums over a part of the columns add up to those over all: the sharded form relies on it.
+    """
+
+    sums: Callable[[Tensor, Tensor, float], Sums]
+    slope: Callable[[Tensor, Tensor, float, Tensor], Tensor]
+
+
+DIVERGENCES = {
+    "forward_kl": Formula(_forward_kl, _gap_of_means),
+    "soft_cross_entropy": Formula(_soft_cross_entropy, _gap_of_means),
+    "reverse_kl": Formula(_reverse_kl, _reverse_kl_slope),
+    "jsd": Formula(_jsd, _jsd_slope),
+}
+
+
+def formula_of(name: str, beta: float) -> Formula:
+    """The formula; JSD at β = 0 and 1 is forward and reverse KL."""
+    if name == "jsd" and beta in (0, 1):
+        name = "reverse_kl" if beta else "forward_kl"
+    return DIVERGENCES[name]
+
+
+def mixed_sums(log_q: Tensor, log_p: Tensor, divergences: tuple[Divergence, ...]) -> list[Tensor]:
+    """The value of the mix of divergences, then what the slope of each needs."""
+    found = [(w, *formula_of(n, beta).sums(log_q, log_p, beta)) for n, w, beta in divergences]
+    weight, value, _ = found[0]
+    value = weight * value
+    for weight, v, _ in found[1:]:
+        value = value + weight * v
+    return [value, *(inner for _, _, inner in found)]
+
+
+def mixed_slope(
+    log_q: Tensor, log_p: Tensor, divergences: tuple[Divergence, ...], inner: Sequence[Tensor]
+) -> Tensor:
+    """The slope of the mix; nothing is stacked, which would be kept."""
+    slope: Tensor | None = None
+    for (name, weight, beta), total in zip(divergences, inner, strict=True):
+        each = weight * formula_of(name, beta).slope(log_q, log_p, beta, total)
+        slope = each if slope is None else slope + each
+    assert slope is not None
+    return slope
+
+
+def _mixed(log_q: Tensor, log_p: Tensor, divergences: tuple[Divergence, ...]) -> Slope:
+    value, *inner = mixed_sums(log_q, log_p, divergences)
+    return value, mixed_slope(log_q, log_p, divergences, inner)
 
 
 def through_head(raw: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
@@ -162,19 +227,9 @@ def _divergence(
     y, _ = through_head(teacher, shape.scales[1], shape.softcaps[1])
     log_q = (z[:, : shape.columns] / tau).log_softmax(-1)
     log_p = (torch.where(live, y, 0.0)[:, : shape.columns] / tau).log_softmax(-1)
-    found = [(w, *DIVERGENCES[n](log_q, log_p, beta)) for n, w, beta in shape.divergences]
-    value, by_s = _mixed(found)
+    value, by_s = _mixed(log_q, log_p, shape.divergences)
     beyond = z.shape[-1] - shape.columns
     return value, torch.nn.functional.pad(by_s, (0, beyond)) if beyond else by_s
-
-
-def _mixed(found: list[tuple[float, Tensor, Tensor]]) -> Slope:
-    """The weighted sum of several divergences; nothing is stacked, which would be kept."""
-    weight, value, by_s = found[0]
-    value, by_s = weight * value, weight * by_s
-    for weight, v, d in found[1:]:
-        value, by_s = value + weight * v, by_s + weight * d
-    return value, by_s
 
 
 def bucket_slopes(
@@ -195,8 +250,7 @@ def bucket_slopes(
         left = torch.zeros_like(left)
     tail = left.clamp_min(0).log()
     log_s, log_t = torch.cat([best, rest], -1), torch.cat([kept, tail], -1)
-    found = [(w, *DIVERGENCES[name](log_s, log_t, beta)) for name, w, beta in divergences]
-    value, by_bucket = _mixed(found)
+    value, by_bucket = _mixed(log_s, log_t, divergences)
     spread = by_bucket[:, -1:] * (log_q - rest).exp()
     return value, spread.scatter(-1, ids, by_bucket[:, :-1])
 

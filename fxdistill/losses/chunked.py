@@ -18,6 +18,7 @@ from fxdistill.losses.chunk import Shape, chunk_terms
 from fxdistill.nodes import own_code
 
 Body = Callable[..., Tensor]
+BUDGET = 96 * 2**20  # bytes for the logits of a chunk, both towers together
 ROWS = 16  # tokens that the body takes at a time on a CPU; chunks are multiples of it
 
 
@@ -67,23 +68,24 @@ def vocab_operator(
     gradients by letter. With ``ids`` ``[T, k]``, ``t`` ``[T, k]`` are log-probabilities of those
     entries and there is no ``t_weight``.
     """
-    for name, indices in (("label", labels), ("teacher's id", ids)):
-        if indices is not None:
-            # Not a check of the host: it waits for nothing, and an index is never wrong.
-            inside = (indices >= 0) & (indices < w.shape[0])
-            text = f"a {name} is outside of the student's vocabulary of {w.shape[0]}"
-            torch._assert_async(inside.all(), text)
-    loop = _Loop(h, w, bias, t, t_weight, t_bias, ids, needs, _size(chunk, h))
-    with torch.no_grad():
-        body = _body(Shape.read(shape), bool(needs), compiled)
-        terms = settings.new_zeros(2)
-        for start in range(0, h.shape[0], loop.size):
-            terms += loop.step(body, start, labels, logit_share, label_share, settings)
-        total = (settings[:2] * terms).sum()
-    return total, terms, *loop.gradients()
+    require_indices("label", labels, w.shape[0])
+    require_indices("teacher's id", ids, w.shape[0])
+    size = size_of_chunks(chunk, h)
+    rows = ROWS if h.device.type == "cpu" else size
+    loop = Loop(h, w, bias, t, t_weight, t_bias, ids, needs, size, rows)
+    body = _body(Shape.read(shape), bool(needs), compiled)
+    return loop.run(body, labels, logit_share, label_share, settings)
 
 
-class _Loop:
+def require_indices(name: str, indices: Tensor | None, size: int) -> None:
+    """Fail where an index is outside, without a check of the host: it waits for nothing."""
+    if indices is not None:
+        inside = (indices >= 0) & (indices < size)
+        text = f"a {name} is outside of the student's vocabulary of {size}"
+        torch._assert_async(inside.all(), text)
+
+
+class Loop:
     """The buffers that chunks share, and the gradients that they add to."""
 
     def __init__(
@@ -97,9 +99,10 @@ class _Loop:
         ids: Tensor | None,
         needs: str,
         size: int,
+        rows: int,
     ) -> None:
         self.h, self.w, self.bias, self.needs, self.size = h, w, bias, needs, size
-        self.rows = ROWS if h.device.type == "cpu" else size  # that the body takes at a time
+        self.rows = rows  # that the body takes at a time
         self.teacher = None if t is None or t_weight is None else (t, t_weight, t_bias)
         self.stored = None if t is None or ids is None else (t, ids)
         self.z = h.new_empty(size, w.shape[0])
@@ -110,7 +113,23 @@ class _Loop:
         self.dw = torch.zeros_like(w, dtype=wide) if "w" in needs else h.new_empty(0)
         self.db = w.new_zeros(w.shape[0], dtype=wide) if "b" in needs else h.new_empty(0)
 
-    def step(
+    def run(
+        self,
+        body: Body,
+        labels: Tensor | None,
+        logit_share: Tensor,
+        label_share: Tensor,
+        settings: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All chunks: total, terms, gradients."""
+        with torch.no_grad():
+            terms = settings.new_zeros(2)
+            for start in range(0, self.h.shape[0], self.size):
+                terms += self._step(body, start, labels, logit_share, label_share, settings)
+            total = (settings[:2] * terms).sum()
+            return total, terms, *self.gradients()
+
+    def _step(
         self,
         body: Body,
         start: int,
@@ -176,7 +195,15 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
         torch.addmm(bias, hidden, weight.T, out=out)
 
 
-def _size(chunk: int, h: Tensor) -> int:
+def chunk_tokens_for(columns: int, itemsize: int, budget: int = BUDGET) -> int:
+    """How many tokens of ``columns`` logits (both towers') fit the budget: a multiple of 16.
+
+    160 at least: every chunk reads both weights, and reads and writes the weight's gradient.
+    """
+    return max(160, budget // (columns * itemsize) // 16 * 16)
+
+
+def size_of_chunks(chunk: int, h: Tensor) -> int:
     """How many tokens to take at a time, ``chunk`` at most, and chunks of about one size.
 
     Off the CPU the body is compiled for that number, hence powers of two: few sizes.
@@ -189,28 +216,29 @@ def _size(chunk: int, h: Tensor) -> int:
     return -(-tokens // ROWS) * ROWS
 
 
-@vocab_operator.register_fake
-def _(h: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def fake(h: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Shapes of what the operator returns."""
     settings, needs = rest[8], rest[11]
     shapes = (("h", h.shape), ("w", w.shape), ("b", w.shape[:1]))
     gradients = [h.new_empty(shape if name in needs else (0,)) for name, shape in shapes]
     return settings.new_empty(()), settings.new_empty(2), *gradients
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs = inputs[13]
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep the gradients."""
+    ctx.needs, ctx.others = inputs[13], len(inputs) - 3
     ctx.save_for_backward(*output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _scale(ctx: Any, of_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def scale(ctx: Any, of_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     """The gradients are there already: the backward only scales them."""
     grads: list[Tensor | None] = [None, None, None]
     if of_total is not None:
         for i, (name, saved) in enumerate(zip("hwb", ctx.saved_tensors, strict=True)):
             if name in ctx.needs:
                 grads[i] = saved if _is_one(of_total) else saved * of_total.to(saved.dtype)
-    return (*grads, *[None] * 12)
+    return (*grads, *[None] * ctx.others)
 
 
 def _is_one(x: Tensor) -> bool:
@@ -222,4 +250,5 @@ def _is_one(x: Tensor) -> bool:
     return type(x) is Tensor and x.device.type == "cpu" and bool(x == 1)
 
 
-vocab_operator.register_autograd(_scale, setup_context=_save)
+vocab_operator.register_fake(fake)
+vocab_operator.register_autograd(scale, setup_context=save)

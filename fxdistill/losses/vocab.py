@@ -15,10 +15,8 @@ from torch import Tensor
 
 from fxdistill.errors import OptionError, ShapeError, VocabularyError, did_you_mean
 from fxdistill.losses.chunk import DIVERGENCES, Divergence, Shape
-from fxdistill.losses.chunked import vocab_operator
+from fxdistill.losses.chunked import chunk_tokens_for, vocab_operator
 from fxdistill.losses.labels import IGNORE
-
-BUDGET = 96 * 2**20  # bytes for the logits of a chunk, both towers together
 
 DivergenceLike = str | Mapping[str, float] | Callable[..., Tensor] | tuple[Divergence, ...] | None
 
@@ -29,14 +27,6 @@ class VocabLoss(NamedTuple):
     loss: Tensor
     logits: Tensor
     labels: Tensor
-
-
-def chunk_tokens_for(columns: int, itemsize: int, budget: int = BUDGET) -> int:
-    """How many tokens of ``columns`` logits (both towers') fit the budget: a multiple of 16.
-
-    160 at least: every chunk reads both weights, and reads and writes the weight's gradient.
-    """
-    return max(160, budget // (columns * itemsize) // 16 * 16)
 
 
 def vocab_loss(
@@ -72,7 +62,8 @@ def vocab_loss(
 
     Args:
         student_hidden: ``[..., D]``, what the student's head takes.
-        student_weight: ``[V, D]``, its weight (tied or not).
+        student_weight: ``[V, D]``, its weight (tied or not). A DTensor whose vocabulary is sharded
+            (``Shard(0)``) keeps its shards, and so does the teacher's: see ``parallel.vocab``.
         teacher_hidden: ``[..., D_T]``; gets no gradient. ``None`` with ``divergence=None``.
         teacher_weight: ``[V_T, D_T]``; gets none either.
         labels: ``[...]``; -100 is ignored. Needed where ``label_weight`` is to count.
@@ -121,11 +112,26 @@ def vocab_loss(
         float(z_loss),
         labels is not None,
     )
-    h, w = _autocast(student_hidden.flatten(0, -2), student_weight)
+    numbers = (logit_weight, label_weight, temperature)
+    h, w = _autocast(student_hidden, student_weight)
     t = t_weight = None
     if chosen and teacher_hidden is not None and teacher_weight is not None:
-        t, t_weight = _autocast(teacher_hidden.detach().flatten(0, -2), teacher_weight.detach())
+        t, t_weight = _autocast(teacher_hidden.detach(), teacher_weight.detach())
     bias = None if teacher_bias is None or t is None else teacher_bias.detach()
+    if any(hasattr(x, "placements") for x in (h, w, t, t_weight)):  # a DTensor, as dynamo can ask
+        return _sharded(
+            (h, w, student_bias),
+            None if t is None or t_weight is None else (t, t_weight, bias),
+            labels,
+            weights,
+            num_items,
+            numbers,
+            shape,
+            chunk_tokens,
+            compile,
+        )
+    h = h.flatten(0, -2)
+    t = None if t is None else t.flatten(0, -2)
     width = w.shape[0] + (0 if t_weight is None else t_weight.shape[0])
     return _run(
         (h, w, student_bias),
@@ -133,11 +139,36 @@ def vocab_loss(
         labels,
         weights,
         num_items,
-        (logit_weight, label_weight, temperature),
+        numbers,
         shape,
         chunk_tokens or chunk_tokens_for(width, h.element_size()),
         compile,
     )
+
+
+def _sharded(
+    student: tuple[Tensor, Tensor, Tensor | None],
+    teacher: tuple[Tensor, Tensor, Tensor | None] | None,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    num_items: float | Tensor | None,
+    numbers: tuple[float | Tensor, ...],
+    shape: Shape,
+    chunk_tokens: int | None,
+    compile: bool,
+) -> VocabLoss:
+    # What imports torch.distributed is imported where it is used.
+    from fxdistill.parallel.vocab import Side, local_part, sharded_vocab_loss, whole
+
+    like = local_part(student[0].detach()).new_empty(student[0].shape[:-1].numel(), 0)
+    labels, weights = (None if x is None else whole(x) for x in (labels, weights))
+    logit_share, label_share, flat = _shares(like, labels, weights, num_items)
+    settings = _settings(numbers, like)
+    sides = Side(*student), None if teacher is None else Side(*teacher)
+    total, terms = sharded_vocab_loss(
+        *sides, flat, (logit_share, label_share), settings, shape, chunk_tokens, compile, _wanted
+    )
+    return VocabLoss(total, terms[0].detach(), terms[1].detach())
 
 
 def vocab_loss_topk(
@@ -235,13 +266,18 @@ def _run(
 ) -> VocabLoss:
     h = student[0]
     logit_share, label_share, flat = _shares(h, labels, weights, num_items)
-    kind = torch.float64 if h.dtype == torch.float64 else torch.float32
-    settings = torch.stack([_number(value, h.device, kind) for value in numbers])
+    settings = _settings(numbers, h)
     shares = (logit_share, label_share)
     total, terms, *_ = vocab_operator(
         *student, *teacher, flat, *shares, settings, shape.text, chunk, _wanted(*student), compile
     )
     return VocabLoss(total, terms[0].detach(), terms[1].detach())
+
+
+def _settings(numbers: tuple[float | Tensor, ...], h: Tensor) -> Tensor:
+    """The weights of both terms and τ, on the device and in the precision of the loss."""
+    kind = torch.float64 if h.dtype == torch.float64 else torch.float32
+    return torch.stack([_number(value, h.device, kind) for value in numbers])
 
 
 def _wanted(h: Tensor, w: Tensor, bias: Tensor | None) -> str:

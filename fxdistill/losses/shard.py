@@ -1,0 +1,154 @@
+"""One chunk of tokens on one shard of the vocabulary: what ``chunk.py`` does, in three parts.
+
+Between the parts a token's statistics, a few numbers, cross the ranks; its logits never do.
+
+1. ``statistics``: maxima and sums of exponentials on this shard. Gathered, they are the
+   log-sum-exps (``merged``).
+2. ``sums``: the divergence's sums over this shard's columns, which add up.
+3. ``write_slopes``: the gradient by this shard's logits.
+
+Columns from ``shape.columns`` on are not compared, those from the vocabulary's size on do not exist
+(a rank without columns has one of those).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxdistill.losses.chunk import Shape, mixed_slope, mixed_sums, through_head
+
+LOWEST = -1e30  # instead of -inf, of which the difference to itself is no number
+STATISTICS = 8
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which columns these are: from ``offset`` on, of a student's vocabulary of ``size``."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk as its logits arrive; see ``chunk.chunk_terms``."""
+
+    student: Tensor
+    teacher: Tensor | None
+    labels: Tensor | None
+    logit_share: Tensor
+    label_share: Tensor
+    settings: Tensor
+
+    def rows(self, start: int, stop: int) -> "Chunk":
+        """Some of its tokens."""
+        some = slice(start, stop)
+        return Chunk(
+            self.student[some],
+            None if self.teacher is None else self.teacher[some],
+            None if self.labels is None else self.labels[some],
+            self.logit_share[some],
+            self.label_share[some],
+            self.settings,
+        )
+
+
+def _columns(x: Tensor, place: Place) -> Tensor:
+    return torch.arange(x.shape[-1], device=x.device) + place.offset
+
+
+def _live(c: Chunk) -> Tensor:
+    return ((c.logit_share != 0) | (c.label_share != 0))[:, None]
+
+
+def _student(c: Chunk, shape: Shape, place: Place) -> tuple[Tensor, Tensor | None]:
+    z, slope = through_head(c.student, shape.scales[0], shape.softcaps[0])
+    return torch.where(_live(c), z, 0.0), slope
+
+
+def _compared(c: Chunk, z: Tensor, shape: Shape, place: Place) -> tuple[Tensor, Tensor]:
+    """Both logits at τ, -inf where columns are not compared."""
+    assert c.teacher is not None
+    y, _ = through_head(c.teacher, shape.scales[1], shape.softcaps[1])
+    y = torch.where(_live(c), y, 0.0)
+    inside = _columns(z, place) < shape.columns
+    tau = c.settings[2]
+    return torch.where(inside, z / tau, -torch.inf), torch.where(inside, y / tau, -torch.inf)
+
+
+def _partial_lse(x: Tensor) -> list[Tensor]:
+    most = x.amax(-1).clamp_min(LOWEST)
+    return [most, (x - most[:, None]).exp().sum(-1)]
+
+
+def statistics(c: Chunk, shape: Shape, place: Place) -> Tensor:
+    """``[c, 8]``: maximum and sum for s, t and z; the label's logit; the sum of z."""
+    z, _ = _student(c, shape, place)
+    exists = _columns(z, place) < place.size
+    nothing = torch.zeros_like(c.logit_share)
+    found = [nothing] * 4
+    if c.teacher is not None and shape.divergences:
+        s, t = _compared(c, z, shape, place)
+        found = [*_partial_lse(s), *_partial_lse(t)]
+    picked = nothing
+    if c.labels is not None and shape.labelled:
+        index = c.labels - place.offset
+        own = (index >= 0) & (index < z.shape[-1])
+        index = index.clamp(0, z.shape[-1] - 1)
+        picked = torch.where(own, z.gather(-1, index[:, None]).squeeze(-1), 0.0)
+    of_labels = _partial_lse(torch.where(exists, z, -torch.inf))
+    return torch.stack([*found, *of_labels, picked, torch.where(exists, z, 0.0).sum(-1)], -1)
+
+
+def merged(gathered: Tensor) -> Tensor:
+    """``[ranks, c, 8]`` → ``[c, 5]``: log-sum-exp of s, t and z; label's logit; sum of z."""
+    most = gathered[..., 0:6:2].amax(0)
+    sums = (gathered[..., 1:6:2] * (gathered[..., 0:6:2] - most).exp()).sum(0)
+    return torch.cat([most + sums.log(), gathered[..., 6:].sum(0)], -1)
+
+
+def sums(c: Chunk, whole: Tensor, shape: Shape, place: Place) -> Tensor:
+    """``[c, 1 + n]``: the mix of n divergences on these columns, and what each slope needs."""
+    z, _ = _student(c, shape, place)
+    s, t = _compared(c, z, shape, place)
+    log_q, log_p = s - whole[:, 0:1], t - whole[:, 1:2]
+    return torch.stack(mixed_sums(log_q, log_p, shape.divergences), -1)
+
+
+def write_slopes(
+    c: Chunk, whole: Tensor, inner: Tensor | None, shape: Shape, place: Place
+) -> Tensor:
+    """Overwrite the student's logits by the total's gradient; returns nothing of interest."""
+    logit_weight, label_weight, tau = c.settings.unbind()
+    z, slope = _student(c, shape, place)
+    gradient = torch.zeros_like(z)
+    if inner is not None:
+        s, t = _compared(c, z, shape, place)
+        log_q, log_p = s - whole[:, 0:1], t - whole[:, 1:2]
+        by_s = mixed_slope(log_q, log_p, shape.divergences, inner[:, 1:].unbind(-1))
+        by_s = torch.where(_columns(z, place) < shape.columns, by_s, 0.0)
+        gradient = (logit_weight * tau * c.logit_share)[:, None] * by_s
+    if c.labels is not None and shape.labelled:
+        lse, epsilon = whole[:, 2:3], shape.label_smoothing
+        exists = _columns(z, place) < place.size
+        hit = _columns(z, place) == c.labels[:, None]
+        by_z = (z - lse).exp() * (1 + 2 * shape.z_loss * lse)
+        by_z = by_z - torch.where(hit, 1 - epsilon, 0.0) - epsilon / place.size
+        by_z = torch.where(exists, by_z, 0.0)
+        gradient = gradient + (label_weight * c.label_share)[:, None] * by_z
+    c.student.copy_(gradient if slope is None else torch.where(_live(c), gradient * slope, 0.0))
+    return c.settings.new_zeros(())
+
+
+def terms(c: Chunk, whole: Tensor, inner: Tensor | None, shape: Shape, place: Place) -> Tensor:
+    """Both terms of the chunk, ``[2]``: alike on every rank."""
+    found = [c.settings.new_zeros(()), c.settings.new_zeros(())]
+    if inner is not None:
+        found[0] = c.settings[2].square() * (c.logit_share * inner[:, 0]).sum()
+    if c.labels is not None and shape.labelled:
+        lse, picked, total = whole[:, 2:].unbind(-1)
+        epsilon = shape.label_smoothing
+        value = lse - (1 - epsilon) * picked - epsilon * total / place.size
+        found[1] = (c.label_share * (value + shape.z_loss * lse.square())).sum()
+    return torch.stack(found)
