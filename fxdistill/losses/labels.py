@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fxdistill.losses.reduce import counted, weighted_mean, wide
+from fxdistill.losses.reduce import counted, is_placed, weighted_mean, wide
 from fxdistill.nodes import one_node
 
 IGNORE = -100
@@ -24,6 +24,12 @@ def cross_entropy(
     here). ``label_smoothing`` ε mixes in the mean over the vocabulary, (1-ε)·CE + ε·mean(-log p)
     (Szegedy et al., 2016); ``z_loss`` adds that multiple of lse² (PaLM, Chowdhery et al., 2022).
     """
+    if is_placed(student_logits):
+        # What imports torch.distributed is imported where it is used.
+        from fxdistill.parallel import logits
+
+        options = (label_smoothing, z_loss)
+        return logits.cross_entropy(cross_entropy, student_logits, labels, weights, *options)
     labelled = labels != IGNORE
     w = labelled.float() if weights is None else weights * labelled
     z = counted(wide(student_logits), w)

@@ -8,12 +8,13 @@ token is a sum over the vocabulary times τ², which keeps gradients comparable 
 The forms are chosen so that equal logits give exactly 0 and exactly zero gradients.
 """
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
-from fxdistill.losses.reduce import counted, weighted_mean, wide
+from fxdistill.losses.reduce import counted, is_placed, weighted_mean, wide
 from fxdistill.nodes import one_node
 
 FLOOR = -1e4
@@ -30,6 +31,23 @@ def _result(values: Tensor, temperature: Tensor | float, weights: Tensor | None)
     return weighted_mean(values, weights) * temperature**2
 
 
+def on_mesh(
+    name: str,
+    student: Tensor,
+    teacher: Tensor,
+    temperature: Tensor | float,
+    weights: Tensor | None,
+    beta: float = 0.5,
+) -> Tensor:
+    """The divergence ``name`` of DTensors."""
+    # What imports torch.distributed is imported where it is used.
+    from fxdistill.parallel import logits
+
+    plain = functools.partial(jsd, beta=beta) if name == "jsd" else globals()[name]
+    kind = (name, 1.0, beta)
+    return logits.divergence(kind, plain, student, teacher, temperature, weights)
+
+
 @one_node
 def forward_kl(
     student_logits: Tensor,
@@ -39,6 +57,8 @@ def forward_kl(
     weights: Tensor | None = None,
 ) -> Tensor:
     """τ² KL(p_T ‖ p_S) = τ² [Σ p_T (z_T - z_S)/τ - lse_T + lse_S] (Hinton et al., 2015)."""
+    if is_placed(student_logits):
+        return on_mesh("forward_kl", student_logits, teacher_logits, temperature, weights)
     s = _scaled(student_logits, temperature, weights)
     t = _scaled(teacher_logits, temperature, weights)
     lse_s, lse_t = s.logsumexp(-1), t.logsumexp(-1)
@@ -57,6 +77,8 @@ def reverse_kl(
     weights: Tensor | None = None,
 ) -> Tensor:
     """τ² KL(p_S ‖ p_T) = τ² Σ p_S (log p_S - log p_T) (MiniLLM, Gu et al., 2024)."""
+    if is_placed(student_logits):
+        return on_mesh("reverse_kl", student_logits, teacher_logits, temperature, weights)
     s = _scaled(student_logits, temperature, weights)
     t = _scaled(teacher_logits, temperature, weights)
     log_q, log_p = s.log_softmax(-1), t.log_softmax(-1)
@@ -83,6 +105,8 @@ def jsd(
     if beta in (0, 1):
         kl = reverse_kl if beta else forward_kl
         return kl(student_logits, teacher_logits, temperature=temperature, weights=weights)
+    if is_placed(student_logits):
+        return on_mesh("jsd", student_logits, teacher_logits, temperature, weights, beta)
     if not 0 < beta < 1:
         raise ValueError(f"jsd takes beta between 0 and 1, not {beta}")
     # The floor keeps columns that are -inf on both sides out of -inf - -inf; e^FLOOR is 0 exactly.
@@ -103,6 +127,8 @@ def soft_cross_entropy(
     weights: Tensor | None = None,
 ) -> Tensor:
     """-τ² Σ p_T log p_S: forward KL plus the teacher's entropy, with the same student gradient."""
+    if is_placed(student_logits):
+        return on_mesh("soft_cross_entropy", student_logits, teacher_logits, temperature, weights)
     s = _scaled(student_logits, temperature, weights)
     t = _scaled(teacher_logits, temperature, weights)
     p = t.softmax(-1)

@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 
+def is_placed(x: object) -> bool:
+    """Whether ``x`` is a DTensor; asked so that dynamo can follow, and importing nothing."""
+    return hasattr(x, "placements")
+
+
 def wide(x: Tensor) -> Tensor:
     """At least float32: losses are not formed in half precision."""
     return x if x.dtype == torch.float64 else x.float()

@@ -17,6 +17,7 @@ from fxdistill.errors import OptionError, ShapeError, VocabularyError, did_you_m
 from fxdistill.losses.chunk import DIVERGENCES, Divergence, Shape
 from fxdistill.losses.chunked import chunk_tokens_for, vocab_operator
 from fxdistill.losses.labels import IGNORE
+from fxdistill.losses.reduce import is_placed
 
 DivergenceLike = str | Mapping[str, float] | Callable[..., Tensor] | tuple[Divergence, ...] | None
 
@@ -118,7 +119,7 @@ def vocab_loss(
     if chosen and teacher_hidden is not None and teacher_weight is not None:
         t, t_weight = _autocast(teacher_hidden.detach(), teacher_weight.detach())
     bias = None if teacher_bias is None or t is None else teacher_bias.detach()
-    if any(hasattr(x, "placements") for x in (h, w, t, t_weight)):  # a DTensor, as dynamo can ask
+    if any(is_placed(x) for x in (h, w, t, t_weight)):
         return _sharded(
             (h, w, student_bias),
             None if t is None or t_weight is None else (t, t_weight, bias),

@@ -13,7 +13,7 @@ operator takes no group). If it moves, the sharded loss fails in the first call.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -86,7 +86,7 @@ def _part(fn: Callable[..., Tensor], shape: Shape, place: Place, compiled: bool)
     return torch.compile(own_code(part), fullgraph=True, dynamic=False) if compiled else part
 
 
-class _Body:
+class Body:
     """In place of ``chunk.chunk_terms``: the parts, and what crosses ranks between them."""
 
     def __init__(
@@ -133,6 +133,11 @@ class _Body:
         return torch.cat(found) if found[0].ndim else found[0]
 
 
+def group_of(name: str) -> dist.ProcessGroup:
+    """The process group of that name."""
+    return _resolve_process_group(name)  # type: ignore[no-any-return]
+
+
 @torch.library.custom_op("fxdistill::sharded_vocab_loss", mutates_args=())
 def sharded_operator(
     h: Tensor,
@@ -162,8 +167,7 @@ def sharded_operator(
     require_indices("label", labels, size)
     rows = size_of_chunks(chunk, h)
     loop = Loop(h, w, bias, t, t_weight, t_bias, ids, needs, rows, rows)
-    place, ranks = Place(offset, size), _resolve_process_group(group)  # type: ignore[arg-type]
-    body = _Body(Shape.read(shape), place, ranks, compiled, bool(needs))
+    body = Body(Shape.read(shape), Place(offset, size), group_of(group), compiled, bool(needs))
     return loop.run(body, labels, logit_share, label_share, settings)
 
 
@@ -289,14 +293,14 @@ def _local(side: Side, layout: Layout, rows: int) -> tuple[Tensor, Tensor, Tenso
     mine[layout.axis] = Shard(0)
     contribution: list[Placement] = list(everywhere)
     contribution[layout.axis] = Partial()
-    h = _placed(side.hidden, layout.mesh, everywhere).to_local(grad_placements=contribution)
-    w = _filled(_placed(side.weight, layout.mesh, mine).to_local(), rows)
+    h = placed(side.hidden, layout.mesh, everywhere).to_local(grad_placements=contribution)
+    w = _filled(placed(side.weight, layout.mesh, mine).to_local(), rows)
     if side.bias is None:
         return h.flatten(0, -2), w, None
-    return h.flatten(0, -2), w, _filled(_placed(side.bias, layout.mesh, mine).to_local(), rows)
+    return h.flatten(0, -2), w, _filled(placed(side.bias, layout.mesh, mine).to_local(), rows)
 
 
-def _placed(x: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> DTensor:
+def placed(x: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
     """``x`` with these placements; a plain tensor is alike on all ranks."""
     if not isinstance(x, DTensor):
         x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
@@ -329,8 +333,8 @@ def _on_tokens(
     contribution[axis] = Partial()
 
     def local(side: Side) -> tuple[Tensor, Tensor, Tensor | None]:
-        h = _placed(side.hidden, mesh, list(tokens)).to_local().flatten(0, -2)
-        given = [None if x is None else _placed(x, mesh, everywhere) for x in side[1:]]
+        h = placed(side.hidden, mesh, list(tokens)).to_local().flatten(0, -2)
+        given = [None if x is None else placed(x, mesh, everywhere) for x in side[1:]]
         w, bias = (None if x is None else x.to_local(grad_placements=contribution) for x in given)
         assert w is not None
         return h, w, bias
@@ -339,7 +343,7 @@ def _on_tokens(
         if x is None:
             return None
         grid = x.reshape(student.hidden.shape[:-1])
-        return _placed(grid, mesh, list(tokens)).to_local().flatten()
+        return placed(grid, mesh, list(tokens)).to_local().flatten()
 
     h, w, bias = local(student)
     t, t_weight, t_bias = (None,) * 3 if teacher is None else local(teacher)
