@@ -12,7 +12,7 @@ the first call.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 from fxdistill.errors import StepError
 from fxdistill.head import Curve, Unreadable
 from fxdistill.landmarks import asked
+from fxdistill.losses.reduce import is_placed
 
 
 class Parts(NamedTuple):
@@ -266,6 +267,18 @@ def head_of(model: nn.Module, path: str | None) -> nn.Linear | None:
     compiled = any(module._compiled_call_impl is not None for module in around)
     plain = type(head) is nn.Linear and "forward" not in head.__dict__
     return head if plain and not compiled else None  # type: ignore[return-value]
+
+
+def sharded_vocabularies(
+    models: Mapping[str, nn.Module], paths: Iterable[str | None]
+) -> dict[str, tuple[int, int]]:
+    """By tower, where its head is sharded: how many entries are here, and how many in all."""
+    found = {}
+    for (tower, model), path in zip(models.items(), paths, strict=True):
+        weight = None if path is None else getattr(model.get_submodule(path), "weight", None)
+        if is_placed(weight):
+            found[tower] = (weight.to_local().shape[0], weight.shape[0])
+    return found
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from fxdistill import capture, guards
 from fxdistill.call import Call, scalar, sort_call
 from fxdistill.capture import Recipe
 from fxdistill.checks import verify
-from fxdistill.deferred import deferring, head_of, head_path
+from fxdistill.deferred import deferring, head_of, head_path, sharded_vocabularies
 from fxdistill.errors import CaptureError, MatchWarning, OptionError, did_you_mean
 from fxdistill.hooks import hooked
 from fxdistill.lower import Lowering
@@ -175,13 +175,15 @@ class Distiller(nn.Module):
         """The heads whose logits only the losses read, and whether each of them learns."""
         if not self.plan.fuse_head or not objective.can_fuse or "logits" in self.plan.outputs:
             return []
-        models = (self.student, self.teacher)
-        if self._head_paths is None:
-            self._head_paths = tuple(head_path(model) for model in models)
-        student, teacher = map(head_of, models, self._head_paths)
+        student, teacher = map(head_of, (self.student, self.teacher), self._paths_of_heads())
         if student is None or (objective.logit_loss is not None and teacher is None):
             return []
         return [(student, True), *([] if teacher is None else [(teacher, False)])]
+
+    def _paths_of_heads(self) -> tuple[str | None, ...]:
+        if self._head_paths is None:
+            self._head_paths = head_path(self.student), head_path(self.teacher)
+        return self._head_paths
 
     def _compiled(self, name: str, step: Callable[..., Any]) -> Callable[..., Any]:
         if name not in self._steps:
@@ -202,6 +204,8 @@ class Distiller(nn.Module):
         table = TapTable(capturing=capturing)
         table.verify = functools.partial(verify, objective, self.projections)
         table.frozen_teacher = self.plan.freeze_teacher
+        models = {"student": self.student, "teacher": self.teacher}
+        table.vocabularies = sharded_vocabularies(models, self._paths_of_heads())
         with (
             recording(table),
             hooked(self.student, "student", [t.student for t in terms]),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fxdistill.losses.reduce import is_placed
 from fxdistill.nodes import one_node
 
 
@@ -70,6 +71,7 @@ class Head:
     columns: int | None = None  # of the vocabulary, where not all are used
     moves: tuple[Callable[[fx.Graph, fx.Node], fx.Node], ...] = ()
     detached: bool = False
+    gathered: fx.Node | None = None  # the hidden state with all tokens, which nothing else reads
     nodes: tuple[fx.Node, ...] = ()  # from the logits back to the linear layer
 
     @property
@@ -140,8 +142,20 @@ def read_head(logits: fx.Node) -> Head:
     for step in reversed(chain):
         head = _followed(head, step)
     for source in (*head.inputs, logits):
-        if is_traceable_wrapper_subclass(value_of(source)):
+        if is_traceable_wrapper_subclass(value_of(source)) and not is_placed(value_of(source)):
             raise Unreadable(f"{source.name} is a {type(value_of(source)).__name__}")
+    if is_placed(value_of(head.weight)):
+        return _on_mesh(head)
+    return head
+
+
+def _on_mesh(head: Head) -> Head:
+    """A head of DTensors: what its parallel style has gathered for it need not be."""
+    if head.moves or head.columns is not None:
+        raise Unreadable("logits are sharded, and cut or laid out anew")
+    hidden = head.hidden
+    if hidden.target == "redistribute" and isinstance(hidden.args[0], fx.Node):
+        return replace(head, hidden=hidden.args[0], gathered=hidden)
     return head
 
 
@@ -154,6 +168,7 @@ _TANH = (torch.tanh, torch.nn.functional.tanh, "tanh")
 _RESHAPED = (torch.reshape, "reshape", "view")
 _CAST = ("float", "to", "type", "contiguous", "type_as")
 _DETACHED = ("detach", torch.detach)
+_PLACED = ("redistribute",)
 _SLICED = (operator.getitem,)
 
 
@@ -180,7 +195,7 @@ def _projection(node: fx.Node) -> Head | None:
 
 def _source(node: fx.Node) -> fx.Node:
     """What ``node`` changes, if it is one of the operators that a head may end in."""
-    known = (*_TIMES, *_DIVIDED, *_PLUS, *_TANH, *_RESHAPED, *_CAST, *_DETACHED, *_SLICED)
+    known = (*_TIMES, *_DIVIDED, *_PLUS, *_TANH, *_RESHAPED, *_CAST, *_DETACHED, *_PLACED, *_SLICED)
     if node.op in ("call_function", "call_method") and node.target in known:
         tensors = [n for n in node.args[:2] if isinstance(n, fx.Node)]
         tensors = [n for n in tensors if isinstance(n.meta.get("example_value"), Tensor)]
@@ -212,6 +227,8 @@ def _followed(head: Head, step: fx.Node) -> Head:
         return replace(head, curve=head.curve.bent())
     if target in _DETACHED:
         return replace(head, detached=True)
+    if target in _PLACED:
+        return head
     if target in _PLUS:
         return _with_bias(head, step, source)
     if target in _CAST:

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxdistill.errors import CheckpointError, FxDistillError, PortError, TapError
+from fxdistill.errors import CheckpointError, FxDistillError, LogitsError, PortError, TapError
+from fxdistill.losses.reduce import is_placed
 from fxdistill.nodes import one_node
 
 
@@ -61,6 +62,8 @@ class TapTable:
         self.warnings: list[str] = []
         self.problems: dict[tuple[str, str, str], FxDistillError] = {}  # by tower, path and port
         self.frozen_teacher = True
+        # By tower, where the vocabulary is sharded: how many entries it has here, and in all.
+        self.vocabularies: dict[str, tuple[int, int]] = {}
 
     def begin(self, section: str) -> None:
         """Start a tower. Dynamo may trace a function again from its top: then this starts over."""
@@ -128,6 +131,8 @@ def tap(x: Tensor, section: str, path: str, port: str) -> Tensor:
                 "as one graph), or tap outside of the compiled part."
             )
         )
+    if (path, port) == ("", "logits"):
+        _require_whole_vocabulary(table, section, x)
     learns = section == "student" or not table.frozen_teacher
     if learns and _inside_reentrant_checkpoint():
         raise table.fail(
@@ -140,6 +145,20 @@ def tap(x: Tensor, section: str, path: str, port: str) -> Tensor:
         )
     table.add(path, port, x.clone())
     return x
+
+
+def _require_whole_vocabulary(table: TapTable, section: str, logits: Tensor) -> None:
+    """One rank's columns in a plain tensor look like a small vocabulary: never compare those."""
+    here, whole = table.vocabularies.get(section, (0, 0))
+    if here != whole and logits.shape[-1] == here and not is_placed(logits):
+        raise table.fail(
+            LogitsError(
+                f"the {section}'s logits are a plain tensor {list(logits.shape)}: the {here} "
+                f"entries of this rank, of {whole}. Give its head "
+                "ColwiseParallel(output_layouts=Shard(-1), use_local_output=False), so that they "
+                "say where they belong."
+            )
+        )
 
 
 def keep(x: Tensor, path: str, port: str) -> None:

@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -12,10 +12,15 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from fxdistill import losses
 from fxdistill.compose import SECTION
 from fxdistill.effects import effects_of
+from fxdistill.errors import ShapeError, VocabularyError
 from fxdistill.head import Head, Unreadable, read_head, target_name, value_of
 from fxdistill.losses.chunked import chunk_tokens_for
+from fxdistill.losses.reduce import is_placed
 from fxdistill.program import P, fork_module
 from fxdistill.total import ON_LOGITS, Summand, read_total
+
+if TYPE_CHECKING:
+    from fxdistill.parallel.vocab import Layout
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class _Fusion:
     labelled: Summand | None
     student: Head
     teacher: Head | None
+    layout: "Layout | None"  # where the heads are sharded
 
     @classmethod
     def read(cls, gm: fx.GraphModule) -> "_Fusion":
@@ -64,7 +70,8 @@ class _Fusion:
         divergence, labelled = _one_of_each(summands)
         student, teacher = _heads(divergence, labelled)
         _require_same_surroundings(gm, stack, student, teacher)
-        return cls(gm.graph, stack, divergence, labelled, student, teacher)
+        layout = _layout(student, teacher)
+        return cls(gm.graph, stack, divergence, labelled, student, teacher, layout)
 
     @property
     def summands(self) -> tuple[Summand, ...]:
@@ -77,7 +84,8 @@ class _Fusion:
     def write(self, compiled: bool) -> str:
         """Rewrite the graph, and say what was done."""
         made = [value_of(head.logits) for head in self.heads]
-        columns = sum(int(value.shape[-1]) for value in made)
+        parts = 1 if self.layout is None else self.layout.parts
+        columns = sum(-(-int(value.shape[-1]) // parts) for value in made)
         size = value_of(self.student.linear).element_size()
         chunk = chunk_tokens_for(columns, size)
         old = set(self.graph.nodes)
@@ -93,7 +101,8 @@ class _Fusion:
         for node in out:
             node.meta["example_value"] = scalar
         self._rewire(out)
-        return _remark(made, chunk, columns * size)
+        said = _remark(made, chunk, columns * size)
+        return said if self.layout is None else f"{said}; {self.layout.how}"
 
     def _arguments(self) -> tuple[list[Any], dict[str, Any]]:
         """Those of ``vocab_loss``: nodes and constants."""
@@ -130,6 +139,7 @@ class _Fusion:
         dead = {node for s in self.summands for node in (*s.nodes, *s.told, *s.losses)}
         dead |= {node for loss in dead if loss.target in ON_LOGITS for node in loss.all_input_nodes}
         dead |= {node for head in self.heads for node in head.nodes}
+        dead |= {head.gathered for head in self.heads if head.gathered is not None}
         for node in reversed(list(self.graph.nodes)):
             if node in dead and not node.users and node.op != "placeholder":
                 self.graph.erase_node(node)
@@ -198,6 +208,28 @@ def _require_readers(tower: str, logits: fx.Node, allowed: Collection[fx.Node]) 
             while reader.target == "detach" and len(reader.users) == 1:  # handed on as it is
                 reader = next(iter(reader.users))
             raise Unreadable(f"the {tower}'s logits are also read by {target_name(reader)}")
+
+
+def _layout(student: Head, teacher: Head | None) -> "Layout | None":
+    """How sharded heads are taken; ``None`` for heads on one device."""
+    heads = [head for head in (student, teacher) if head is not None]
+    if not any(is_placed(value_of(node)) for head in heads for node in head.inputs):
+        return None
+    # What imports torch.distributed is imported where it is used.
+    from fxdistill.parallel.vocab import Side, layout_of
+
+    sides = [
+        Side(
+            value_of(head.hidden),
+            value_of(head.weight),
+            None if head.bias is None else value_of(head.bias),
+        )
+        for head in heads
+    ]
+    try:
+        return layout_of(sides[0], sides[1] if teacher is not None else None)
+    except (ShapeError, VocabularyError) as error:
+        raise Unreadable(str(error)) from None
 
 
 def _require_same_surroundings(

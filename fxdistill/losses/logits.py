@@ -10,12 +10,16 @@ The forms are chosen so that equal logits give exactly 0 and exactly zero gradie
 
 import functools
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fxdistill.losses.reduce import counted, is_placed, weighted_mean, wide
 from fxdistill.nodes import one_node
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 FLOOR = -1e4
 
@@ -33,7 +37,7 @@ def _result(values: Tensor, temperature: Tensor | float, weights: Tensor | None)
 
 def on_mesh(
     name: str,
-    student: Tensor,
+    student: "DTensor",
     teacher: Tensor,
     temperature: Tensor | float,
     weights: Tensor | None,

@@ -1,10 +1,15 @@
 """Means that are the same on one device and on shards: sums over counts, never ``mean()``."""
 
+from typing import TYPE_CHECKING, TypeGuard
+
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def is_placed(x: object) -> bool:
+
+def is_placed(x: object) -> "TypeGuard[DTensor]":
     """Whether ``x`` is a DTensor; asked so that dynamo can follow, and importing nothing."""
     return hasattr(x, "placements")
 

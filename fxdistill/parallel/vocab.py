@@ -56,6 +56,11 @@ class Layout(NamedTuple):
     gathers_weights: bool
 
     @property
+    def parts(self) -> int:
+        """In how many parts the columns are taken."""
+        return 1 if self.gathers_weights else self.mesh.size(self.axis)
+
+    @property
     def how(self) -> str:
         """For a report."""
         ranks = self.mesh.size(self.axis)
@@ -135,7 +140,8 @@ class Body:
 
 def group_of(name: str) -> dist.ProcessGroup:
     """The process group of that name."""
-    return _resolve_process_group(name)  # type: ignore[no-any-return]
+    group: dist.ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
+    return group
 
 
 @torch.library.custom_op("fxdistill::sharded_vocab_loss", mutates_args=())
@@ -205,6 +211,14 @@ def layout_of(student: Side, teacher: Side | None) -> Layout:
             "its dimensions (Shard(0) of the weight) and all else replicated."
         )
     axis = axes.pop()
+    ranks = mesh.size(axis)
+    each = {-(-side.weight.shape[0] // ranks) for side in sides}
+    if len(each) > 1:
+        sizes = " and ".join(str(side.weight.shape[0]) for side in sides)
+        raise VocabularyError(
+            f"vocabularies of {sizes} entries do not lie on the same {ranks} ranks: pad the "
+            "smaller one, so that a rank holds the same entries of both."
+        )
     for side in sides:
         if isinstance(side.hidden, DTensor):
             others = [p for i, p in enumerate(side.hidden.placements) if i != axis]
@@ -257,11 +271,6 @@ def sharded_vocab_loss(
         )
     ranks, rank = layout.mesh.size(layout.axis), layout.mesh.get_local_rank(layout.axis)
     each = -(-columns[0] // ranks)
-    if any(-(-size // ranks) != each for size in columns):
-        raise VocabularyError(
-            f"vocabularies of {columns[0]} and {columns[-1]} entries do not lie on the same "
-            f"{ranks} ranks: pad the smaller one, so that a rank holds the same entries of both."
-        )
     rows = [min(each, max(0, size - rank * each)) for size in columns]
     local = max(1, *rows)
     chunk = chunk or chunk_tokens_for(len(columns) * local, size)

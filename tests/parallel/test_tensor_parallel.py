@@ -1,0 +1,127 @@
+"""Models that arrive tensor parallel: logits and labels, loss and gradients of one device."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+import fxdistill
+from fxdistill import errors
+from fxdistill.losses import cross_entropy, jsd
+from parallel.models import LM, parallel
+from parallel.processes import run
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "forward_kl": {},
+    "jsd": {"logit_loss": functools.partial(jsd, beta=0.3), "temperature": 2.0},
+    "reverse": {"logit_loss": "reverse_kl", "label_weight": 0.5},
+    "soft": {"logit_loss": "soft_cross_entropy"},
+    "labels": {
+        "logit_loss": None,
+        "label_loss": functools.partial(cross_entropy, label_smoothing=0.1, z_loss=0.01),
+    },
+}
+AOT = {"backend": "aot_eager"}
+MODES: dict[str, Any] = {
+    "eager": False,
+    "one graph": AOT,
+    "logits made": {**AOT, "fuse_head": False},
+    "regional": "regional",
+}
+
+
+def batch(length: int) -> tuple[Tensor, dict[str, Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 60, (2, length), generator=g)
+    labels = ids.clone()
+    labels[0, :3] = -100
+    return ids, {"labels": labels, "token_weights": torch.rand(2, length, generator=g)}
+
+
+def towers(vocabulary: int) -> tuple[LM, LM]:
+    torch.manual_seed(0)
+    return LM(vocabulary, 16, 2, bias=True), LM(vocabulary, 24, 3)
+
+
+def step(student: LM, teacher: LM, length: int, compile: Any, **options: Any) -> Any:
+    distiller = fxdistill.wrap(student, teacher, task="causal_lm", compile=compile, **options)
+    ids, own = batch(length)
+    out = distiller(ids, **own)
+    out.loss.backward()
+    gradients = {
+        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        for name, p in student.named_parameters()
+    }
+    history = () if distiller.program is None else distiller.program.history
+    remark = " ".join(text for record in history for text in record.remarks)
+    return {"loss": out.loss.detach(), **out.losses}, gradients, remark
+
+
+def compare(found: Any, wanted: Any, what: Any) -> None:
+    for name, value in wanted[0].items():
+        assert abs(float(found[0][name] - value)) <= 1e-5 * abs(float(value)), (what, name)
+    for name, gradient in wanted[1].items():
+        bound = 1e-5 * gradient.norm() + 1e-6 * gradient.abs().max()
+        error = (found[1][name] - gradient).norm()
+        assert error <= bound, (what, name, float(error), float(bound))
+
+
+def parity(rank: int, ranks: int, cases: list[tuple[str, str, bool, int, Any]]) -> list[str]:
+    """Every case against one device; what FuseHead said of each."""
+    mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+    said = []
+    for kind, mode, sequence, length, head in cases:
+        for vocabulary in (64, 61):  # even shards and uneven ones
+            wanted = step(*towers(vocabulary), length, False, **OPTIONS[kind])
+            student, teacher = towers(vocabulary)
+            parallel(student, mesh, sequence=sequence, head=head)
+            parallel(teacher, mesh, sequence=sequence, head=head)
+            found = step(student, teacher, length, MODES[mode], **OPTIONS[kind])
+            compare(found, wanted, (kind, mode, sequence, length, vocabulary))
+            torch._dynamo.reset()
+        said.append(found[2])
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_eager_and_one_graph(ranks: int) -> None:
+    cases = [(kind, "eager", True, 8, None) for kind in OPTIONS]
+    cases += [("forward_kl", "eager", False, 8, head) for head in (None, Replicate(), Shard(1))]
+    cases += [("forward_kl", "one graph", sequence, 8, None) for sequence in (False, True)]
+    cases += [("jsd", "one graph", True, 8, None), ("labels", "one graph", True, 8, None)]
+    said = run(ranks, parity, ranks, cases)[0]
+    assert all("statistics are gathered" in text for text in said[-4:]), said
+
+
+@pytest.mark.slow
+def test_other_forms() -> None:
+    cases = [
+        ("forward_kl", "one graph", True, 64, None),  # tokens outnumber the vocabulary
+        ("reverse", "logits made", True, 8, None),
+        ("forward_kl", "regional", True, 8, None),
+    ]
+    said = run(2, parity, 2, cases)[0]
+    assert "both weights are gathered" in said[0]
+    assert said[1] == ""
+    assert "logits are made" in said[2]
+
+
+def local_logits(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    student, teacher = towers(64)
+    plan = {"lm_head": ColwiseParallel()}  # whose default hands on this rank's columns
+    parallelize_module(student, mesh, plan)
+    for compile in (False, AOT, "regional"):
+        with pytest.raises(errors.LogitsError, match="use_local_output=False"):
+            step(student, teacher, 8, compile)
+
+
+@pytest.mark.slow
+def test_one_ranks_columns_are_not_taken_for_the_vocabulary() -> None:
+    run(2, local_logits)
