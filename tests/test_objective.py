@@ -314,6 +314,8 @@ def test_padding_changes_nothing(padding: str) -> None:
 
 
 MODES = [False, pytest.param({"backend": "aot_eager"}, id="aot_eager")]
+LONG_MODES = [False, pytest.param({"backend": "aot_eager"}, id="aot_eager", marks=pytest.mark.slow)]
+SLOW_REGIONAL = pytest.param("regional", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -499,7 +501,7 @@ def test_decoder_inputs_that_are_given_are_taken() -> None:
         compare(towers, batch, pairs, task="seq2seq", encoder_paths=family.encoder_paths, **call)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", LONG_MODES)
 def test_decoder_embeddings_that_are_given_are_taken(mode: Any) -> None:
     family = FAMILIES["bart"]()
     torch.manual_seed(7)
@@ -513,7 +515,7 @@ def test_decoder_embeddings_that_are_given_are_taken(mode: Any) -> None:
 # ---- inputs, vocabularies, settings
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", LONG_MODES)
 def test_positional_inputs_mean_what_their_names_mean(llamas: Any, mode: Any) -> None:
     batch = batch_of("left")
     ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -565,7 +567,7 @@ def test_all_weights_and_the_temperature(llamas: Any) -> None:
     torch.testing.assert_close(total, expected.loss)
 
 
-@pytest.mark.parametrize("mode", [*MODES, "regional"])
+@pytest.mark.parametrize("mode", [*MODES, SLOW_REGIONAL])
 def test_set_changes_the_next_call(written: Any, mode: Any) -> None:
     student, pairs, batch = written[0], [("blocks.0", "blocks.1")], batch_of("left")
     labels = labels_of(batch)

@@ -174,6 +174,18 @@ def test_leading_axes_are_tokens() -> None:
     compare({**x, **grid}, (*wanted[:3], (wanted[3][0][None], *wanted[3][1:])), label_weight=1.0)
 
 
+def test_heads_that_predict_several_tokens() -> None:
+    """MTP: N hidden states a position, one head; each prediction is a token of its own."""
+    x = operands()
+    shapes = {"student_hidden": (6, 2, 3, D), "teacher_hidden": (6, 2, 3, D_T)}
+    x = {k: v[:36] if v.shape[0] == TOKENS else v for k, v in x.items()}
+    grids = {k: v.reshape(shapes[k]) if k in shapes else v for k, v in x.items()}
+    grids |= {k: x[k].reshape(6, 2, 3) for k in ("labels", "weights")}
+    found = vocab_loss(**grids, label_weight=0.5, compile=False)
+    wanted = vocab_loss(**x, label_weight=0.5, compile=False)
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_inside_a_compiled_function(backend: str) -> None:
     @functools.partial(torch.compile, fullgraph=True, backend=backend)

@@ -394,8 +394,10 @@ def same_towers():
 
 FEATURES, LOGITS = ("mse", "l1", "l2", "smooth_l1", "cosine"), ("forward_kl", "reverse_kl", "jsd")
 EAGERLY = [(False, f, g) for f in FEATURES for g in LOGITS]
-COMPILED = [
-    (m, f, g) for m in (AOT, "regional") for f, g in zip(FEATURES, LOGITS * 2, strict=False)
+COMPILED = [  # regional terms go through Inductor
+    pytest.param(m, f, g, marks=[pytest.mark.slow] if m == "regional" else [])
+    for m in (AOT, "regional")
+    for f, g in zip(FEATURES, LOGITS * 2, strict=False)
 ]
 
 

@@ -229,6 +229,7 @@ def test_running_it_again_changes_nothing() -> None:
     assert program.outputs == ("loss", "logits", "labels")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("name", ["gemma2", "cohere", "gpt2"])
 def test_curves_of_captured_models(name: str) -> None:
