@@ -87,7 +87,7 @@ class _Fusion:
         parts = 1 if self.layout is None else self.layout.parts
         columns = sum(-(-int(value.shape[-1]) // parts) for value in made)
         size = value_of(self.student.linear).element_size()
-        chunk = chunk_tokens_for(columns, size)
+        chunk = chunk_tokens_for(columns, size, made[0].device)
         old = set(self.graph.nodes)
         with self.graph.inserting_before(self.stack):
             args, kwargs = self._arguments()

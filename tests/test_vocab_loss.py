@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fxdistill
 from fxdistill import errors
-from fxdistill.losses import vocab_loss, vocab_loss_topk
+from fxdistill.losses import chunked, vocab_loss, vocab_loss_topk
 
 TOKENS, D, D_T, V = 37, 12, 20, 101
 PARTS = ("student_hidden", "student_weight", "student_bias")
@@ -216,6 +216,17 @@ def test_bf16_is_no_worse_than_logits_in_bf16() -> None:
     for g, u, want in zip(torch.autograd.grad(got.loss, mine), unfused, wanted[3], strict=True):
         assert (g.double() - want).norm() <= 1.1 * (u.double() - want).norm()
     assert got.loss.dtype == torch.float32
+
+
+def test_a_gradient_in_low_precision_is_added_some_columns_at_a_time(monkeypatch: Any) -> None:
+    x = operands(torch.bfloat16)
+    found = []
+    for size in (chunked.ADDEND, 7 * D * 2):
+        monkeypatch.setattr(chunked, "ADDEND", size)
+        x["student_weight"].requires_grad_().grad = None
+        vocab_loss(**x, chunk_tokens=16, compile=False).loss.backward()
+        found.append(x["student_weight"].grad)
+    torch.testing.assert_close(*found)
 
 
 def test_only_the_gradients_that_are_wanted() -> None:

@@ -2,9 +2,9 @@
 
 Opaque, so that neither dynamo unrolls it (a graph for every length) nor Inductor fuses across
 chunks (measured: 82 MB became 606 MB). The body of a chunk is compiled by itself, for one number of
-tokens: the last chunk is filled up with tokens that do not count. On a CPU the body takes a few
-tokens of the chunk at a time, so that what it makes of them stays in the cache; the projections
-want as many tokens as the memory allows, because each reads the whole weight.
+tokens: the last chunk is filled up with tokens that do not count. The body takes a few tokens
+of the chunk at a time, so that what it makes of them is small (on a CPU: stays in the cache); the
+projections want as many tokens as the memory allows, because each reads the whole weight.
 """
 
 import functools
@@ -18,8 +18,12 @@ from fxdistill.losses.chunk import Shape, chunk_terms
 from fxdistill.nodes import own_code
 
 Body = Callable[..., Tensor]
-BUDGET = 96 * 2**20  # bytes for the logits of a chunk, both towers together
-ROWS = 16  # tokens that the body takes at a time on a CPU; chunks are multiples of it
+# On a CPU and elsewhere: bytes for the logits of a chunk, both towers together; tokens that the
+# body takes at a time, of which chunks are multiples; bytes for what is added to the weight's
+# gradient. (Those of a GPU follow from the sizes of weights there, and are not measured.)
+BUDGET = (96 * 2**20, 768 * 2**20)
+ROWS = (16, 256)
+ADDEND = 64 * 2**20
 
 
 @functools.cache
@@ -70,9 +74,8 @@ def vocab_operator(
     """
     require_indices("label", labels, w.shape[0])
     require_indices("teacher's id", ids, w.shape[0])
-    size = size_of_chunks(chunk, h)
-    rows = ROWS if h.device.type == "cpu" else size
-    loop = Loop(h, w, bias, t, t_weight, t_bias, ids, needs, size, rows)
+    sizes = size_of_chunks(chunk, h), rows_on(h.device)
+    loop = Loop(h, w, bias, t, t_weight, t_bias, ids, needs, *sizes)
     body = _body(Shape.read(shape), bool(needs), compiled)
     return loop.run(body, labels, logit_share, label_share, settings)
 
@@ -170,8 +173,11 @@ class Loop:
     def _add_weight(self, z: Tensor, hidden: Tensor) -> None:
         if z.dtype == self.dw.dtype:
             self.dw.addmm_(z.T, hidden)
-        else:
-            self.dw += z.T @ hidden
+            return
+        # The addend is in lower precision, and a tensor of its own: some columns at a time.
+        count = max(1, ADDEND // (hidden.shape[1] * z.element_size()))
+        for some in range(0, z.shape[1], count):
+            self.dw[some : some + count] += z[:, some : some + count].T @ hidden
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         """By hidden state, weight and bias, in their dtypes."""
@@ -195,25 +201,25 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
         torch.addmm(bias, hidden, weight.T, out=out)
 
 
-def chunk_tokens_for(columns: int, itemsize: int, budget: int = BUDGET) -> int:
-    """How many tokens of ``columns`` logits (both towers') fit the budget: a multiple of 16.
+def chunk_tokens_for(columns: int, itemsize: int, device: torch.device) -> int:
+    """How many tokens of ``columns`` logits (both towers') fit the budget.
 
     160 at least: every chunk reads both weights, and reads and writes the weight's gradient.
     """
-    return max(160, budget // (columns * itemsize) // 16 * 16)
+    rows, budget = rows_on(device), BUDGET[device.type != "cpu"]
+    return max(160, budget // (columns * itemsize) // rows * rows)
+
+
+def rows_on(device: torch.device) -> int:
+    """How many tokens the body of a chunk takes at a time."""
+    return ROWS[device.type != "cpu"]
 
 
 def size_of_chunks(chunk: int, h: Tensor) -> int:
-    """How many tokens to take at a time, ``chunk`` at most, and chunks of about one size.
-
-    Off the CPU the body is compiled for that number, hence powers of two: few sizes.
-    """
-    tokens = max(1, h.shape[0])
-    if h.device.type != "cpu":
-        tokens = min(chunk, 1 << (tokens - 1).bit_length())
-    else:
-        tokens = -(-tokens // -(-tokens // chunk))
-    return -(-tokens // ROWS) * ROWS
+    """How many tokens to take at a time, ``chunk`` at most, and chunks of about one size."""
+    tokens, rows = max(1, h.shape[0]), rows_on(h.device)
+    tokens = -(-tokens // -(-tokens // chunk))
+    return -(-tokens // rows) * rows
 
 
 def fake(h: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, ...]:

@@ -77,8 +77,8 @@ def vocab_loss(
         weights: ``[...]``, how much each token counts: Σ w·value / Σ w.
         student_bias: ``[V]``.
         teacher_bias: ``[V_T]``.
-        chunk_tokens: How many tokens at a time; ``None``: as many as fit 96 MiB of logits, and 160
-            at least.
+        chunk_tokens: How many tokens at a time; ``None``: as many as fit 96 MiB of logits
+            (768 MiB on a GPU), and 160 at least.
         num_items: The denominator of both terms in place of Σ w.
         vocab_size: How many columns the divergence compares; ``None``: the smaller vocabulary. The
             columns beyond have probability zero in both.
@@ -142,7 +142,7 @@ def vocab_loss(
         num_items,
         numbers,
         shape,
-        chunk_tokens or chunk_tokens_for(width, h.element_size()),
+        chunk_tokens or chunk_tokens_for(width, h.element_size(), h.device),
         compile,
     )
 
@@ -249,7 +249,7 @@ def vocab_loss_topk(
         num_items,
         (logit_weight, label_weight, temperature),
         shape,
-        chunk_tokens or chunk_tokens_for(2 * w.shape[0], h.element_size()),
+        chunk_tokens or chunk_tokens_for(2 * w.shape[0], h.element_size(), h.device),
         compile,
     )
 

@@ -26,11 +26,11 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from fxdistill.errors import ShapeError, VocabularyError
 from fxdistill.losses.chunk import Shape
 from fxdistill.losses.chunked import (
-    ROWS,
     Loop,
     chunk_tokens_for,
     fake,
     require_indices,
+    rows_on,
     save,
     scale,
     size_of_chunks,
@@ -125,10 +125,10 @@ class Body:
         return terms(chunk, whole, inner, self.shape, self.place)
 
     def _rows(self, fn: Callable[..., Tensor], chunk: Chunk, *extra: Tensor | None) -> Tensor:
-        """``fn`` of the chunk; on a CPU a few tokens at a time (see ``losses.chunked``)."""
+        """``fn`` of the chunk, a few tokens at a time (see ``losses.chunked``)."""
         part = _part(fn, self.shape, self.place, self.compiled)
         count = chunk.student.shape[0]
-        size = ROWS if chunk.student.device.type == "cpu" else count
+        size = rows_on(chunk.student.device)
         found = []
         for i in range(0, count, size):
             c = chunk.rows(i, i + size)
@@ -263,9 +263,9 @@ def sharded_vocab_loss(
     """
     layout = layout_of(student, teacher)
     columns = [side.weight.shape[0] for side in (student, teacher) if side is not None]
-    size = student.hidden.element_size()
+    like = student.hidden.element_size(), student.hidden.device
     if layout.gathers_weights:
-        chunk = chunk or chunk_tokens_for(sum(columns), size)
+        chunk = chunk or chunk_tokens_for(sum(columns), *like)
         return _on_tokens(
             layout, student, teacher, labels, shares, settings, shape, chunk, compiled, needs
         )
@@ -273,7 +273,7 @@ def sharded_vocab_loss(
     each = -(-columns[0] // ranks)
     rows = [min(each, max(0, size - rank * each)) for size in columns]
     local = max(1, *rows)
-    chunk = chunk or chunk_tokens_for(len(columns) * local, size)
+    chunk = chunk or chunk_tokens_for(len(columns) * local, *like)
     h, w, bias = _local(student, layout, local)
     t, t_weight, t_bias = (None,) * 3 if teacher is None else _local(teacher, layout, local)
     group = layout.mesh.get_group(layout.axis).group_name
