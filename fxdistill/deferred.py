@@ -6,26 +6,23 @@ state and weight and follows the operators that heads end in (``head.Curve``); a
 done to it makes the logits there and then, and all that came of them. What reaches the losses still
 unmade is handed to them as ``head.logits_from`` the parts, which ``FuseHead`` reads.
 
-Private to torch and used here only: ``_make_wrapper_subclass``. If it moves, regional mode fails in
-the first call.
+Private to torch and used here only: ``_make_wrapper_subclass``, the dictionaries of backward hooks
+and ``_top_saved_tensors_default_hooks``. If they move, regional mode fails in the first call.
 """
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from fxdistill.errors import StepError
 from fxdistill.head import Curve, Unreadable
-from fxdistill.landmarks import asked
-from fxdistill.losses.reduce import is_placed
+from fxdistill.taps import current_section
 
 
 class Parts(NamedTuple):
@@ -56,14 +53,21 @@ class Deferred(Tensor):
 
     origin: _Origin
     made: Tensor | None
+    modes: "_Modes"
 
     @staticmethod
     def __new__(cls: "type[Deferred]", origin: _Origin, like: Tensor) -> "Deferred":
         """A stand-in of the shape and dtype of ``like``."""
+        sources = (origin.hidden, origin.weight, origin.bias)
+        learns = any(x is not None and x.requires_grad for x in sources)
+        learns = learns and torch.is_grad_enabled()
         self: Deferred = Tensor._make_wrapper_subclass(
-            cls, like.shape, dtype=like.dtype, device=origin.hidden.device
+            cls, like.shape, dtype=like.dtype, device=origin.hidden.device, requires_grad=learns
         )
-        self.origin, self.made = origin, None
+        self.origin, self.made, self.modes = origin, None, _modes()
+        if learns:
+            with torch._C.DisableTorchFunctionSubclass():
+                self.register_hook(_lost)  # type: ignore[no-untyped-call]
         origin.family.append(self)
         return self
 
@@ -77,7 +81,8 @@ class Deferred(Tensor):
             if func in _QUESTIONS:
                 return func(*args, **kwargs)
             unmade = [x for x in args[:2] if isinstance(x, Deferred) and x.made is None]
-            followed = _followed(func, unmade[0], args, kwargs) if len(unmade) == 1 else None
+            one = unmade[0] if len(unmade) == 1 and unmade[0].modes == _modes() else None
+            followed = None if one is None else _followed(func, one, args, kwargs)
             if followed is not None:
                 return followed
         args, kwargs = tree_map(_settled, (args, kwargs))
@@ -124,13 +129,23 @@ def _settled(value: Any) -> Any:
         return value
     for member in value.origin.family:
         if member.made is None:
-            member.made = member.origin.make()
+            with _under(member.modes):
+                member.made = member.origin.make()
     return value.made
+
+
+def _lost(gradient: Tensor) -> None:
+    """Raise where autograd hands a stand-in the gradient that the head should have had."""
+    raise StepError(
+        "a model hands its logits to what no stand-in can be followed through (an "
+        "autograd.Function, a scripted function), and their gradient would be lost. "
+        'outputs=("logits",) makes the logits where the model does.'
+    )
 
 
 _QUESTIONS = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout")),
-    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_cuda", "is_meta", "is_leaf")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_cuda", "is_meta")),
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "__len__")),
     *(getattr(Tensor, name) for name in ("element_size", "__repr__", "__hash__", "__format__")),
 }
@@ -160,7 +175,7 @@ def _followed(func: Any, x: Deferred, args: Any, kwargs: dict[str, Any]) -> Defe
     if name in _CAST:
         like = _cast(func, x, others, kwargs)
         return None if like is None else Deferred(new, like)
-    if kwargs:
+    if kwargs or (name in _SLICED and not _is_plain_index(others)):
         return None
     like = _like(func, x, args)
     if name in _TIMES | _DIVIDED | _TANH:
@@ -200,6 +215,7 @@ def _curved(name: str, x: Deferred, new: _Origin, args: Any, others: Any) -> _Or
         (number,) = others
         if not isinstance(number, (int, float)) or not number or args[0] is not x:
             return None
+        number = float(number)
         return replace(new, curve=new.curve.times(1 / number if name in _DIVIDED else number))
     except Unreadable:
         return None
@@ -209,7 +225,9 @@ def _with_bias(x: Deferred, new: _Origin, others: Any) -> _Origin | None:
     (value,) = others
     plain = new.bias is None and new.curve == Curve() and new.columns is None
     size = x.shape[-1]
-    if plain and isinstance(value, Tensor) and value.numel() == size == value.shape[-1]:
+    if not (plain and isinstance(value, Tensor) and value.dtype == x.dtype and value.ndim):
+        return None
+    if value.numel() == size == value.shape[-1]:
         return replace(new, bias=value.reshape(-1))
     return None
 
@@ -221,8 +239,6 @@ def _moved(name: str, x: Deferred, new: _Origin, others: Any, like: Tensor) -> _
             return None
         return replace(new, hidden=new.hidden.reshape(*like.shape[:-1], new.hidden.shape[-1]))
     index = list(others[0]) if isinstance(others[0], tuple) else [others[0]]
-    if any(not (isinstance(part, (slice, int)) or part is Ellipsis) for part in index):
-        return None
     if Ellipsis in index:
         at = index.index(Ellipsis)
         index[at : at + 1] = [slice(None)] * (x.ndim - len(index) + 1)
@@ -235,69 +251,25 @@ def _moved(name: str, x: Deferred, new: _Origin, others: Any, like: Tensor) -> _
     return replace(new, hidden=new.hidden[tuple(index)]) if index else new
 
 
-# ---------------------------------------------------------------------- the head of a model
-
-
-def head_path(model: nn.Module) -> str | None:
-    """The module that makes the logits: what the model says, else its widest linear layer.
-
-    A wrong guess costs little: what is not handed to the losses is made where it is used.
-    """
-    own = asked(model, "get_output_embeddings")
-    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if own is not None:
-        return next((name for name, module in linear if module is own), None)
-    sizes: dict[str, int] = {name: module.out_features for name, module in linear}
-    return max(reversed(sizes), key=sizes.__getitem__, default=None)
-
-
-def head_of(model: nn.Module, path: str | None) -> nn.Linear | None:
-    """The module at ``path``, if it is a linear layer that nothing has changed or compiled.
-
-    ``None`` too in wrappers that shard a model, or wait for its outputs in the backward: those must
-    see its logits.
-    """
-    if path is None or any(_is_wrapper(type(module).__mro__) for module in model.modules()):
-        return None
-    head = model.get_submodule(path)
-    if any(is_traceable_wrapper_subclass(parameter) for parameter in head.parameters()):
-        return None
-    names = path.split(".")
-    around = [model.get_submodule(".".join(names[:end])) for end in range(len(names) + 1)]
-    compiled = any(module._compiled_call_impl is not None for module in around)
-    plain = type(head) is nn.Linear and "forward" not in head.__dict__
-    return head if plain and not compiled else None  # type: ignore[return-value]
-
-
-def sharded_vocabularies(
-    models: Mapping[str, nn.Module], paths: Iterable[str | None]
-) -> dict[str, tuple[int, int]]:
-    """By tower, where its head is sharded: how many entries are here, and how many in all."""
-    found = {}
-    for (tower, model), path in zip(models.items(), paths, strict=True):
-        weight = None if path is None else getattr(model.get_submodule(path), "weight", None)
-        if is_placed(weight):
-            found[tower] = (weight.to_local().shape[0], weight.shape[0])
-    return found
-
-
-@functools.cache
-def _is_wrapper(bases: tuple[type, ...]) -> bool:
-    wrappers = ("torch.distributed", "torch.nn.parallel", "deepspeed")
-    return any(base.__module__.startswith(wrappers) for base in bases)
+def _is_plain_index(others: Any) -> bool:
+    """Whether an index is made of numbers and slices alone."""
+    index = others[0] if len(others) == 1 else None
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(isinstance(p, slice) or type(p) is int or p is Ellipsis for p in parts)
 
 
 @contextlib.contextmanager
-def deferring(heads: Iterable[tuple[nn.Linear, bool]]) -> Iterator[None]:
-    """While the context lasts the heads return stand-ins; each comes with whether it learns."""
-    surroundings = _surroundings()
+def deferring(heads: Iterable[nn.Linear]) -> Iterator[None]:
+    """While the context lasts the heads return stand-ins; one head may be both towers'."""
+    modes = _modes()
     changed: list[nn.Linear] = []
 
-    def put(head: nn.Linear, learns: bool) -> None:
+    def put(head: nn.Linear) -> None:
         def forward(x: Tensor) -> Tensor:
-            here = _surroundings()
-            same = here == surroundings if learns else here[1:] == surroundings[1:]
-            if x.ndim < 2 or not same:
+            here = _modes()
+            # A frozen teacher runs without gradients, as its values are taken.
+            same = here[1:] == modes[1:] and (here[0] == modes[0] or current_section() == "teacher")
+            if x.ndim < 2 or not same or _saves_elsewhere():
                 return nn.Linear.forward(head, x)
             return _defer(x, head.weight, head.bias)
 
@@ -305,22 +277,44 @@ def deferring(heads: Iterable[tuple[nn.Linear, bool]]) -> Iterator[None]:
         changed.append(head)
 
     try:
-        for head, learns in heads:
+        for head in heads:
             if head not in changed:
-                put(head, learns)
+                put(head)
         yield
     finally:
         for head in changed:
             del head.__dict__["forward"]
 
 
-def _surroundings() -> tuple[Any, ...]:
+_Modes = tuple[Any, ...]
+
+
+def _modes() -> _Modes:
     """What a linear layer depends on besides its arguments: must be the same at the losses."""
     autocast = [
         (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         for kind in ("cpu", "cuda")
     ]
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
+@contextlib.contextmanager
+def _under(modes: _Modes) -> Iterator[None]:
+    """Under the modes that a stand-in was made under, whoever asks for its logits now."""
+    grad, inference, *autocasts = modes
+    with contextlib.ExitStack() as stack:
+        if inference != torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(inference))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        for given, (kind, enabled, dtype) in zip(_modes()[2:], autocasts, strict=True):
+            if given != (kind, enabled, dtype):
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+        yield
+
+
+def _saves_elsewhere() -> bool:
+    """Whether what autograd saves goes through hooks: checkpoints count on its order."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _defer(x: Tensor, weight: Tensor, bias: Tensor | None) -> Deferred:

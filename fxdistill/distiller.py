@@ -16,8 +16,9 @@ from fxdistill import capture, guards
 from fxdistill.call import Call, scalar, sort_call
 from fxdistill.capture import Recipe
 from fxdistill.checks import verify
-from fxdistill.deferred import deferring, head_of, head_path, sharded_vocabularies
+from fxdistill.deferred import deferring
 from fxdistill.errors import CaptureError, MatchWarning, OptionError, did_you_mean
+from fxdistill.head_module import head_of, head_path, sharded_vocabularies
 from fxdistill.hooks import hooked
 from fxdistill.lower import Lowering
 from fxdistill.matching import Matches
@@ -171,14 +172,14 @@ class Distiller(nn.Module):
             terms = self._compiled("terms", terms_of)
             return terms(table, self, objective, values, call.batch, settings, anchor)  # type: ignore[no-any-return]
 
-    def _heads(self, objective: Objective) -> list[tuple[nn.Linear, bool]]:
-        """The heads whose logits only the losses read, and whether each of them learns."""
+    def _heads(self, objective: Objective) -> list[nn.Linear]:
+        """The heads whose logits only the losses read."""
         if not self.plan.fuse_head or not objective.can_fuse or "logits" in self.plan.outputs:
             return []
         student, teacher = map(head_of, (self.student, self.teacher), self._paths_of_heads())
         if student is None or (objective.logit_loss is not None and teacher is None):
             return []
-        return [(student, True), *([] if teacher is None else [(teacher, False)])]
+        return [student, *([] if teacher is None else [teacher])]
 
     def _paths_of_heads(self) -> tuple[str | None, ...]:
         if self._head_paths is None:

@@ -254,7 +254,8 @@ def _with_bias(head: Head, step: fx.Node, source: fx.Node) -> Head:
     if len(others) == 1 and isinstance(others[0], fx.Node) and not step.kwargs:
         value = value_of(others[0])
         plain = head.bias is None and head.curve == Curve() and head.columns is None
-        if plain and value.shape[-1:] == (size,) and value.numel() == size:
+        like = value.dtype == value_of(source).dtype and value.shape[-1:] == (size,)
+        if plain and like and value.numel() == size:
             return replace(head, bias=others[0])
     raise Unreadable(f"logits come from {target_name(step)}, not from a linear layer")
 
@@ -269,6 +270,8 @@ def _cast(head: Head, step: fx.Node, source: fx.Node) -> Head:
 def _reshaped(head: Head, step: fx.Node, source: fx.Node) -> Head:
     """The leading axes are laid out anew: so are the hidden state's."""
     before, after = value_of(source), value_of(step)
+    if len(step.args) < 2:
+        raise Unreadable(f"logits pass through {target_name(step)} by keyword")
     sizes = step.args[1] if isinstance(step.args[1], (tuple, list)) else step.args[1:]
     if before.shape[-1] != after.shape[-1] or step.kwargs:
         raise Unreadable(f"logits pass through {target_name(step)}, across the vocabulary")
@@ -314,10 +317,21 @@ def _columns(head: Head, part: Any, size: int) -> Head:
     return head if count == size else replace(head, columns=count)
 
 
+def is_cut(node: fx.Node, source: fx.Node) -> bool:
+    """Whether ``node`` is the first columns of ``source``, and all of its tokens."""
+    if node.target is not operator.getitem or node.args[0] is not source:
+        return False
+    try:
+        head = _sliced(Head(source, source), node, source)
+    except Unreadable:
+        return False
+    return not head.moves
+
+
 def target_name(node: fx.Node) -> str:
     """A node's operator as a reader knows it."""
     if node.op == "output":
         return "the output"
     if node.op == "placeholder":
-        return f"the input {node.name}"
+        return "the model, which makes them"
     return str(getattr(node.target, "__name__", node.target))

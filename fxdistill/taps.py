@@ -106,6 +106,11 @@ def capturing() -> bool:
     return _active.table is None or _active.table.capturing
 
 
+def current_section() -> str:
+    """Which tower is running."""
+    return "" if _active.table is None else _active.table.section
+
+
 @one_node
 def begin(section: str) -> None:
     """Mark that the operators which follow belong to ``section``."""

@@ -49,13 +49,18 @@ class Summand:
     @property
     def mix(self) -> tuple[Divergence, ...]:
         """Name, coefficient and β of each divergence."""
+        betas = [loss.kwargs.get("beta", 0.5) for loss in self.losses]
+        if not all(isinstance(beta, (int, float)) for beta in betas):
+            raise Unreadable("the β of a divergence is no constant")
         return tuple(
-            (NAMES[loss.target], factor, float(loss.kwargs.get("beta", 0.5)))  # type: ignore[arg-type]
-            for factor, loss in self.parts
+            (NAMES[loss.target], factor, float(beta))  # type: ignore[arg-type]
+            for (factor, loss), beta in zip(self.parts, betas, strict=True)
         )
 
     def argument(self, index: int) -> fx.Node:
         """What all of its losses take at ``index``."""
+        if any(len(loss.args) <= index for loss in self.losses):
+            raise Unreadable("a loss takes its logits by keyword")
         taken = [loss.args[index] for loss in self.losses]
         if not isinstance(taken[0], fx.Node) or any(value is not taken[0] for value in taken):
             raise Unreadable("the losses of one term read different values")
@@ -92,7 +97,8 @@ def _summand(product: Any) -> Summand | None:
     parts = _mix(mean, 1.0, nodes)
     if not parts:
         return None
-    if any(loss.target is cross_entropy for _, loss in parts) and parts[0][0] != 1.0:
+    labelled = any(loss.target is cross_entropy for _, loss in parts)
+    if labelled and (len(parts) > 1 or parts[0][0] != 1.0):
         raise Unreadable("a label loss is part of a user's own loss")
     if len({loss.target is cross_entropy for _, loss in parts}) > 1:
         raise Unreadable("a divergence and a label loss are one term")

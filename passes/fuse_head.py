@@ -11,9 +11,9 @@ from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 from fxdistill import losses
 from fxdistill.compose import SECTION
-from fxdistill.effects import effects_of
+from fxdistill.effects import Effects, effects_of
 from fxdistill.errors import ShapeError, VocabularyError
-from fxdistill.head import Head, Unreadable, read_head, target_name, value_of
+from fxdistill.head import Head, Unreadable, is_cut, read_head, target_name, value_of
 from fxdistill.losses.chunked import chunk_tokens_for
 from fxdistill.losses.reduce import is_placed
 from fxdistill.program import P, fork_module
@@ -31,7 +31,8 @@ class FuseHead:
        ``logit_weight · divergence`` and ``label_weight · cross_entropy`` reads, in both towers.
     2. Where something else reads the logits (an output, a match of the head), or they are made in
        another way, nothing changes, and the remark says why.
-    3. Logits ``[B, C]`` are left alone: classes are few.
+    3. What a model makes of its logits and nobody reads goes.
+    4. Logits ``[B, C]`` are left alone: classes are few.
 
     Works on the captured level. ``compiled``: whether the body of a chunk is compiled.
     """
@@ -66,10 +67,12 @@ class _Fusion:
 
     @classmethod
     def read(cls, gm: fx.GraphModule) -> "_Fusion":
+        effects = effects_of(gm)
+        _erase_dead(gm.graph, effects)
         stack, summands = read_total(gm.graph)
         divergence, labelled = _one_of_each(summands)
         student, teacher = _heads(divergence, labelled)
-        _require_same_surroundings(gm, stack, student, teacher)
+        _require_same_surroundings(gm.graph, effects, stack, student, teacher)
         layout = _layout(student, teacher)
         return cls(gm.graph, stack, divergence, labelled, student, teacher, layout)
 
@@ -163,10 +166,20 @@ def _one_of_each(summands: tuple[Summand, ...]) -> tuple[Summand | None, Summand
         raise Unreadable("no loss of this library reads them")
     if len(divergences) > 1 or len(labelled) > 1:
         raise Unreadable("several divergences, or label losses, have weights of their own")
+    for summand in summands:
+        _require_constants(summand)
     first, last = summands[0], summands[-1]
     if first.option("weights") is not last.option("weights") or first.items is not last.items:
         raise Unreadable("divergence and label loss count different tokens")
     return next(iter(divergences), None), next(iter(labelled), None)
+
+
+def _require_constants(summand: Summand) -> None:
+    """The fused form gives gradients to hidden states and heads only."""
+    for name in ("weights", "temperature"):
+        node = summand.option(name)
+        if isinstance(node, fx.Node) and value_of(node).requires_grad:
+            raise Unreadable(f"the {name} of a loss on them learns")
 
 
 def _heads(divergence: Summand | None, labelled: Summand | None) -> tuple[Head, Head | None]:
@@ -175,7 +188,7 @@ def _heads(divergence: Summand | None, labelled: Summand | None) -> tuple[Head, 
     logits, compared = found[0], found[-1]
     readers = {loss for s in (divergence, labelled) if s is not None for loss in s.losses}
     if compared is not logits:  # without padding columns, which the label loss counts
-        if compared.target is not operator.getitem or compared.args[0] is not logits:
+        if not is_cut(compared, logits):
             raise Unreadable("divergence and label loss read different logits")
         _require_readers("student", compared, readers)
         readers.add(compared)
@@ -183,11 +196,15 @@ def _heads(divergence: Summand | None, labelled: Summand | None) -> tuple[Head, 
     if value_of(logits).ndim < 3:
         raise Unreadable(f"{[*value_of(logits).shape]} is classes, not a vocabulary")
     student = _of("student", read_head, logits)
+    if value_of(student.linear).dtype == torch.float16:
+        raise Unreadable("in float16, gradients need a loss scale before they are formed")
     if student.detached:
         raise Unreadable("the student's logits are detached")
     if divergence is None:
         return student, None
     theirs = divergence.argument(1)
+    if value_of(theirs).shape != value_of(compared).shape:
+        raise Unreadable("the logits that are compared differ in shape")
     _require_readers("teacher", theirs, readers)
     teacher = _of("teacher", read_head, theirs)
     if not teacher.detached:
@@ -232,21 +249,29 @@ def _layout(student: Head, teacher: Head | None) -> "Layout | None":
         raise Unreadable(str(error)) from None
 
 
+def _erase_dead(graph: fx.Graph, effects: Effects) -> None:
+    """What a model makes of its logits, and nobody reads, must not keep them."""
+    live = effects.live(graph)
+    for node in reversed(list(graph.nodes)):
+        if node not in live:
+            graph.erase_node(node)
+
+
 def _require_same_surroundings(
-    gm: fx.GraphModule, stack: fx.Node, student: Head, teacher: Head | None
+    graph: fx.Graph, effects: Effects, stack: fx.Node, student: Head, teacher: Head | None
 ) -> None:
     """A linear layer that moves to the losses must find there what it found at its own place."""
-    effects, modes = effects_of(gm), _modes(gm.graph)
+    modes = _modes(graph)
     for tower, head in (("student", student), ("teacher", teacher)):
         if head is None:
             continue
         for value in head.inputs:
             if effects.written_after(value, head.linear, until=stack):
                 raise Unreadable(f"{value.name} is written between the {tower}'s head and the loss")
-        (autocast, grad), (autocast_then, grad_then) = modes[head.linear], modes[stack]
+        (autocast, _), (autocast_then, grad_then) = modes[head.linear], modes[stack]
         if autocast != autocast_then:
             raise Unreadable(f"the {tower}'s head runs under another autocast than the losses")
-        if tower == "student" and grad != grad_then:
+        if tower == "student" and any(modes[node][1] != grad_then for node in head.nodes):
             raise Unreadable("the student's head runs in another grad mode than the losses")
 
 

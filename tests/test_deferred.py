@@ -3,13 +3,16 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fxdistill
-from fxdistill.deferred import Deferred, deferring, head_of, head_path
+from fxdistill.deferred import Deferred, deferring
 from fxdistill.errors import StepError
+from fxdistill.head_module import head_of, head_path
 from fxdistill.lower import Lowering
 from heads import LEFT, READ, Model, batch, remarks, variant
 
@@ -48,7 +51,7 @@ BY_FUNCTIONS = {"tied", "matmul", "transposed weight", "bias"}  # no module to b
 @pytest.mark.parametrize("kind", READ)
 def test_heads(kind: str) -> None:
     remark = agree(variant(READ[kind])(0), variant(READ[kind])(1))
-    made = "the input" if kind in BY_FUNCTIONS else ""
+    made = "come from the model" if kind in BY_FUNCTIONS else ""
     assert remark.startswith("logits are made" if made else "logits fused"), remark
     assert made in remark
 
@@ -160,7 +163,7 @@ def test_which_heads_can_be_deferred() -> None:
 def test_a_stand_in_answers_without_being_made() -> None:
     model = Model(0)
     x = torch.randn(2, 5, 16)
-    with deferring([(model.lm_head, True)]):
+    with deferring([model.lm_head]):
         logits = model.lm_head(x)
         assert isinstance(logits, Deferred)
         assert (logits.shape, logits.dtype, logits.ndim) == ((2, 5, 61), torch.float32, 3)
@@ -172,3 +175,98 @@ def test_a_stand_in_answers_without_being_made() -> None:
     exact = ((x @ model.lm_head.weight.T)[:, 1:] / 2).tanh() * 2
     torch.testing.assert_close(capped.softmax(-1), exact.softmax(-1))
     assert logits.made is not None
+
+
+# ---- what a model may do to its logits before it hands them over
+
+
+class ReadsWithoutGradient(Model):
+    def head(self, x: Tensor) -> Any:
+        logits = self.lm_head(x)
+        with torch.no_grad():
+            self.seen = logits.argmax(-1)
+        return logits
+
+
+class ScaledWithoutGradient(Model):
+    def head(self, x: Tensor) -> Any:
+        logits = self.lm_head(x)
+        with torch.no_grad():
+            fixed = logits * 0.5
+        return fixed + self.body(x).mean()
+
+
+class ReadUnderAutocast(Model):
+    def head(self, x: Tensor) -> Any:
+        logits = self.lm_head(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            self.seen = logits @ logits.mT
+        return logits
+
+
+class Asks(Model):
+    def head(self, x: Tensor) -> Any:
+        logits = self.lm_head(x)
+        return logits * 2.0 if logits.requires_grad and not logits.is_leaf else logits
+
+
+class Masked(Model):
+    def head(self, x: Tensor) -> Any:
+        logits = self.lm_head(x)
+        return logits[torch.ones(x.shape[:2], dtype=torch.bool)].view(*x.shape[:2], -1)
+
+
+class Checkpointed(Model):
+    """Head and another branch in one checkpoint."""
+
+    def head(self, x: Tensor) -> Any:
+        def both(x: Tensor) -> Tensor:
+            return self.lm_head(x) + self.body(x).sum(-1, keepdim=True)
+
+        return checkpoint(both, x, use_reentrant=False)
+
+
+class NumpyScale(Model):
+    def head(self, x: Tensor) -> Any:
+        return self.lm_head(x) * (1 / np.sqrt(16))
+
+
+USES = (ReadsWithoutGradient, ScaledWithoutGradient, ReadUnderAutocast, Asks, Masked, Checkpointed)
+
+
+@pytest.mark.parametrize("kind", [*USES, NumpyScale])
+def test_uses_of_logits(kind: type[Model]) -> None:
+    agree(kind(0), kind(1))
+
+
+def test_a_gradient_is_never_lost_in_silence() -> None:
+    class Same(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return g
+
+    student = variant(lambda m, x: Same.apply(m.lm_head(x)))(0)
+    with pytest.raises(StepError, match='outputs=\\("logits",\\)'):
+        run(student, Model(1), "regional")
+    agree_options = {"outputs": ("logits",)}
+    assert agree(student, Model(1), **agree_options).startswith("logits are made")
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_backward_hooks_see_their_gradients() -> None:
+    for of_head in (True, False):
+        student, calls = Model(0), []
+        hooked = student.lm_head if of_head else student
+        hooked.register_full_backward_hook(lambda *_, calls=calls: calls.append(1))
+        assert agree(student, Model(1)).startswith("logits are made")
+        assert len(calls) == 2  # regional and eager
+
+
+def test_a_head_that_both_towers_share() -> None:
+    student, teacher = Model(0), Model(1)
+    teacher.lm_head = student.lm_head
+    assert agree(student, teacher).startswith("logits fused")

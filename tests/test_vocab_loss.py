@@ -11,6 +11,7 @@ from torch import Tensor
 import fxdistill
 from fxdistill import errors
 from fxdistill.losses import chunked, vocab_loss, vocab_loss_topk
+from fxdistill.losses.chunk import Shape
 
 TOKENS, D, D_T, V = 37, 12, 20, 101
 PARTS = ("student_hidden", "student_weight", "student_bias")
@@ -355,3 +356,60 @@ def test_bad_stored_teachers_are_named() -> None:
         vocab_loss_topk(h, w, given["teacher_ids"], given["teacher_logprobs"][:, :2])
     with pytest.raises(RuntimeError, match="teacher's id is outside"):
         vocab_loss_topk(h, w, given["teacher_ids"] + V, given["teacher_logprobs"], compile=False)
+
+
+# ---- the operator among torch's
+
+
+def test_the_operator_is_as_torch_wants_it() -> None:
+    """Shapes, strides, aliases and gradients as promised, for tensors of any strides."""
+    x = operands()
+    w = x["student_weight"].T.contiguous().T.requires_grad_()
+    h = x["student_hidden"].T.contiguous().T.requires_grad_()
+    shape = Shape((("jsd", 1.0, 0.5),), V, labelled=True)
+    labels, share = x["labels"].clamp_min(0), x["weights"] / x["weights"].sum()
+    towers = (h, w, None, x["teacher_hidden"], x["teacher_weight"], None, None)
+    rest = (labels, share, share, torch.ones(3), shape.text, 16, "hw", False)
+    torch.library.opcheck(chunked.vocab_operator, (*towers, *rest))
+
+
+def test_backward_twice() -> None:
+    x = operands()
+    h, w = (x[name].requires_grad_() for name in PARTS[:2])
+    loss = vocab_loss(**x, label_weight=1.0, compile=False).loss
+    loss.backward(retain_graph=True)
+    once = h.grad.clone(), w.grad.clone()
+    loss.backward()
+    torch.testing.assert_close((h.grad, w.grad), tuple(2 * g for g in once))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = operands()
+    h = x["student_hidden"].requires_grad_()
+    loss = vocab_loss(**x, compile=False).loss
+    with pytest.raises(errors.StepError, match="create_graph"):
+        torch.autograd.grad(loss, h, create_graph=True)
+
+
+def test_an_ignored_label_may_stand_for_what_is_ruled_out() -> None:
+    x = operands()
+    x["student_bias"][0] = -torch.inf
+    x["labels"] = torch.where(x["labels"] == 0, 1, x["labels"])
+    out = vocab_loss(**x, divergence=None, label_weight=1.0, compile=False)
+    logits = x["student_hidden"] @ x["student_weight"].T + x["student_bias"]
+    torch.testing.assert_close(
+        out.loss, fxdistill.losses.cross_entropy(logits, x["labels"], weights=x["weights"])
+    )
+
+
+def test_what_would_be_ignored_is_an_error() -> None:
+    x = operands()
+    half = functools.partial(fxdistill.losses.forward_kl, temperature=2.0)
+    with pytest.raises(errors.OptionError, match="give it to vocab_loss"):
+        vocab_loss(**x, divergence=half)
+    with pytest.raises(errors.OptionError, match="compares nothing"):
+        vocab_loss(**x, divergence={})
+    with pytest.raises(errors.OptionError, match="get no gradient"):
+        vocab_loss(**x, temperature=torch.tensor(1.0, requires_grad=True))
+    with pytest.raises(errors.OptionError, match="bfloat16"):
+        vocab_loss(**operands(torch.float16))

@@ -206,11 +206,11 @@ def chunk_terms(
     gradient = torch.zeros_like(z)
     if teacher is not None and shape.divergences:
         value, by_s = _divergence(z, teacher, ids, live, tau, shape)
-        terms[0] = tau.square() * (logit_share * value).sum()
+        terms[0] = tau.square() * torch.where(logit_share != 0, logit_share * value, 0.0).sum()
         gradient = (logit_weight * tau * logit_share)[:, None] * by_s
     if labels is not None and shape.labelled:
         value, by_z = _cross_entropy(z, labels, shape)
-        terms[1] = (label_share * value).sum()
+        terms[1] = torch.where(label_share != 0, label_share * value, 0.0).sum()
         gradient = gradient + (label_weight * label_share)[:, None] * by_z
     if want_gradient:
         student.copy_(gradient if slope is None else torch.where(live, gradient * slope, 0.0))

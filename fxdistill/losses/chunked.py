@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxdistill.errors import StepError
 from fxdistill.losses.chunk import Shape, chunk_terms
+from fxdistill.losses.reduce import wide
 from fxdistill.nodes import own_code
 
 Body = Callable[..., Tensor]
@@ -112,8 +114,8 @@ class Loop:
         self.y = None if t is None or t_weight is None else t.new_empty(size, t_weight.shape[0])
         # Sums over many chunks are kept in float32 at least.
         wide = torch.float64 if h.dtype == torch.float64 else torch.float32
-        self.dh = torch.empty_like(h) if "h" in needs else h.new_empty(0)
-        self.dw = torch.zeros_like(w, dtype=wide) if "w" in needs else h.new_empty(0)
+        self.dh = h.new_empty(h.shape) if "h" in needs else h.new_empty(0)
+        self.dw = w.new_zeros(w.shape, dtype=wide) if "w" in needs else h.new_empty(0)
         self.db = w.new_zeros(w.shape[0], dtype=wide) if "b" in needs else h.new_empty(0)
 
     def run(
@@ -239,21 +241,27 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
 
 def scale(ctx: Any, of_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     """The gradients are there already: the backward only scales them."""
+    require_first_order()
     grads: list[Tensor | None] = [None, None, None]
     if of_total is not None:
         for i, (name, saved) in enumerate(zip("hwb", ctx.saved_tensors, strict=True)):
-            if name in ctx.needs:
-                grads[i] = saved if _is_one(of_total) else saved * of_total.to(saved.dtype)
+            grads[i] = scaled(saved, of_total) if name in ctx.needs else None
     return (*grads, *[None] * ctx.others)
 
 
-def _is_one(x: Tensor) -> bool:
-    """Whether it is known to be 1: the usual case, which saves a copy of the weight's gradient.
+def scaled(gradient: Tensor, by: Tensor) -> Tensor:
+    """The product, in float32 at least: the factor need not fit in half precision."""
+    return (wide(gradient) * by).to(gradient.dtype)
 
-    On a CPU only, where asking waits for nothing; and not of a tracer's stand-in, which is no
-    number.
-    """
-    return type(x) is Tensor and x.device.type == "cpu" and bool(x == 1)
+
+def require_first_order() -> None:
+    """Raise in a backward that is to be differentiated: gradients of the forward are constants."""
+    if torch.is_grad_enabled():
+        raise StepError(
+            "the fused head forms its gradients in the forward, and those have no derivative of "
+            "their own (create_graph=True asks for one). wrap(..., compile={'fuse_head': False}), "
+            "or the divergence and cross entropy of logits, have."
+        )
 
 
 vocab_operator.register_fake(fake)

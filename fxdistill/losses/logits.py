@@ -5,7 +5,8 @@ axes, or ``None``. p = softmax(z/τ) with temperature τ, a number or a 0-d tens
 token is a sum over the vocabulary times τ², which keeps gradients comparable across temperatures
 (Hinton et al., 2015, section 2); the result is Σ w·value / Σ w.
 
-The forms are chosen so that equal logits give exactly 0 and exactly zero gradients.
+The forms are chosen so that equal logits give exactly 0 and exactly zero gradients (``jsd``: up to
+rounding).
 """
 
 import functools

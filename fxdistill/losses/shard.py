@@ -145,10 +145,12 @@ def terms(c: Chunk, whole: Tensor, inner: Tensor | None, shape: Shape, place: Pl
     """Both terms of the chunk, ``[2]``: alike on every rank."""
     found = [c.settings.new_zeros(()), c.settings.new_zeros(())]
     if inner is not None:
-        found[0] = c.settings[2].square() * (c.logit_share * inner[:, 0]).sum()
+        value = torch.where(c.logit_share != 0, c.logit_share * inner[:, 0], 0.0)
+        found[0] = c.settings[2].square() * value.sum()
     if c.labels is not None and shape.labelled:
         lse, picked, total = whole[:, 2:].unbind(-1)
         epsilon = shape.label_smoothing
         value = lse - (1 - epsilon) * picked - epsilon * total / place.size
-        found[1] = (c.label_share * (value + shape.z_loss * lse.square())).sum()
+        value = c.label_share * (value + shape.z_loss * lse.square())
+        found[1] = torch.where(c.label_share != 0, value, 0.0).sum()
     return torch.stack(found)

@@ -7,19 +7,17 @@ weight right there, and forgets the chunk. Backward only scales. So nothing of s
 vocabulary is ever kept, in whatever precision.
 """
 
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fxdistill.errors import OptionError, ShapeError, VocabularyError, did_you_mean
-from fxdistill.losses.chunk import DIVERGENCES, Divergence, Shape
+from fxdistill.errors import OptionError, ShapeError, VocabularyError
+from fxdistill.losses.chunk import Shape
 from fxdistill.losses.chunked import chunk_tokens_for, vocab_operator
 from fxdistill.losses.labels import IGNORE
+from fxdistill.losses.mix import DivergenceLike, divergences
 from fxdistill.losses.reduce import is_placed
-
-DivergenceLike = str | Mapping[str, float] | Callable[..., Tensor] | tuple[Divergence, ...] | None
 
 
 class VocabLoss(NamedTuple):
@@ -96,7 +94,7 @@ def vocab_loss(
         OptionError: An unknown divergence.
     """
     _check_shapes(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, weights)
-    chosen = _divergences(divergence)
+    chosen = divergences(divergence)
     if chosen and (teacher_hidden is None or teacher_weight is None):
         raise OptionError(f"divergence={divergence!r} compares with a teacher, and none is given")
     columns = student_weight.shape[0]
@@ -108,20 +106,21 @@ def vocab_loss(
         chosen,
         columns if vocab_size is None else vocab_size,
         (float(student_scale), float(teacher_scale)),
-        (student_softcap, teacher_softcap),
+        (_cap(student_softcap), _cap(teacher_softcap)),
         float(label_smoothing),
         float(z_loss),
         labels is not None,
     )
     numbers = (logit_weight, label_weight, temperature)
-    h, w = _autocast(student_hidden, student_weight)
-    t = t_weight = None
+    _require_constants(weights, num_items, *numbers)
+    h, w, own_bias = _autocast(student_hidden, student_weight, student_bias)
+    t = t_weight = bias = None
     if chosen and teacher_hidden is not None and teacher_weight is not None:
-        t, t_weight = _autocast(teacher_hidden.detach(), teacher_weight.detach())
-    bias = None if teacher_bias is None or t is None else teacher_bias.detach()
+        bias = None if teacher_bias is None else teacher_bias.detach()
+        t, t_weight, bias = _autocast(teacher_hidden.detach(), teacher_weight.detach(), bias)
     if any(is_placed(x) for x in (h, w, t, t_weight)):
         return _sharded(
-            (h, w, student_bias),
+            (h, w, own_bias),
             None if t is None or t_weight is None else (t, t_weight, bias),
             labels,
             weights,
@@ -135,7 +134,7 @@ def vocab_loss(
     t = None if t is None else t.flatten(0, -2)
     width = w.shape[0] + (0 if t_weight is None else t_weight.shape[0])
     return _run(
-        (h, w, student_bias),
+        (h, w, own_bias),
         (t, t_weight, bias, None),
         labels,
         weights,
@@ -231,23 +230,25 @@ def vocab_loss_topk(
             f"teacher_ids is {list(teacher_ids.shape)}, teacher_logprobs "
             f"{list(teacher_logprobs.shape)}: both [..., k]"
         )
-    h, w = _autocast(student_hidden.flatten(0, -2), student_weight)
+    numbers = (logit_weight, label_weight, temperature)
+    _require_constants(weights, num_items, *numbers)
+    h, w, own_bias = _autocast(student_hidden.flatten(0, -2), student_weight, student_bias)
     shape = Shape(
-        _divergences(divergence),
+        divergences(divergence),
         0,
         (float(student_scale), 1.0),
-        (student_softcap, None),
+        (_cap(student_softcap), None),
         float(label_smoothing),
         float(z_loss),
         labels is not None,
     )
     return _run(
-        (h, w, student_bias),
+        (h, w, own_bias),
         (teacher_logprobs.detach().flatten(0, -2), None, None, teacher_ids.flatten(0, -2)),
         labels,
         weights,
         num_items,
-        (logit_weight, label_weight, temperature),
+        numbers,
         shape,
         chunk_tokens or chunk_tokens_for(2 * w.shape[0], h.element_size(), h.device),
         compile,
@@ -314,13 +315,22 @@ def _number(value: float | Tensor, device: torch.device, kind: torch.dtype) -> T
     return torch.full((), float(value), device=device, dtype=kind)
 
 
-def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """What a linear layer would do to its operands under autocast."""
+def _autocast(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a linear layer would do to its operands under autocast; OptionError in float16."""
     kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind):
-        return hidden, weight
-    dtype = torch.get_autocast_dtype(kind)
-    return hidden.to(dtype), weight.to(dtype)
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        if hidden.dtype != torch.float64:
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+    if hidden.dtype == torch.float16:
+        raise OptionError(
+            "the fused head forms gradients before a loss scale could be applied, and in float16 "
+            "they would vanish: use bfloat16 or float32, or losses of logits"
+        )
+    return hidden, weight, bias
 
 
 def _check_shapes(
@@ -349,21 +359,16 @@ def _check_shapes(
             raise ShapeError(f"{name} has {list(shape)} tokens, student_hidden {list(grid)}")
 
 
-def _divergences(divergence: Any) -> tuple[tuple[str, float, float], ...]:
-    if divergence is None:
-        return ()
-    if isinstance(divergence, tuple):  # as a graph holds it: name, weight and β of each
-        return tuple((_named(name)[0], float(w), float(beta)) for name, w, beta in divergence)
-    mix = divergence if isinstance(divergence, Mapping) else {divergence: 1.0}
-    named = [(*_named(each), float(weight)) for each, weight in mix.items()]
-    return tuple((name, weight, beta) for name, beta, weight in named)
+def _cap(value: float | None) -> float | None:
+    return None if value is None else float(value)
 
 
-def _named(divergence: Any) -> tuple[str, float]:
-    plain = getattr(divergence, "func", divergence)
-    name = plain if isinstance(plain, str) else getattr(plain, "__name__", "")
-    if name not in DIVERGENCES:
-        near = did_you_mean(str(name or divergence), DIVERGENCES)
-        raise OptionError(f"divergence={divergence!r} is not fused. Nearest: {near}.")
-    beta = getattr(divergence, "keywords", {}).get("beta", 0.5)
-    return name, beta
+def _require_constants(*values: Any) -> None:
+    """What is no hidden state and no head gets no gradient: say so to who expects one."""
+    if torch.is_grad_enabled():
+        for value in values:
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise OptionError(
+                    "weights, items, temperature and the weights of terms get no gradient from the "
+                    "fused head: detach() them, or use the losses of logits"
+                )

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 from fxdistill.errors import ShapeError, VocabularyError
 from fxdistill.losses.chunk import Divergence, Shape
-from fxdistill.losses.chunked import require_indices
+from fxdistill.losses.chunked import require_first_order, require_indices, scaled
 from fxdistill.losses.shard import Place
 from fxdistill.parallel.vocab import Body, group_of, placed
 
@@ -66,8 +66,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _scale(ctx: Any, of_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    require_first_order()
     (saved,) = ctx.saved_tensors
-    gradient = None if of_total is None else saved * of_total.to(saved.dtype)
+    gradient = None if of_total is None else scaled(saved, of_total)
     return (gradient, *[None] * 9)
 
 

@@ -127,8 +127,8 @@ def test_a_value_beside_the_logits_is_no_hindrance() -> None:
     """What the model makes of its logits for others, and nobody reads, is not in the graph."""
     distiller = fxdistill.wrap(Twice(0), Twice(1), task="causal_lm", compile=EAGER)
     ids, own = batch()
-    out = distiller(ids, **own)
-    assert out.loss.isfinite()
+    distiller(ids, **own)
+    assert (remarks(distiller) or "").startswith("logits fused")
 
 
 def test_switched_off() -> None:
@@ -245,3 +245,79 @@ def test_curves_of_captured_models(name: str) -> None:
         assert fused.kwargs[f"{tower}_softcap"] == curve[1]
     tied = "wte" if name == "gpt2" else "embed_tokens"
     assert tied in str(fused.args[1])
+
+
+# ---- losses of a user's own, made of ours
+
+
+def weighted(loss: Any, s: Tensor, t: Tensor, o: dict[str, Any]) -> Tensor:
+    return loss(s, t, temperature=o["temperature"], weights=o["weights"])
+
+
+OWN: dict[str, tuple[Any, bool]] = {
+    "cut": (lambda s, t, **o: weighted(forward_kl, s[..., :40], t[..., :40], o), True),
+    "other columns": (lambda s, t, **o: weighted(forward_kl, s[..., 1:], t[..., :-1], o), False),
+    "by keyword": (lambda s, t, **o: forward_kl(student_logits=s, teacher_logits=t, **o), False),
+    "one teacher": (lambda s, t, **o: weighted(forward_kl, s, t[:1].expand_as(s), o), False),
+    "of two": (lambda s, t, **o: weighted(forward_kl, s, t, o) * weighted(jsd, s, t, o), False),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("labels", [True, False])
+def test_losses_of_a_user(kind: str, labels: bool) -> None:
+    loss, fused = OWN[kind]
+    options = {} if labels else {"label_loss": None}
+    agree(Model(0), Model(1), fused=fused, logit_loss=loss, **options)
+
+
+def test_label_losses_of_a_user() -> None:
+    def twice(s: Tensor, labels: Tensor, *, weights: Tensor) -> Tensor:
+        one = fxdistill.losses.cross_entropy(s, labels, weights=weights)
+        return one + 0.5 * fxdistill.losses.cross_entropy(s, labels, weights=weights)
+
+    agree(Model(0), Model(1), fused=False, label_loss=twice)
+
+
+def test_what_learns_besides_the_models() -> None:
+    """A temperature, or weights, that learn get their gradient."""
+    ids, own = batch()
+    found = []
+    for compile in (AOT, False):
+        tau = torch.tensor(1.5, requires_grad=True)
+        weights = own["token_weights"].clone().requires_grad_()
+
+        def loss(s: Tensor, t: Tensor, *, tau: Tensor = tau, **o: Tensor) -> Tensor:
+            return forward_kl(s, t, temperature=tau, weights=o["weights"])
+
+        distiller = fxdistill.wrap(
+            Model(0), Model(1), task="causal_lm", logit_loss=loss, compile=compile
+        )
+        distiller(ids, labels=own["labels"], token_weights=weights).loss.backward()
+        found.append((tau.grad, weights.grad))
+    for fused, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_float16_has_a_loss_scale() -> None:
+    student, teacher = Model(0), Model(1)
+    with torch.autocast("cpu", torch.float16):
+        _, _, remark = run(student, teacher, AOT)
+    assert "float16" in (remark or "")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("name", ["bert_mlm", "bart", "llama"])
+def test_under_autocast_with_a_bias(name: str) -> None:
+    family = FAMILIES[name]()
+    losses = []
+    for compile in (AOT, False):
+        distiller = fxdistill.wrap(
+            family.student, family.teacher, task=family.wrap_task, compile=compile
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            out = distiller(**family.batch, labels=family.labels)
+        out.loss.backward()
+        losses.append(out.loss.detach())
+    torch.testing.assert_close(*losses, rtol=2e-2, atol=0)
