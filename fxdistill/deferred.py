@@ -71,7 +71,9 @@ class Deferred(Tensor):
         origin.family.append(self)
         return self
 
+    # A part of the model that is compiled is not traced through what follows here, but run.
     @classmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -231,10 +231,21 @@ class NumpyScale(Model):
         return self.lm_head(x) * (1 / np.sqrt(16))
 
 
+class Compiled(Model):
+    """A function of the model's own that is compiled takes the logits."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.f = torch.compile(lambda x: torch.tanh(x / 2) * 2 + 0.0, backend="eager")
+
+    def head(self, x: Tensor) -> Any:
+        return self.f(self.lm_head(x))
+
+
 USES = (ReadsWithoutGradient, ScaledWithoutGradient, ReadUnderAutocast, Asks, Masked, Checkpointed)
 
 
-@pytest.mark.parametrize("kind", [*USES, NumpyScale])
+@pytest.mark.parametrize("kind", [*USES, NumpyScale, Compiled])
 def test_uses_of_logits(kind: type[Model]) -> None:
     agree(kind(0), kind(1))
 
