@@ -6,8 +6,8 @@ state and weight and follows the operators that heads end in (``head.Curve``); a
 done to it makes the logits there and then, and all that came of them. What reaches the losses still
 unmade is handed to them as ``head.logits_from`` the parts, which ``FuseHead`` reads.
 
-Private to torch and used here only: ``_make_wrapper_subclass``, the dictionaries of backward hooks
-and ``_top_saved_tensors_default_hooks``. If they move, regional mode fails in the first call.
+Private to torch and used here only: ``_make_wrapper_subclass`` and
+``_top_saved_tensors_default_hooks``. If they move, regional mode fails in the first call.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fxdistill.errors import StepError
-from fxdistill.head import Curve, Unreadable
+from fxdistill.head import Curve, Unreadable, split_index
 from fxdistill.taps import current_section
 
 
@@ -46,6 +46,14 @@ class _Origin:
     columns: int | None
     make: Callable[[], Tensor]
     family: "list[Deferred]" = field(default_factory=list)
+
+    def require_unwritten(self) -> None:
+        """StepError where the hidden state is not what the head took any more."""
+        if self.source is not None and self.source[0]._version != self.source[1]:
+            raise StepError(
+                "a model has written, in place, the hidden state that its head had taken, and its "
+                'logits were not made yet. outputs=("logits",) makes them where the model does.'
+            )
 
 
 class Deferred(Tensor):
@@ -103,13 +111,9 @@ class Deferred(Tensor):
 
     @property
     def parts(self) -> Parts:
-        """What the losses are handed; StepError where that is not what the head took."""
+        """What the losses are handed."""
         origin = self.origin
-        if origin.source is not None and origin.source[0]._version != origin.source[1]:
-            raise StepError(
-                "a model has written, in place, the hidden state that its head had taken, and its "
-                'logits were not made yet. outputs=("logits",) makes them where the model does.'
-            )
+        origin.require_unwritten()
         curve = (origin.curve.inner, origin.curve.outer)
         return Parts(origin.hidden, origin.weight, origin.bias, repr((*curve, origin.columns)))
 
@@ -131,6 +135,7 @@ def _settled(value: Any) -> Any:
         return value
     for member in value.origin.family:
         if member.made is None:
+            member.origin.require_unwritten()
             with _under(member.modes):
                 member.made = member.origin.make()
     return value.made
@@ -240,17 +245,12 @@ def _moved(name: str, x: Deferred, new: _Origin, others: Any, like: Tensor) -> _
         if like.shape[-1] != x.shape[-1]:
             return None
         return replace(new, hidden=new.hidden.reshape(*like.shape[:-1], new.hidden.shape[-1]))
-    index = list(others[0]) if isinstance(others[0], tuple) else [others[0]]
-    if Ellipsis in index:
-        at = index.index(Ellipsis)
-        index[at : at + 1] = [slice(None)] * (x.ndim - len(index) + 1)
-    if len(index) == x.ndim:
-        columns = index.pop()
-        if not isinstance(columns, slice) or columns.indices(x.shape[-1])[::2] != (0, 1):
-            return None
-        count = like.shape[-1]
-        new = replace(new, columns=new.columns if count == x.shape[-1] else count)
-    return replace(new, hidden=new.hidden[tuple(index)]) if index else new
+    try:
+        index, columns = split_index(others[0], x.ndim, x.shape[-1])
+    except Unreadable:
+        return None
+    new = replace(new, columns=new.columns if columns == x.shape[-1] else columns)
+    return replace(new, hidden=new.hidden[index]) if index else new
 
 
 def _is_plain_index(others: Any) -> bool:

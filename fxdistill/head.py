@@ -71,7 +71,7 @@ class Head:
     columns: int | None = None  # of the vocabulary, where not all are used
     moves: tuple[Callable[[fx.Graph, fx.Node], fx.Node], ...] = ()
     detached: bool = False
-    gathered: fx.Node | None = None  # the hidden state with all tokens, which nothing else reads
+    gathered: fx.Node | None = None  # the hidden state as its parallel style gathered it
     nodes: tuple[fx.Node, ...] = ()  # from the logits back to the linear layer
 
     @property
@@ -285,36 +285,34 @@ def _reshaped(head: Head, step: fx.Node, source: fx.Node) -> Head:
 
 def _sliced(head: Head, step: fx.Node, source: fx.Node) -> Head:
     """Tokens are taken from the hidden state, columns from the weight."""
-    given = step.args[1]
-    index = list(given) if isinstance(given, (tuple, list)) else [given]
-    axes = value_of(source).ndim
-    if None in index or index.count(Ellipsis) > 1:
-        raise Unreadable(f"logits pass through {target_name(step)}, which adds axes")
-    if Ellipsis in index:
-        at = index.index(Ellipsis)
-        index[at : at + 1] = [slice(None)] * (axes - len(index) + 1)
-    if len(index) == axes:
-        head = _columns(head, index.pop(), value_of(source).shape[-1])
-    if all(part == slice(None) for part in index if isinstance(part, slice)) and all(
-        isinstance(part, slice) for part in index
-    ):
+    value = value_of(source)
+    index, columns = split_index(step.args[1], value.ndim, value.shape[-1])
+    if columns != value.shape[-1]:
+        head = replace(head, columns=columns)
+    if not index:
         return head
 
     def move(graph: fx.Graph, hidden: fx.Node) -> fx.Node:
-        return graph.call_function(operator.getitem, (hidden, tuple(index)))
+        return graph.call_function(operator.getitem, (hidden, index))
 
     return replace(head, moves=(*head.moves, move))
 
 
-def _columns(head: Head, part: Any, size: int) -> Head:
+def split_index(given: Any, axes: int, size: int) -> tuple[tuple[Any, ...], int]:
+    """An index of logits as one of their tokens (empty for all) and a number of first columns."""
+    index = list(given) if isinstance(given, (tuple, list)) else [given]
+    if None in index or index.count(Ellipsis) > 1:
+        raise Unreadable("logits are indexed so that they get more axes")
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        index[at : at + 1] = [slice(None)] * (axes - len(index) + 1)
+    part = index.pop() if len(index) == axes else slice(None)
     if not isinstance(part, slice) or part.start not in (None, 0) or part.step not in (None, 1):
         raise Unreadable("logits are cut to columns that are not the first ones")
-    if part.stop is None:
-        return head
-    if not isinstance(part.stop, int):
+    if not isinstance(part.stop, (int, type(None))):
         raise Unreadable("vocabulary has no fixed size")
-    count = len(range(*part.indices(size)))
-    return head if count == size else replace(head, columns=count)
+    every = all(isinstance(axis, slice) and axis == slice(None) for axis in index)
+    return () if every else tuple(index), len(range(*part.indices(size)))
 
 
 def is_cut(node: fx.Node, source: fx.Node) -> bool:

@@ -1,4 +1,8 @@
-"""The module that makes a model's logits: where it is, and whether it can be kept from it."""
+"""The module that makes a model's logits: where it is, and whether it can be kept from it.
+
+Private to torch and used here only: the dictionaries of backward hooks. If they move, regional mode
+fails in the first call.
+"""
 
 import functools
 from collections.abc import Iterable, Mapping
@@ -7,14 +11,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fxdistill.hooks import compiles_itself
 from fxdistill.landmarks import asked
 from fxdistill.losses.reduce import is_placed
 
 
 def head_path(model: nn.Module) -> str | None:
-    """The module that makes the logits: what the model says, else a linear layer.
+    """The linear layer that makes the logits, by what the model says.
 
-    Else the last one outside of lists that is as wide as an embedding has entries.
+    If it says nothing: the last one outside of lists that is as wide as an embedding has entries.
     """
     own = asked(model, "get_output_embeddings")
     linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
@@ -39,7 +44,7 @@ def head_of(model: nn.Module, path: str | None) -> nn.Linear | None:
     names = path.split(".")
     around = [model.get_submodule(".".join(names[:end])) for end in range(len(names) + 1)]
     # What waits for gradients, of these or of all modules, must see the logits that have them.
-    if any(m._compiled_call_impl is not None or _waits(m) for m in around):
+    if any(compiles_itself(m) or _waits(m) for m in around):
         return None
     if type(head) is not nn.Linear or "forward" in head.__dict__ or _any_waits():
         return None

@@ -86,7 +86,7 @@ def hooked(
             module = model.get_submodule(path)
             if not traced:
                 _reject_compiled_parents(model, section, path)
-            if not traced and module._compiled_call_impl is not None:
+            if not traced and compiles_itself(module):
                 handles.append(_CompiledCall(module, section, path, port, required))
             elif port.startswith("input"):
                 pre = _input_hook(section, path, port, required, _names(module))
@@ -98,6 +98,11 @@ def hooked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def compiles_itself(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called."""
+    return module._compiled_call_impl is not None
 
 
 class _CompiledCall:
@@ -138,7 +143,7 @@ def _reject_compiled_parents(model: nn.Module, section: str, path: str) -> None:
     parents = path.split(".")[:-1]
     for end in range(len(parents) + 1):
         parent = model.get_submodule(".".join(parents[:end]))
-        if parent is not model.get_submodule(path) and parent._compiled_call_impl is not None:
+        if parent is not model.get_submodule(path) and compiles_itself(parent):
             raise TapError(
                 f"{section} tap {path!r} lies inside {'.'.join(parents[:end]) or 'a model'!r}, "
                 "which torch.compile compiles by itself. Do not compile the parts of the models "

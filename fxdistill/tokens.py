@@ -69,17 +69,16 @@ def align_labels(labels: Tensor, task: Task) -> Tensor:
 
 def prediction_weights(batch: Batch, task: Task | None, logits: Tensor) -> Tensor:
     """The weight of every prediction, shaped like ``logits`` without the vocabulary."""
-    grid = logits.shape[:-1]
     chosen = chosen_weights(batch)
     mask = attended(batch) if task in ("causal_lm", "masked_lm") else None
     _check(batch, logits, mask)
     if task != "causal_lm":
         counted = None if batch.labels is None else (batch.labels != IGNORE).float()
         weights = _times(_times(chosen, mask), counted)
-        return torch.ones(grid, device=logits.device) if weights is None else weights
+        return _ones(logits) if weights is None else weights
     if batch.labels is None and chosen is None:
         if mask is None:
-            return torch.ones(grid, device=logits.device)
+            return _ones(logits)
         return mask * torch.cat([mask[:, 1:], torch.ones_like(mask[:, :1])], dim=1)
     of_token = _times(chosen, mask)
     if batch.labels is not None:
@@ -87,6 +86,11 @@ def prediction_weights(batch: Batch, task: Task | None, logits: Tensor) -> Tenso
     assert of_token is not None
     predicted = torch.cat([of_token[:, 1:], torch.zeros_like(of_token[:, :1])], dim=1)
     return predicted if mask is None else predicted * mask
+
+
+def _ones(logits: Tensor) -> Tensor:
+    """One for each prediction; made without reading the logits, which need not exist."""
+    return torch.ones(logits.shape[:-1], dtype=torch.float32, device=logits.device)
 
 
 def _check(batch: Batch, logits: Tensor, mask: Tensor | None) -> None:

@@ -1,4 +1,9 @@
-"""Logits that only losses read are never made."""
+"""Logits that only losses read are never made.
+
+Private to torch and used here only: ``_enter_autocast`` and ``_exit_autocast``, as dynamo writes
+them into a graph. If they move, a head under an autocast of its own is not told from others, and
+tests/passes/test_fuse_head.py fails.
+"""
 
 import operator
 from collections.abc import Callable, Collection

@@ -1,10 +1,14 @@
 """A small language model with many heads: those that FuseHead reads, and those it leaves alone."""
 
+import dataclasses
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import fxdistill
+from fxdistill.lower import Lowering
 
 V, D, B, L = 61, 16, 3, 7
 
@@ -124,6 +128,39 @@ LEFT: dict[str, tuple[Any, str, dict[str, Any]]] = {
     ),
     "mutual": (Model, "the teacher learns too", {"freeze_teacher": False}),
 }
+
+
+Result = tuple[dict[str, Tensor], dict[str, Tensor], str | None]
+
+
+def run(
+    student: nn.Module, teacher: nn.Module, compile: Any, call: Any = None, **options: Any
+) -> Result:
+    """Loss and terms, gradients, and what FuseHead has to say (``None`` where it does not run)."""
+    student.zero_grad(set_to_none=True)
+    options = {"task": "causal_lm", **options}
+    distiller = fxdistill.wrap(student, teacher, compile=compile, **options)
+    if compile == "regional":  # its terms without Inductor, for speed
+        distiller.plan = dataclasses.replace(distiller.plan, lowering=Lowering("aot_eager"))
+    ids, own = batch()
+    out = distiller(ids, **(own if call is None else call))
+    out.loss.backward()
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    return {"loss": out.loss.detach(), **out.losses}, gradients, remarks(distiller)
+
+
+def agree(student: nn.Module, teacher: nn.Module, compile: Any, **options: Any) -> str:
+    """The numbers of ``compile`` and of the eager form are the same; returns the remark."""
+    numbers, gradients, remark = run(student, teacher, compile, **options)
+    plain, wanted, _ = run(student, teacher, False, **options)
+    for name, value in plain.items():
+        torch.testing.assert_close(numbers[name], value, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        bound = 1e-5 * gradient.norm() + 1e-6 * gradient.abs().max()
+        assert (gradients[name] - gradient).norm() <= bound, name
+    assert remark is not None
+    return remark
 
 
 def remarks(distiller: Any) -> str | None:

@@ -24,6 +24,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from fxdistill.losses.reduce import wide
 
 FLOOR = -1e4
 Divergence = tuple[str, float, float]  # name, weight, β
-Sums = tuple[Tensor, Tensor]
+Sums = tuple[Tensor, Tensor]  # of each token [c]: the value, and what the slope needs
 Slope = tuple[Tensor, Tensor]  # the value of each token [c], and its gradient by s [c, V]
 
 
@@ -40,9 +41,9 @@ Slope = tuple[Tensor, Tensor]  # the value of each token [c], and its gradient b
 class Shape:
     """What is fixed while a chunk is compiled.
 
-    ``columns`` of the vocabulary are compared, the label
-    loss takes the student's whole one. A head returns ``softcap·tanh(scale·x / softcap)`` of what
-    its weight gives, or ``scale·x`` without a cap.
+    ``columns`` of the vocabulary are compared, the label loss takes the student's whole one. A head
+    returns ``softcap·tanh(scale·x / softcap)`` of what its weight gives, or ``scale·x`` without a
+    cap.
     """
 
     divergences: tuple[Divergence, ...] = ()
@@ -65,6 +66,36 @@ class Shape:
         return cls(*ast.literal_eval(text))
 
 
+class Chunk(NamedTuple):
+    """Some tokens, as their logits arrive.
+
+    ``student`` ``[c, V]`` and ``teacher`` ``[c, V_T]`` are logits as their weights give them;
+    without a divergence there is no teacher. With ``ids`` ``[c, k]``, ``teacher`` holds the
+    log-probabilities of those entries at τ. ``labels`` ``[c]`` are valid indices (where
+    ``label_share`` is 0, any). The shares ``[c]`` are w / Σw of either term. ``settings`` ``[3]``:
+    the weights of the two terms in the gradient, and τ.
+    """
+
+    student: Tensor
+    teacher: Tensor | None
+    ids: Tensor | None
+    labels: Tensor | None
+    logit_share: Tensor
+    label_share: Tensor
+    settings: Tensor
+
+    @property
+    def live(self) -> Tensor:
+        """``[c, 1]``: which tokens count in either term."""
+        return ((self.logit_share != 0) | (self.label_share != 0))[:, None]
+
+    def rows(self, start: int, stop: int) -> "Chunk":
+        """Some of its tokens."""
+        *by_token, settings = self
+        cut = [None if x is None else x[start:stop] for x in by_token]
+        return Chunk._make([*cut, settings])
+
+
 # ---- for each divergence: sums over the columns, and the slope that follows from them
 
 
@@ -80,7 +111,7 @@ def _soft_cross_entropy(log_q: Tensor, log_p: Tensor, beta: float) -> Sums:
     return value, value
 
 
-def _gap_of_means(log_q: Tensor, log_p: Tensor, beta: float, inner: Tensor) -> Tensor:
+def _q_minus_p(log_q: Tensor, log_p: Tensor, beta: float, inner: Tensor) -> Tensor:
     return log_q.exp() - log_p.exp()
 
 
@@ -123,8 +154,8 @@ class Formula:
 
 
 DIVERGENCES = {
-    "forward_kl": Formula(_forward_kl, _gap_of_means),
-    "soft_cross_entropy": Formula(_soft_cross_entropy, _gap_of_means),
+    "forward_kl": Formula(_forward_kl, _q_minus_p),
+    "soft_cross_entropy": Formula(_soft_cross_entropy, _q_minus_p),
     "reverse_kl": Formula(_reverse_kl, _reverse_kl_slope),
     "jsd": Formula(_jsd, _jsd_slope),
 }
@@ -173,48 +204,34 @@ def through_head(raw: Tensor, scale: float, softcap: float | None) -> tuple[Tens
     return softcap * bent, scale * (1 - bent.square())
 
 
-def chunk_terms(
-    student: Tensor,
-    teacher: Tensor | None,
-    ids: Tensor | None,
-    labels: Tensor | None,
-    logit_share: Tensor,
-    label_share: Tensor,
-    settings: Tensor,
-    shape: Shape,
-    want_gradient: bool,
-) -> Tensor:
-    """Both terms of a chunk, ``[2]``; ``student`` is overwritten by the gradient by itself.
-
-    Args:
-        student: ``[c, V]``, the student's logits as its weight gives them.
-        teacher: ``[c, V_T]``, its logits likewise; ``None`` without a divergence. With ``ids``
-            ``[c, k]``: the log-probabilities of those entries, at τ.
-        ids: See ``teacher``.
-        labels: ``[c]``, valid indices (where ``label_share`` is 0, any).
-        logit_share: ``[c]``, w / Σw of the logit term.
-        label_share: ``[c]``, of the label term.
-        settings: ``[3]``: the weights of the two terms in the gradient, and τ.
-        shape: What is compiled in.
-        want_gradient: Whether ``student`` is overwritten.
-    """
-    logit_weight, label_weight, tau = settings.unbind()
-    live = ((logit_share != 0) | (label_share != 0))[:, None]
-    z, slope = through_head(student, shape.scales[0], shape.softcaps[0])
-    z = torch.where(live, z, 0.0)
-    terms = [settings.new_zeros(()), settings.new_zeros(())]
+def chunk_terms(c: Chunk, shape: Shape, want_gradient: bool) -> Tensor:
+    """Both terms, ``[2]``; if wanted, the total's gradient overwrites ``c.student``."""
+    logit_weight, label_weight, tau = c.settings.unbind()
+    z, slope = through_head(c.student, shape.scales[0], shape.softcaps[0])
+    z = torch.where(c.live, z, 0.0)
+    terms = [c.settings.new_zeros(()), c.settings.new_zeros(())]
     gradient = torch.zeros_like(z)
-    if teacher is not None and shape.divergences:
-        value, by_s = _divergence(z, teacher, ids, live, tau, shape)
-        terms[0] = tau.square() * torch.where(logit_share != 0, logit_share * value, 0.0).sum()
-        gradient = (logit_weight * tau * logit_share)[:, None] * by_s
-    if labels is not None and shape.labelled:
-        value, by_z = _cross_entropy(z, labels, shape)
-        terms[1] = torch.where(label_share != 0, label_share * value, 0.0).sum()
-        gradient = gradient + (label_weight * label_share)[:, None] * by_z
+    if c.teacher is not None and shape.divergences:
+        value, by_s = _divergence(z, c.teacher, c.ids, c.live, tau, shape)
+        terms[0] = tau.square() * shared(value, c.logit_share)
+        gradient = (logit_weight * tau * c.logit_share)[:, None] * by_s
+    if c.labels is not None and shape.labelled:
+        value, by_z = _cross_entropy(z, c.labels, shape)
+        terms[1] = shared(value, c.label_share)
+        gradient = gradient + (label_weight * c.label_share)[:, None] * by_z
     if want_gradient:
-        student.copy_(gradient if slope is None else torch.where(live, gradient * slope, 0.0))
+        write_gradient(c, gradient, slope)
     return torch.stack(terms)
+
+
+def shared(value: Tensor, share: Tensor) -> Tensor:
+    """Σ share·value, where a value without share may be anything."""
+    return torch.where(share != 0, share * value, 0.0).sum()
+
+
+def write_gradient(c: Chunk, by_z: Tensor, slope: Tensor | None) -> None:
+    """Overwrite the student's logits, through what the head makes of them."""
+    c.student.copy_(by_z if slope is None else torch.where(c.live, by_z * slope, 0.0))
 
 
 def _divergence(

@@ -9,40 +9,43 @@ projections want as many tokens as the memory allows, because each reads the who
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fxdistill.errors import StepError
-from fxdistill.losses.chunk import Shape, chunk_terms
+from fxdistill.losses.chunk import Chunk, Shape, chunk_terms
 from fxdistill.losses.reduce import wide
+from fxdistill.losses.shard import Place
 from fxdistill.nodes import own_code
 
-Body = Callable[..., Tensor]
-# On a CPU and elsewhere: bytes for the logits of a chunk, both towers together; tokens that the
-# body takes at a time, of which chunks are multiples; bytes for what is added to the weight's
-# gradient. (Those of a GPU follow from the sizes of weights there, and are not measured.)
-BUDGET = (96 * 2**20, 768 * 2**20)
-ROWS = (16, 256)
-ADDEND = 64 * 2**20
+Body = Callable[[Chunk], Tensor]
+ADDEND = 64 * 2**20  # bytes that are added to the weight's gradient at a time, in low precision
+
+
+class Sizes(NamedTuple):
+    """What suits a kind of device."""
+
+    budget: int  # bytes for the logits of a chunk, both towers together
+    rows: int  # tokens that the body takes at a time; chunks are multiples of it
+
+
+ON_CPU = Sizes(96 * 2**20, 16)
+ELSEWHERE = Sizes(768 * 2**20, 256)  # by the sizes of weights on GPUs; not measured
+
+
+def sizes_on(device: torch.device) -> Sizes:
+    """The sizes for ``device``."""
+    return ON_CPU if device.type == "cpu" else ELSEWHERE
 
 
 @functools.cache
 def _body(shape: Shape, want_gradient: bool, compiled: bool) -> Body:
     """The body of a chunk for one kind of loss."""
 
-    def body(
-        student: Tensor,
-        teacher: Tensor | None,
-        ids: Tensor | None,
-        labels: Tensor | None,
-        logit_share: Tensor,
-        label_share: Tensor,
-        settings: Tensor,
-    ) -> Tensor:
-        tensors = (student, teacher, ids, labels, logit_share, label_share, settings)
-        return chunk_terms(*tensors, shape, want_gradient)
+    def body(chunk: Chunk) -> Tensor:
+        return chunk_terms(chunk, shape, want_gradient)
 
     if not compiled:
         return body
@@ -66,6 +69,9 @@ def vocab_operator(
     chunk: int,
     needs: str,
     compiled: bool,
+    group: str = "",
+    offset: int = 0,
+    size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Total and terms, and the total's gradients by ``h``, ``w`` and ``bias`` (empty unless asked).
 
@@ -73,12 +79,24 @@ def vocab_operator(
     and the shares ``[T]``, ``settings`` ``[3]``: weight of either term and τ. ``needs`` names the
     gradients by letter. With ``ids`` ``[T, k]``, ``t`` ``[T, k]`` are log-probabilities of those
     entries and there is no ``t_weight``.
+
+    With ``group``, the name of a process group, weights and biases are this rank's rows, from
+    ``offset`` on, of a vocabulary of ``size``; everything else is alike on its ranks, and the
+    gradient by ``h`` is what these rows contribute.
     """
-    require_indices("label", labels, w.shape[0])
+    require_indices("label", labels, size or w.shape[0])
     require_indices("teacher's id", ids, w.shape[0])
-    sizes = size_of_chunks(chunk, h), rows_on(h.device)
-    loop = Loop(h, w, bias, t, t_weight, t_bias, ids, needs, *sizes)
-    body = _body(Shape.read(shape), bool(needs), compiled)
+    tokens, rows = size_of_chunks(chunk, h), sizes_on(h.device).rows
+    kind, slopes = Shape.read(shape), bool(needs)
+    if group:
+        # What imports torch.distributed is imported where it is used.
+        from fxdistill.parallel.body import ShardedBody
+
+        body: Body = ShardedBody(kind, Place(offset, size), group, slopes, compiled)
+        rows = tokens  # it divides them itself, between what crosses the ranks
+    else:
+        body = _body(kind, slopes, compiled)
+    loop = _Loop(h, w, bias, t, t_weight, t_bias, ids, needs, tokens, rows)
     return loop.run(body, labels, logit_share, label_share, settings)
 
 
@@ -90,7 +108,7 @@ def require_indices(name: str, indices: Tensor | None, size: int) -> None:
         torch._assert_async(inside.all(), text)
 
 
-class Loop:
+class _Loop:
     """The buffers that chunks share, and the gradients that they add to."""
 
     def __init__(
@@ -113,10 +131,10 @@ class Loop:
         self.z = h.new_empty(size, w.shape[0])
         self.y = None if t is None or t_weight is None else t.new_empty(size, t_weight.shape[0])
         # Sums over many chunks are kept in float32 at least.
-        wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+        kind = torch.float64 if h.dtype == torch.float64 else torch.float32
         self.dh = h.new_empty(h.shape) if "h" in needs else h.new_empty(0)
-        self.dw = w.new_zeros(w.shape, dtype=wide) if "w" in needs else h.new_empty(0)
-        self.db = w.new_zeros(w.shape[0], dtype=wide) if "b" in needs else h.new_empty(0)
+        self.dw = w.new_zeros(w.shape, dtype=kind) if "w" in needs else h.new_empty(0)
+        self.db = w.new_zeros(w.shape[0], dtype=kind) if "b" in needs else h.new_empty(0)
 
     def run(
         self,
@@ -157,17 +175,15 @@ class Loop:
             _project(_taken(t, start, count, filled), t_weight, t_bias, y)
         if self.stored is not None:
             y, ids = (_taken(x, start, count, filled) for x in self.stored)
+        chunk = Chunk(z, y, ids, own, shares[0], shares[1], settings)
         terms = settings.new_zeros(2)
         for some in range(0, filled, self.rows):
-            of_tokens = (z, y, ids, own, *shares)
-            rows = [None if x is None else x[some : some + self.rows] for x in of_tokens]
-            terms += body(*rows, settings)
+            terms += body(chunk.rows(some, some + self.rows))
         if "h" in self.needs:
             torch.mm(z[:count], self.w, out=self.dh[start : start + count])
         if "w" in self.needs:
             # A token without share has no gradient, whatever its hidden state holds.
-            live = ((shares[0] != 0) | (shares[1] != 0))[:, None]
-            self._add_weight(z, torch.where(live, hidden, 0))
+            self._add_weight(z, torch.where(chunk.live, hidden, 0))
         if "b" in self.needs:
             self.db += z.sum(0, dtype=self.db.dtype)
         return terms
@@ -208,50 +224,50 @@ def chunk_tokens_for(columns: int, itemsize: int, device: torch.device) -> int:
 
     160 at least: every chunk reads both weights, and reads and writes the weight's gradient.
     """
-    rows, budget = rows_on(device), BUDGET[device.type != "cpu"]
+    budget, rows = sizes_on(device)
     return max(160, budget // (columns * itemsize) // rows * rows)
 
 
-def rows_on(device: torch.device) -> int:
-    """How many tokens the body of a chunk takes at a time."""
-    return ROWS[device.type != "cpu"]
-
-
 def size_of_chunks(chunk: int, h: Tensor) -> int:
-    """How many tokens to take at a time, ``chunk`` at most, and chunks of about one size."""
-    tokens, rows = max(1, h.shape[0]), rows_on(h.device)
+    """``chunk``, or less to make chunks of about one size, rounded up to what the body takes."""
+    tokens, rows = max(1, h.shape[0]), sizes_on(h.device).rows
     tokens = -(-tokens // -(-tokens // chunk))
     return -(-tokens // rows) * rows
 
 
-def fake(h: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Shapes of what the operator returns."""
+def _fake(h: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     settings, needs = rest[8], rest[11]
     shapes = (("h", h.shape), ("w", w.shape), ("b", w.shape[:1]))
     gradients = [h.new_empty(shape if name in needs else (0,)) for name, shape in shapes]
     return settings.new_empty(()), settings.new_empty(2), *gradients
 
 
-def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep the gradients."""
-    ctx.needs, ctx.others = inputs[13], len(inputs) - 3
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.needs = inputs[13]
     ctx.save_for_backward(*output[2:])
     ctx.set_materialize_grads(False)
 
 
-def scale(ctx: Any, of_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _scale(ctx: Any, of_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     """The gradients are there already: the backward only scales them."""
     require_first_order()
     grads: list[Tensor | None] = [None, None, None]
     if of_total is not None:
         for i, (name, saved) in enumerate(zip("hwb", ctx.saved_tensors, strict=True)):
             grads[i] = scaled(saved, of_total) if name in ctx.needs else None
-    return (*grads, *[None] * ctx.others)
+    return (*grads, *[None] * 15)
 
 
 def scaled(gradient: Tensor, by: Tensor) -> Tensor:
     """The product, in float32 at least: the factor need not fit in half precision."""
     return (wide(gradient) * by).to(gradient.dtype)
+
+
+def gradients_wanted(h: Tensor, w: Tensor, bias: Tensor | None) -> str:
+    """Which gradients to form: of the hidden state, the weight and the bias, a letter each."""
+    given = (("h", h), ("w", w), ("b", bias))
+    grad = torch.is_grad_enabled()
+    return "".join(n for n, x in given if grad and x is not None and x.requires_grad)
 
 
 def require_first_order() -> None:
@@ -264,5 +280,5 @@ def require_first_order() -> None:
         )
 
 
-vocab_operator.register_fake(fake)
-vocab_operator.register_autograd(scale, setup_context=save)
+vocab_operator.register_fake(_fake)
+vocab_operator.register_autograd(_scale, setup_context=_save)

@@ -16,10 +16,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxdistill.losses.chunk import Shape, mixed_slope, mixed_sums, through_head
+from fxdistill.losses.chunk import (
+    Chunk,
+    Shape,
+    mixed_slope,
+    mixed_sums,
+    shared,
+    through_head,
+    write_gradient,
+)
 
 LOWEST = -1e30  # instead of -inf, of which the difference to itself is no number
-STATISTICS = 8
 
 
 @dataclass(frozen=True)
@@ -30,48 +37,20 @@ class Place:
     size: int
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A chunk as its logits arrive; see ``chunk.chunk_terms``."""
-
-    student: Tensor
-    teacher: Tensor | None
-    labels: Tensor | None
-    logit_share: Tensor
-    label_share: Tensor
-    settings: Tensor
-
-    def rows(self, start: int, stop: int) -> "Chunk":
-        """Some of its tokens."""
-        some = slice(start, stop)
-        return Chunk(
-            self.student[some],
-            None if self.teacher is None else self.teacher[some],
-            None if self.labels is None else self.labels[some],
-            self.logit_share[some],
-            self.label_share[some],
-            self.settings,
-        )
-
-
 def _columns(x: Tensor, place: Place) -> Tensor:
     return torch.arange(x.shape[-1], device=x.device) + place.offset
 
 
-def _live(c: Chunk) -> Tensor:
-    return ((c.logit_share != 0) | (c.label_share != 0))[:, None]
-
-
-def _student(c: Chunk, shape: Shape, place: Place) -> tuple[Tensor, Tensor | None]:
+def _student(c: Chunk, shape: Shape) -> tuple[Tensor, Tensor | None]:
     z, slope = through_head(c.student, shape.scales[0], shape.softcaps[0])
-    return torch.where(_live(c), z, 0.0), slope
+    return torch.where(c.live, z, 0.0), slope
 
 
 def _compared(c: Chunk, z: Tensor, shape: Shape, place: Place) -> tuple[Tensor, Tensor]:
     """Both logits at τ, -inf where columns are not compared."""
     assert c.teacher is not None
     y, _ = through_head(c.teacher, shape.scales[1], shape.softcaps[1])
-    y = torch.where(_live(c), y, 0.0)
+    y = torch.where(c.live, y, 0.0)
     inside = _columns(z, place) < shape.columns
     tau = c.settings[2]
     return torch.where(inside, z / tau, -torch.inf), torch.where(inside, y / tau, -torch.inf)
@@ -84,7 +63,7 @@ def _partial_lse(x: Tensor) -> list[Tensor]:
 
 def statistics(c: Chunk, shape: Shape, place: Place) -> Tensor:
     """``[c, 8]``: maximum and sum for s, t and z; the label's logit; the sum of z."""
-    z, _ = _student(c, shape, place)
+    z, _ = _student(c, shape)
     exists = _columns(z, place) < place.size
     nothing = torch.zeros_like(c.logit_share)
     found = [nothing] * 4
@@ -110,7 +89,7 @@ def merged(gathered: Tensor) -> Tensor:
 
 def sums(c: Chunk, whole: Tensor, shape: Shape, place: Place) -> Tensor:
     """``[c, 1 + n]``: the mix of n divergences on these columns, and what each slope needs."""
-    z, _ = _student(c, shape, place)
+    z, _ = _student(c, shape)
     s, t = _compared(c, z, shape, place)
     log_q, log_p = s - whole[:, 0:1], t - whole[:, 1:2]
     return torch.stack(mixed_sums(log_q, log_p, shape.divergences), -1)
@@ -119,9 +98,9 @@ def sums(c: Chunk, whole: Tensor, shape: Shape, place: Place) -> Tensor:
 def write_slopes(
     c: Chunk, whole: Tensor, inner: Tensor | None, shape: Shape, place: Place
 ) -> Tensor:
-    """Overwrite the student's logits by the total's gradient; returns nothing of interest."""
+    """Overwrite the student's logits by the total's gradient; returns an empty tensor."""
     logit_weight, label_weight, tau = c.settings.unbind()
-    z, slope = _student(c, shape, place)
+    z, slope = _student(c, shape)
     gradient = torch.zeros_like(z)
     if inner is not None:
         s, t = _compared(c, z, shape, place)
@@ -137,20 +116,22 @@ def write_slopes(
         by_z = by_z - torch.where(hit, 1 - epsilon, 0.0) - epsilon / place.size
         by_z = torch.where(exists, by_z, 0.0)
         gradient = gradient + (label_weight * c.label_share)[:, None] * by_z
-    c.student.copy_(gradient if slope is None else torch.where(_live(c), gradient * slope, 0.0))
-    return c.settings.new_zeros(())
+    write_gradient(c, gradient, slope)
+    return c.settings.new_empty(0)
 
 
 def terms(c: Chunk, whole: Tensor, inner: Tensor | None, shape: Shape, place: Place) -> Tensor:
     """Both terms of the chunk, ``[2]``: alike on every rank."""
     found = [c.settings.new_zeros(()), c.settings.new_zeros(())]
     if inner is not None:
-        value = torch.where(c.logit_share != 0, c.logit_share * inner[:, 0], 0.0)
-        found[0] = c.settings[2].square() * value.sum()
+        found[0] = c.settings[2].square() * shared(inner[:, 0], c.logit_share)
     if c.labels is not None and shape.labelled:
         lse, picked, total = whole[:, 2:].unbind(-1)
         epsilon = shape.label_smoothing
-        value = lse - (1 - epsilon) * picked - epsilon * total / place.size
-        value = c.label_share * (value + shape.z_loss * lse.square())
-        found[1] = torch.where(c.label_share != 0, value, 0.0).sum()
+        value = lse - (1 - epsilon) * picked
+        if epsilon:  # not 0 times a sum that a column at -inf makes -inf
+            value = value - epsilon * total / place.size
+        if shape.z_loss:
+            value = value + shape.z_loss * lse.square()
+        found[1] = shared(value, c.label_share)
     return torch.stack(found)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxdistill.errors import OptionError, ShapeError, VocabularyError
 from fxdistill.losses.chunk import Shape
-from fxdistill.losses.chunked import chunk_tokens_for, vocab_operator
+from fxdistill.losses.chunked import chunk_tokens_for, gradients_wanted, vocab_operator
 from fxdistill.losses.labels import IGNORE
 from fxdistill.losses.mix import DivergenceLike, divergences
 from fxdistill.losses.reduce import is_placed
@@ -158,16 +158,15 @@ def _sharded(
     compile: bool,
 ) -> VocabLoss:
     # What imports torch.distributed is imported where it is used.
-    from fxdistill.parallel.vocab import Side, local_part, sharded_vocab_loss, whole
+    from fxdistill.parallel.vocab import Losses, Side, local_part, sharded_vocab_loss, whole
 
     like = local_part(student[0].detach()).new_empty(student[0].shape[:-1].numel(), 0)
     labels, weights = (None if x is None else whole(x) for x in (labels, weights))
     logit_share, label_share, flat = _shares(like, labels, weights, num_items)
     settings = _settings(numbers, like)
+    losses = Losses(flat, (logit_share, label_share), settings, shape, chunk_tokens, compile)
     sides = Side(*student), None if teacher is None else Side(*teacher)
-    total, terms = sharded_vocab_loss(
-        *sides, flat, (logit_share, label_share), settings, shape, chunk_tokens, compile, _wanted
-    )
+    total, terms = sharded_vocab_loss(*sides, losses)
     return VocabLoss(total, terms[0].detach(), terms[1].detach())
 
 
@@ -269,9 +268,10 @@ def _run(
     h = student[0]
     logit_share, label_share, flat = _shares(h, labels, weights, num_items)
     settings = _settings(numbers, h)
-    shares = (logit_share, label_share)
     total, terms, *_ = vocab_operator(
-        *student, *teacher, flat, *shares, settings, shape.text, chunk, _wanted(*student), compile
+        *(*student, *teacher),
+        *(flat, logit_share, label_share, settings),
+        *(shape.text, chunk, gradients_wanted(*student), compile),
     )
     return VocabLoss(total, terms[0].detach(), terms[1].detach())
 
@@ -280,13 +280,6 @@ def _settings(numbers: tuple[float | Tensor, ...], h: Tensor) -> Tensor:
     """The weights of both terms and τ, on the device and in the precision of the loss."""
     kind = torch.float64 if h.dtype == torch.float64 else torch.float32
     return torch.stack([_number(value, h.device, kind) for value in numbers])
-
-
-def _wanted(h: Tensor, w: Tensor, bias: Tensor | None) -> str:
-    """Which gradients to form: of the hidden state, the weight and the bias, a letter each."""
-    given = (("h", h), ("w", w), ("b", bias))
-    grad = torch.is_grad_enabled()
-    return "".join(n for n, x in given if grad and x is not None and x.requires_grad)
 
 
 def _shares(

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
-from fxdistill.errors import ShapeError, VocabularyError
-from fxdistill.losses.chunk import Divergence, Shape
+from fxdistill.errors import OptionError, ShapeError, VocabularyError
+from fxdistill.losses.chunk import Chunk, Divergence, Shape
 from fxdistill.losses.chunked import require_first_order, require_indices, scaled
+from fxdistill.losses.labels import IGNORE
 from fxdistill.losses.shard import Place
-from fxdistill.parallel.vocab import Body, group_of, placed
-
-IGNORE = -100
+from fxdistill.parallel.body import ShardedBody
+from fxdistill.parallel.vocab import columns_of, placed
 
 
 @torch.library.custom_op("fxdistill::sharded_logit_loss", mutates_args=())
@@ -46,21 +46,27 @@ def logit_operator(
     ``shape`` has one, and τ.
     """
     require_indices("label", labels, size)
-    gradient = student.float() if student.dtype != torch.float64 else student
-    gradient = gradient.clone() if gradient is student else gradient
-    body = Body(Shape.read(shape), Place(offset, size), group_of(group), False, wanted)
+    gradient = student.to(_kept(student), copy=True)
+    body = ShardedBody(Shape.read(shape), Place(offset, size), group, wanted, False)
     with torch.no_grad():
-        found = body(gradient, teacher, None, labels, share, share, settings)
-    return found.sum(), gradient.to(student.dtype) if wanted else student.new_empty(0)
+        total = body(Chunk(gradient, teacher, None, labels, share, share, settings)).sum()
+    return total, gradient if wanted else gradient.new_empty(0)
+
+
+def _kept(logits: Tensor) -> torch.dtype:
+    """The gradient's type until the loss scale is applied, which float16 needs."""
+    return torch.float32 if logits.dtype == torch.float16 else logits.dtype
 
 
 @logit_operator.register_fake
 def _(student: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     settings, wanted = rest[3], rest[5]
-    return settings.new_empty(()), torch.empty_like(student) if wanted else student.new_empty(0)
+    gradient = torch.empty_like(student, dtype=_kept(student))
+    return settings.new_empty(()), gradient if wanted else gradient.new_empty(0)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(output[1])
     ctx.set_materialize_grads(False)
 
@@ -68,7 +74,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _scale(ctx: Any, of_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     require_first_order()
     (saved,) = ctx.saved_tensors
-    gradient = None if of_total is None else scaled(saved, of_total)
+    gradient = None if of_total is None else scaled(saved, of_total).to(ctx.dtype)
     return (gradient, *[None] * 9)
 
 
@@ -90,13 +96,14 @@ def divergence(
             f"{list(teacher.shape)}: sharded ones must be alike. Pad the smaller vocabulary."
         )
     where = _whole_sums(student)
-    z, t = where.to_local(), placed(teacher.detach(), where.device_mesh, where.placements)
+    z, t = where.to_local(), placed(teacher, where.device_mesh, where.placements)
     share = _share(where, weights)
     if (axis := _vocabulary_axis(where)) is None:
         mean = plain(z, t.to_local(), temperature=temperature, weights=share)
         return _summed(where, mean * share.sum())
     shape = Shape((kind,), student.shape[-1])
-    tau = torch.as_tensor(temperature, dtype=share.dtype, device=share.device).detach()
+    _require_constants(teacher, temperature)
+    tau = torch.as_tensor(temperature, dtype=share.dtype, device=share.device)
     one = torch.ones_like(tau)
     settings = torch.stack([one, one, tau.reshape(())])
     return _on_columns(where, axis, z, t.to_local(), None, share, settings, shape)
@@ -135,9 +142,9 @@ def _on_columns(
     settings: Tensor,
     shape: Shape,
 ) -> Tensor:
+    _require_constants(share)
     mesh, size = where.device_mesh, where.shape[-1]
-    each = -(-size // mesh.size(axis))
-    offset = min(size, each * mesh.get_local_rank(axis))
+    offset, _ = columns_of(mesh, axis, size)
     flat = [None if x is None else x.flatten(0, -2) for x in (z, teacher)]
     if not z.shape[-1]:  # a rank without columns has one that does not exist
         flat = [None if x is None else x.new_zeros(x.shape[0], 1) + x.sum() for x in flat]
@@ -156,6 +163,16 @@ def _on_columns(
         size,
     )
     return _summed(where, total)
+
+
+def _require_constants(*values: Any) -> None:
+    """The gradient that is formed is by the student's logits: say so to who expects another."""
+    for value in values:
+        if torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:
+            raise OptionError(
+                "on a sharded vocabulary a teacher, a temperature or weights that learn get no "
+                "gradient from losses of logits: detach() them, or replicate the logits"
+            )
 
 
 def _whole_sums(x: DTensor) -> DTensor:

@@ -7,45 +7,19 @@ Two ways, by what moves fewer bytes:
   parallel), hidden states are gathered, and the student's gradient is scattered.
 - Where tokens are sharded and many: every rank keeps its tokens and gathers both weights once; the
   gradient of the student's is scattered.
-
-Private to torch and used here only: ``_resolve_process_group``, which finds a group by its name (an
-operator takes no group). If it moves, the sharded loss fails in the first call.
 """
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from fxdistill.errors import ShapeError, VocabularyError
 from fxdistill.losses.chunk import Shape
-from fxdistill.losses.chunked import (
-    Loop,
-    chunk_tokens_for,
-    fake,
-    require_indices,
-    rows_on,
-    save,
-    scale,
-    size_of_chunks,
-    vocab_operator,
-)
-from fxdistill.losses.shard import (
-    Chunk,
-    Place,
-    merged,
-    statistics,
-    sums,
-    terms,
-    write_slopes,
-)
-from fxdistill.nodes import own_code
+from fxdistill.losses.chunked import chunk_tokens_for, gradients_wanted, vocab_operator
 
 
 class Layout(NamedTuple):
@@ -69,121 +43,6 @@ class Layout(NamedTuple):
         return f"vocabulary on {ranks} ranks: a token's statistics are gathered, never its logits"
 
 
-# ---------------------------------------------------------------------- the operator
-
-
-@functools.cache
-def _part(fn: Callable[..., Tensor], shape: Shape, place: Place, compiled: bool) -> Any:
-    """One of the three parts of a chunk."""
-
-    def part(
-        student: Tensor,
-        teacher: Tensor | None,
-        labels: Tensor | None,
-        logit_share: Tensor,
-        label_share: Tensor,
-        settings: Tensor,
-        extra: tuple[Tensor | None, ...],
-    ) -> Tensor:
-        chunk = Chunk(student, teacher, labels, logit_share, label_share, settings)
-        return fn(chunk, *extra, shape, place)
-
-    return torch.compile(own_code(part), fullgraph=True, dynamic=False) if compiled else part
-
-
-class Body:
-    """In place of ``chunk.chunk_terms``: the parts, and what crosses ranks between them."""
-
-    def __init__(
-        self, shape: Shape, place: Place, group: dist.ProcessGroup, compiled: bool, slopes: bool
-    ) -> None:
-        self.shape, self.place, self.group = shape, place, group
-        self.compiled, self.slopes = compiled, slopes
-
-    def __call__(
-        self,
-        student: Tensor,
-        teacher: Tensor | None,
-        ids: Tensor | None,
-        labels: Tensor | None,
-        logit_share: Tensor,
-        label_share: Tensor,
-        settings: Tensor,
-    ) -> Tensor:
-        """The terms of a chunk, alike on every rank; the student's logits are overwritten."""
-        chunk = Chunk(student, teacher, labels, logit_share, label_share, settings)
-        own = self._rows(statistics, chunk)
-        gathered = own.new_empty(self.group.size(), *own.shape)
-        dist.all_gather_into_tensor(gathered.flatten(0, 1), own, group=self.group)
-        whole = merged(gathered)
-        inner = None
-        if teacher is not None and self.shape.divergences:
-            inner = self._rows(sums, chunk, whole)
-            dist.all_reduce(inner, group=self.group)
-        if self.slopes:
-            self._rows(write_slopes, chunk, whole, inner)
-        return terms(chunk, whole, inner, self.shape, self.place)
-
-    def _rows(self, fn: Callable[..., Tensor], chunk: Chunk, *extra: Tensor | None) -> Tensor:
-        """``fn`` of the chunk, a few tokens at a time (see ``losses.chunked``)."""
-        part = _part(fn, self.shape, self.place, self.compiled)
-        count = chunk.student.shape[0]
-        size = rows_on(chunk.student.device)
-        found = []
-        for i in range(0, count, size):
-            c = chunk.rows(i, i + size)
-            some = tuple(None if x is None else x[i : i + size] for x in extra)
-            tokens = (c.student, c.teacher, c.labels, c.logit_share, c.label_share)
-            found.append(part(*tokens, c.settings, some))
-        return torch.cat(found) if found[0].ndim else found[0]
-
-
-def group_of(name: str) -> dist.ProcessGroup:
-    """The process group of that name."""
-    group: dist.ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
-    return group
-
-
-@torch.library.custom_op("fxdistill::sharded_vocab_loss", mutates_args=())
-def sharded_operator(
-    h: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    t: Tensor | None,
-    t_weight: Tensor | None,
-    t_bias: Tensor | None,
-    ids: Tensor | None,
-    labels: Tensor | None,
-    logit_share: Tensor,
-    label_share: Tensor,
-    settings: Tensor,
-    shape: str,
-    chunk: int,
-    needs: str,
-    compiled: bool,
-    group: str,
-    offset: int,
-    size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``losses.chunked.vocab_operator`` on the columns from ``offset`` on, of ``size`` in all.
-
-    Weights and biases are this rank's rows, everything else is alike on all ranks of the group. The
-    gradient by ``h`` is what these columns contribute.
-    """
-    require_indices("label", labels, size)
-    rows = size_of_chunks(chunk, h)
-    loop = Loop(h, w, bias, t, t_weight, t_bias, ids, needs, rows, rows)
-    body = Body(Shape.read(shape), Place(offset, size), group_of(group), compiled, bool(needs))
-    return loop.run(body, labels, logit_share, label_share, settings)
-
-
-sharded_operator.register_fake(fake)
-sharded_operator.register_autograd(scale, setup_context=save)
-
-
-# ---------------------------------------------------------------------- DTensors in, tensors out
-
-
 class Side(NamedTuple):
     """Hidden state, weight and bias of one tower."""
 
@@ -196,6 +55,8 @@ def layout_of(student: Side, teacher: Side | None) -> Layout:
     """How the heads are sharded, and the cheaper way; ShapeError where there is none."""
     sides = [side for side in (student, teacher) if side is not None]
     weights = [side.weight for side in sides if isinstance(side.weight, DTensor)]
+    if not weights:
+        raise ShapeError("a hidden state is a DTensor, and the weights of the heads are not")
     mesh = weights[0].device_mesh
     axes = {
         axis
@@ -246,43 +107,50 @@ def _gathers_weights(student: Side, teacher: Side | None, axis: int) -> bool:
     return of_weights < of_tokens
 
 
-def sharded_vocab_loss(
-    student: Side,
-    teacher: Side | None,
-    labels: Tensor | None,
-    shares: tuple[Tensor, Tensor],
-    settings: Tensor,
-    shape: Shape,
-    chunk: int | None,
-    compiled: bool,
-    needs: Callable[[Tensor, Tensor, Tensor | None], str],
-) -> tuple[Tensor, Tensor]:
-    """Total and terms, alike on every rank; each rank's backward forms the gradient of its shards.
+class Losses(NamedTuple):
+    """What is asked of the heads; ``labels`` and ``shares`` are ``[tokens]``, whole everywhere."""
 
-    ``labels`` and ``shares`` are ``[tokens]``, whole on every rank.
-    """
+    labels: Tensor | None
+    shares: tuple[Tensor, Tensor]
+    settings: Tensor
+    shape: Shape
+    chunk: int | None
+    compiled: bool
+
+
+def sharded_vocab_loss(
+    student: Side, teacher: Side | None, losses: Losses
+) -> tuple[Tensor, Tensor]:
+    """Total and terms, alike on every rank; a rank's backward forms the gradient of its shards."""
     layout = layout_of(student, teacher)
-    columns = [side.weight.shape[0] for side in (student, teacher) if side is not None]
-    like = student.hidden.element_size(), student.hidden.device
-    if layout.gathers_weights:
-        chunk = chunk or chunk_tokens_for(sum(columns), *like)
-        return _on_tokens(
-            layout, student, teacher, labels, shares, settings, shape, chunk, compiled, needs
-        )
-    ranks, rank = layout.mesh.size(layout.axis), layout.mesh.get_local_rank(layout.axis)
-    each = -(-columns[0] // ranks)
-    rows = [min(each, max(0, size - rank * each)) for size in columns]
-    local = max(1, *rows)
-    chunk = chunk or chunk_tokens_for(len(columns) * local, *like)
-    h, w, bias = _local(student, layout, local)
-    t, t_weight, t_bias = (None,) * 3 if teacher is None else _local(teacher, layout, local)
-    group = layout.mesh.get_group(layout.axis).group_name
-    place = (min(rank * each, columns[0]), columns[0])
-    head = (h, w, bias, t, t_weight, t_bias, None, labels, *shares, settings)
-    total, of_terms, *_ = sharded_operator(
-        *head, shape.text, chunk, needs(h, w, bias), compiled, group, *place
+    form = _on_tokens if layout.gathers_weights else _on_columns
+    return form(layout, student, teacher, losses)
+
+
+def _on_columns(
+    layout: Layout, student: Side, teacher: Side | None, losses: Losses
+) -> tuple[Tensor, Tensor]:
+    """Every rank its columns, with all tokens."""
+    mesh, axis = layout.mesh, layout.axis
+    sizes = [side.weight.shape[0] for side in (student, teacher) if side is not None]
+    first, each = columns_of(mesh, axis, sizes[0])
+    rows = max(1, *(min(each, max(0, size - first)) for size in sizes))
+    h, w, bias = _local(student, layout, rows)
+    t, t_weight, t_bias = (None,) * 3 if teacher is None else _local(teacher, layout, rows)
+    chunk = losses.chunk or chunk_tokens_for(len(sizes) * rows, h.element_size(), h.device)
+    total, of_terms, *_ = vocab_operator(
+        *(h, w, bias, t, t_weight, t_bias, None),
+        *(losses.labels, *losses.shares, losses.settings),
+        *(losses.shape.text, chunk, gradients_wanted(h, w, bias), losses.compiled),
+        *(mesh.get_group(axis).group_name, first, sizes[0]),
     )
     return total, of_terms
+
+
+def columns_of(mesh: DeviceMesh, axis: int, size: int) -> tuple[int, int]:
+    """The first of this rank's columns, and how many a rank has at most: as ``Shard`` cuts."""
+    each = -(-size // mesh.size(axis))
+    return min(size, each * mesh.get_local_rank(axis)), each
 
 
 def whole(x: Tensor) -> Tensor:
@@ -322,16 +190,7 @@ def _filled(x: Tensor, rows: int) -> Tensor:
 
 
 def _on_tokens(
-    layout: Layout,
-    student: Side,
-    teacher: Side | None,
-    labels: Tensor | None,
-    shares: tuple[Tensor, Tensor],
-    settings: Tensor,
-    shape: Shape,
-    chunk: int,
-    compiled: bool,
-    needs: Callable[[Tensor, Tensor, Tensor | None], str],
+    layout: Layout, student: Side, teacher: Side | None, losses: Losses
 ) -> tuple[Tensor, Tensor]:
     """Every rank its tokens, with both weights gathered; the total is summed over ranks."""
     mesh, axis = layout.mesh, layout.axis
@@ -356,11 +215,13 @@ def _on_tokens(
 
     h, w, bias = local(student)
     t, t_weight, t_bias = (None,) * 3 if teacher is None else local(teacher)
-    of_tokens = (taken(labels), *map(taken, shares))
+    columns = w.shape[0] + (0 if t_weight is None else t_weight.shape[0])
+    chunk = losses.chunk or chunk_tokens_for(columns, h.element_size(), h.device)
     total, of_terms, *_ = vocab_operator(
-        h, w, bias, t, t_weight, t_bias, None, *of_tokens, settings, shape.text, chunk,
-        needs(h, w, bias), compiled,
-    )  # fmt: skip
+        *(h, w, bias, t, t_weight, t_bias, None),
+        *(taken(losses.labels), *map(taken, losses.shares), losses.settings),
+        *(losses.shape.text, chunk, gradients_wanted(h, w, bias), losses.compiled),
+    )
     total, of_terms = (
         DTensor.from_local(x, mesh, contribution, run_check=False)
         .redistribute(mesh, everywhere)

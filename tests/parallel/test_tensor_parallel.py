@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import fxdistill
 from fxdistill import errors
-from fxdistill.losses import cross_entropy, jsd
+from fxdistill.losses import cross_entropy, forward_kl, jsd
 from parallel.models import LM, parallel
 from parallel.processes import run
 
@@ -125,3 +125,39 @@ def local_logits(rank: int) -> None:
 @pytest.mark.slow
 def test_one_ranks_columns_are_not_taken_for_the_vocabulary() -> None:
     run(2, local_logits)
+
+
+def other_roles(rank: int) -> None:
+    """Losses of sharded logits called by themselves: a teacher that learns, and float16."""
+    mesh = init_device_mesh("cpu", (2,))
+    g = torch.Generator().manual_seed(0)
+    s, t = (torch.randn(2, 5, 16, generator=g) for _ in range(2))
+    weights = torch.rand(2, 5, generator=g)
+    for placement in (Shard(2), Shard(1), Shard(0), Replicate()):
+        a, b = (distribute_tensor(x, mesh, [placement]).requires_grad_() for x in (s, t))
+        p, q = s.clone().requires_grad_(), t.clone().requires_grad_()
+        forward_kl(p, q, weights=weights).backward()
+        if placement.is_shard(2):
+            with pytest.raises(errors.OptionError, match="learn"):
+                forward_kl(a, b, weights=weights)
+            forward_kl(a, b.detach(), weights=weights).backward()
+        else:
+            forward_kl(a, b, weights=weights).backward()
+            torch.testing.assert_close(b.grad.full_tensor(), q.grad)
+        torch.testing.assert_close(a.grad.full_tensor(), p.grad)
+    # Tokens whose gradient float16 loses, unless a loss scale (which it does not hold) comes first.
+    weights = torch.ones(2, 5)
+    weights[0, 0] = 1e7
+    half = distribute_tensor(s.half(), mesh, [Shard(2)]).requires_grad_()
+    plain = s.half().requires_grad_()
+    for logits in (half, plain):
+        teacher = t.half() if logits is plain else distribute_tensor(t.half(), mesh, [Shard(2)])
+        (forward_kl(logits, teacher, weights=weights) * 2.0**17).backward()
+    found, wanted = half.grad.full_tensor()[1], plain.grad[1]
+    assert (wanted != 0).all()
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_losses_of_sharded_logits() -> None:
+    run(2, other_roles)

@@ -66,6 +66,10 @@ def sharded(x: dict[str, Tensor], mesh: Any, tokens: Any, vocabulary: Any) -> di
     return placed
 
 
+def alone(x: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: w.clone().requires_grad_() if k in LEARNT else w for k, w in x.items()}
+
+
 def measured(x: dict[str, Tensor], options: dict[str, Any]) -> list[Tensor]:
     given = {k: v for k, v in x.items() if k in LEARNT}
     out = vocab_loss(**x, compile=False, **options)
@@ -78,8 +82,7 @@ def compare(case: str, v: int, v_t: int, mesh: Any, tokens: Any, vocabulary: Any
     x = operands(v, v_t)
     options = CASES[case]
     found = measured(sharded(x, mesh, tokens, vocabulary), options)
-    alone = {k: w.requires_grad_() if k in LEARNT else w for k, w in x.items()}
-    wanted = measured(alone, options)
+    wanted = measured(alone(x), options)
     for a, b in zip(found, wanted, strict=True):
         bound = 1e-5 * b.norm() + 1e-6 * b.abs().max()
         assert (a - b).norm() <= bound, (case, v, v_t, tokens, float((a - b).norm()), bound)
@@ -212,6 +215,43 @@ def test_compiled_forms() -> None:
     run(2, compiled)
 
 
+def ruled_out(rank: int) -> None:
+    """A column at -inf on one rank, with and without a sum over columns."""
+    mesh = init_device_mesh("cpu", (2,))
+    for options in ({}, {"label_weight": 1.0}, {"divergence": "reverse_kl", "label_weight": 1.0}):
+        x = operands(32, 32)
+        for side in ("student", "teacher"):
+            x[f"{side}_bias"][3] = -torch.inf
+        x["labels"][x["labels"] == 3] = 4
+        found = measured(sharded(x, mesh, Replicate(), Shard(0)), options)
+        wanted = measured(alone(x), options)
+        for a, b in zip(found, wanted, strict=True):
+            assert b.isfinite().all()
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_columns_that_are_ruled_out() -> None:
+    run(2, ruled_out)
+
+
+def one_side(rank: int) -> None:
+    """One tower is sharded, the other is whole on every rank."""
+    mesh = init_device_mesh("cpu", (2,))
+    x = alone(operands(31, 31))
+    wanted = measured(x, {})
+    placed = sharded(operands(31, 31), mesh, Replicate(), Shard(0))
+    for whole in ("student", "teacher"):
+        mixed = {k: w if k.startswith(whole) else placed[k] for k, w in x.items()}
+        for a, b in zip(measured(mixed, {}), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_one_side_is_whole() -> None:
+    run(2, one_side)
+
+
 def rejected(rank: int) -> None:
     mesh = init_device_mesh("cpu", (2,))
     x = {k: v for k, v in operands(32, 32).items() if not k.endswith("bias")}
@@ -221,6 +261,9 @@ def rejected(rank: int) -> None:
         vocab_loss(**sharded(x, mesh, Shard(2), Shard(0)), compile=False)
     with pytest.raises(errors.VocabularyError, match="pad the smaller one"):
         vocab_loss(**sharded(operands(32, 28), mesh, Replicate(), Shard(0)), compile=False)
+    plain = {**x, "student_hidden": distribute_tensor(x["student_hidden"], mesh, [Replicate()])}
+    with pytest.raises(errors.ShapeError, match="weights of the heads are not"):
+        vocab_loss(**plain, compile=False)
     out_of_range = {**x, "labels": x["labels"] + 32}
     with pytest.raises(RuntimeError, match="outside of the student's vocabulary"):
         vocab_loss(**sharded(out_of_range, mesh, Replicate(), Shard(0)), compile=False)
