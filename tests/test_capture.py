@@ -43,6 +43,7 @@ def step(distiller, batch=3, length=7, **kwargs):
     distiller(ids, labels=ids, **kwargs).loss.backward()
 
 
+@pytest.mark.slow
 def test_six_shapes_that_vary_together_make_two_graphs(counted):
     distiller, graphs = counted
     for shape in [(3, 10), (4, 12), (5, 9), (2, 20), (7, 16), (6, 8)]:
@@ -50,6 +51,7 @@ def test_six_shapes_that_vary_together_make_two_graphs(counted):
     assert len(graphs) <= 2
 
 
+@pytest.mark.slow
 def test_shapes_that_vary_one_after_the_other_make_three_and_size_one_a_fourth(counted):
     distiller, graphs = counted
     for shape in [(3, 10), (4, 10), (4, 12), (5, 9), (5, 8), (2, 8)]:

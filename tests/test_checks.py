@@ -343,6 +343,7 @@ def test_a_frozen_pair_is_told_in_wrap_where_there_are_examples():
         fxdistill.wrap(student, teacher, mapping, example_inputs={"input_ids": ids()}, compile=AOT)
 
 
+@pytest.mark.slow
 @MODES
 def test_inputs_by_name_however_they_are_passed(mode):
     build = ARCHITECTURES["GPT2LMHeadModel"].build  # its blocks pass hidden states by position
@@ -406,6 +407,7 @@ def test_paths_options_and_patterns_are_told_together():
     }
 
 
+@pytest.mark.slow
 def test_widths_that_cannot_be_had_are_told_with_the_shapes():
     student, teacher = llamas()
     student.spare = nn.Linear(2, 2)

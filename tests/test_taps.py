@@ -119,6 +119,7 @@ def test_a_module_that_does_not_run(mode):
         fxdistill.wrap(student, teacher, mapping, compile=mode)(tokens())
 
 
+@pytest.mark.slow
 def test_regional_taps_blocks_that_compile_by_themselves():
     student, teacher = toy_pair()
     mapping = {"blocks.0": "blocks.1", "blocks.1": "blocks.2"}
