@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxdistill.errors import LayoutError
 from fxdistill.layout import Group, Layout, Step, is_number, is_size, kept, parse, pooling_step
+from fxdistill.losses.reduce import is_placed
 from fxdistill.nodes import one_node
 
 
@@ -126,6 +127,11 @@ def arrange(
     at = None if weights is None else pooling_step(own)
     if weights is None or at is None:
         return _run(value, own, theirs)
+    if is_placed(value):
+        # What imports torch.distributed is imported where it is used.
+        from fxdistill.parallel.place import everywhere
+
+        weights = everywhere(weights, value)
     w = weights.reshape(*weights.shape, *(1,) * (value.ndim - 2)).expand_as(value).to(value.dtype)
     value, w = _run(value, own[:at], theirs), _run(w, own[:at], theirs)
     return _run(_pooled(value, w, *own[at], theirs), own[at + 1 :], theirs)
@@ -150,4 +156,5 @@ def arranged_shape(value: Tensor, own: Layout, other: Tensor, others: Layout) ->
     if not own:
         return tuple(value.shape)
     theirs = sizes(others, other.shape, {})
-    return tuple(_run(value.detach().to("meta"), own, theirs).shape)
+    like = torch.empty(value.shape, dtype=value.dtype, device="meta")
+    return tuple(_run(like, own, theirs).shape)

@@ -28,7 +28,7 @@ from fxdistill.passes import ExposeOutputs, FuseHead, PruneTeacher
 from fxdistill.pipeline import Dump, Observer
 from fxdistill.program import JointProgram, Pass, PassRecord, Program, output_values
 from fxdistill.split import split
-from fxdistill.taps import CHECKS, Tap, TapTable, begin, recording
+from fxdistill.taps import CHECKS, LOCAL, Tap, TapTable, begin, handed_on, recording
 
 Step = Callable[..., Any]
 RECOMPILE_LIMIT = 32
@@ -116,7 +116,16 @@ def _erase_checks(gm: fx.GraphModule) -> None:
         if isinstance(module, fx.GraphModule):
             for node in reversed(module.graph.nodes):
                 if node.op == "call_function" and node.target in CHECKS:
+                    if node.target is handed_on:
+                        _note_local(node)
                     module.graph.erase_node(node)
+
+
+def _note_local(marker: fx.Node) -> None:
+    """What a parallel style made local: ExposeOutputs takes the DTensor behind it."""
+    for value in marker.args:
+        if isinstance(value, fx.Node) and value.target == "to_local":
+            value.meta[LOCAL] = True
 
 
 def one_graph(step: Step, recipe: Recipe, dynamic: bool | None = None) -> Step:

@@ -17,11 +17,13 @@ from fxdistill.errors import (
     FrozenStudentError,
     FxDistillError,
     LayoutError,
+    MeshError,
     ProjectionError,
     ShapeError,
     raise_together,
 )
-from fxdistill.taps import TapTable, not_executed
+from fxdistill.losses.reduce import is_placed
+from fxdistill.taps import Tap, TapTable, not_executed
 from fxdistill.weights import weight_of
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ def verify(objective: "Objective", projections: nn.ModuleList, table: TapTable) 
             problems += missing
             continue
         student, teacher = (value for value in found if value is not None)
+        problems += _parts(table, "student", term.student, student)
+        problems += _parts(table, "teacher", term.teacher, teacher)
         problems += _kinds(term, student, teacher)
         problems += _shapes(term, student, teacher, projections)
         if torch.is_grad_enabled() and not student.requires_grad:
@@ -60,6 +64,29 @@ def verify(objective: "Objective", projections: nn.ModuleList, table: TapTable) 
             )
         )
     raise_together(problems)
+
+
+def _parts(table: TapTable, tower: str, tap: Tap, value: Tensor) -> list[FxDistillError]:
+    """A plain value that looks like one rank's part of the sequence: never compare those."""
+    if is_placed(value) or value.ndim < 3:
+        return []
+    ranks = table.ranks.get(tower, frozenset())
+    sharded = [
+        length
+        for batch, length in table.grids
+        for size in ranks
+        if value.shape[0] == batch and value.shape[1] == -(-length // size) != length
+    ]
+    if not sharded or tuple(value.shape[:2]) in table.grids:
+        return []
+    return [
+        MeshError(
+            f"{tower} {str(tap)!r} is a plain tensor {list(value.shape)}: this rank's part, as it "
+            f"seems, of a sequence of {sharded[0]}. Give the parallel styles around it "
+            "use_local_output=False, so that it says where it belongs, or match a module whose "
+            "style does."
+        )
+    ]
 
 
 def _nothing_learns(objective: "Objective", frozen: list["Term"]) -> bool:

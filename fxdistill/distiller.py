@@ -18,7 +18,7 @@ from fxdistill.capture import Recipe
 from fxdistill.checks import verify
 from fxdistill.deferred import deferring
 from fxdistill.errors import CaptureError, MatchWarning, OptionError, did_you_mean
-from fxdistill.head_module import head_of, head_path, sharded_vocabularies
+from fxdistill.head_module import head_of, head_path, mesh_sizes, sharded_vocabularies
 from fxdistill.hooks import hooked
 from fxdistill.lower import Lowering
 from fxdistill.matching import Matches
@@ -28,7 +28,7 @@ from fxdistill.program import JointProgram, Pass
 from fxdistill.report import summary
 from fxdistill.step import collect, run_towers, step, terms_of
 from fxdistill.taps import Tap, TapTable, recording
-from fxdistill.tokens import TOKEN_FIELDS
+from fxdistill.tokens import TOKEN_FIELDS, Batch
 
 Mode = Literal["one_graph", "regional", "eager"]
 
@@ -151,7 +151,7 @@ class Distiller(nn.Module):
         self, objective: Objective, call: Call, settings: Tensor
     ) -> tuple[Losses, Tensor | None]:
         mode = self.plan.mode
-        with self._taps(objective, capturing=mode == "one_graph") as table:
+        with self._taps(objective, call.batch, capturing=mode == "one_graph") as table:
             inputs = (self, objective, call.student, call.teacher)
             if mode == "one_graph":
                 return self._compiled("step", step)(table, *inputs, call.batch, settings)  # type: ignore[no-any-return]
@@ -199,7 +199,7 @@ class Distiller(nn.Module):
         self.program = program
 
     @contextlib.contextmanager
-    def _taps(self, objective: Objective, *, capturing: bool) -> Iterator[TapTable]:
+    def _taps(self, objective: Objective, batch: Batch, *, capturing: bool) -> Iterator[TapTable]:
         """Hooks on both towers and a table for what they see, for one call."""
         terms = objective.features
         table = TapTable(capturing=capturing)
@@ -207,6 +207,8 @@ class Distiller(nn.Module):
         table.frozen_teacher = self.plan.freeze_teacher
         models = {"student": self.student, "teacher": self.teacher}
         table.vocabularies = sharded_vocabularies(models, self._paths_of_heads())
+        table.ranks = {tower: mesh_sizes(model) for tower, model in models.items()}
+        table.grids = batch.grids
         with (
             recording(table),
             hooked(self.student, "student", [t.student for t in terms]),
@@ -330,7 +332,7 @@ class Distiller(nn.Module):
         objective = self.objective if labelled else self.objective.without_labels()
         settings = self._settings_on(guards.device_of(self.student))
         inputs = (self, objective, call.student, call.teacher, call.batch, settings)
-        with self._taps(objective, capturing=True) as table:
+        with self._taps(objective, call.batch, capturing=True) as table:
             program = capture.dry_run(step, self._recipe(), table, *inputs)
         self._announce()
         return program
@@ -343,7 +345,7 @@ class Distiller(nn.Module):
         call = self._sort(args, kwargs)
         self._guard(call)
         objective = dataclasses.replace(self.objective, logit_loss=None).without_labels()
-        with self._taps(objective, capturing=True) as table:
+        with self._taps(objective, call.batch, capturing=True) as table:
             capture.dry_values(run_towers, table, self, objective, call.student, call.teacher)
         return {
             key: torch.empty([int(size) for size in value.shape], device="meta")

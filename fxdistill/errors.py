@@ -87,6 +87,10 @@ class DeviceError(FxDistillError, ValueError):
     """The batch, the student and the teacher are not on one device."""
 
 
+class MeshError(FxDistillError, ValueError):
+    """Student, teacher and plan do not lie on one device mesh, or do not fit it."""
+
+
 class LogitsError(FxDistillError, ValueError):
     """A term needs logits, and the model returns none."""
 

@@ -63,6 +63,12 @@ def sharded_vocabularies(
     return found
 
 
+def mesh_sizes(model: nn.Module) -> frozenset[int]:
+    """The sizes of all mesh dimensions that parameters lie on."""
+    meshes = {p.device_mesh for p in model.parameters() if is_placed(p)}
+    return frozenset(size for mesh in meshes for size in mesh.shape)
+
+
 @functools.cache
 def _is_wrapper(bases: tuple[type, ...]) -> bool:
     wrappers = ("torch.distributed", "torch.nn.parallel", "deepspeed")

@@ -3,13 +3,14 @@
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from fxdistill.errors import TapError
-from fxdistill.taps import Tap, capturing, reject, tap
+from fxdistill.losses.reduce import is_placed
+from fxdistill.taps import Tap, capturing, handed_on, raw, reject, tap
 
 
 def pick(value: Any, port: str) -> Tensor | None:
@@ -82,6 +83,7 @@ def hooked(
     handles: list[Any] = []
     traced = capturing()
     try:
+        handles += _watch_styles(model)
         for path, port in dict.fromkeys((tap.path, tap.port) for tap in taps):
             module = model.get_submodule(path)
             if not traced:
@@ -98,6 +100,42 @@ def hooked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _watch_styles(model: nn.Module) -> list[Any]:
+    """Hooks around those of parallel styles, which may hand on this rank's part of a DTensor.
+
+    A style is a hook on a module; its DTensor is seen before it, and the part behind it.
+    """
+    if not any(is_placed(parameter) for parameter in model.parameters()):
+        return []
+    handles: list[Any] = []
+    for module in model.modules():
+        if module._forward_hooks:
+            handles.append(module.register_forward_hook(_see_output(raw), prepend=True))
+            handles.append(module.register_forward_hook(_see_output(handed_on)))
+        if module._forward_pre_hooks:
+            see = _see_inputs(raw), _see_inputs(handed_on)
+            handles += [
+                module.register_forward_pre_hook(see[0], with_kwargs=True, prepend=True),
+                module.register_forward_pre_hook(see[1], with_kwargs=True),
+            ]
+    return handles
+
+
+def _see_output(marker: Callable[..., None]) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        values = (output,) if isinstance(output, Tensor) else _elements(output)
+        marker(*[value for value in values if isinstance(value, Tensor)])
+
+    return hook
+
+
+def _see_inputs(marker: Callable[..., None]) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        marker(*[value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
+
+    return hook
 
 
 def compiles_itself(module: nn.Module) -> bool:

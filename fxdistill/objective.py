@@ -8,7 +8,7 @@ the very same lines.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from fxdistill.arrange import arrange
 from fxdistill.checks import shape_problem
 from fxdistill.errors import BatchError, LogitsError, ShapeError, TaskError, VocabularyError
 from fxdistill.layout import Layout
-from fxdistill.losses import Loss
+from fxdistill.losses import Loss, is_named
+from fxdistill.losses.reduce import is_placed
 from fxdistill.taps import Tap, check, tapped
 from fxdistill.tokens import (
     Batch,
@@ -120,8 +121,9 @@ class Objective:
             weights = prediction_weights(batch, task, student)
             if self.logit_loss is not None:
                 s, t = shared_vocabulary(student, lookup("teacher", LOGITS), self.vocab_size)
-                loss = self.logit_loss(s, t, temperature=temperature, weights=weights)
-                require_scalar(loss, "logits")
+                w = _beside(s, weights, self.own_losses)
+                loss = self.logit_loss(s, t, temperature=temperature, weights=w)
+                loss = ordinary(loss, "logits")
                 loss = rescaled(loss, weights, 0, batch.num_items)
                 parts.append(logit_weight * loss)
                 terms["logits"] = loss.detach()
@@ -129,8 +131,9 @@ class Objective:
                 assert batch.labels is not None
                 assert task is not None
                 labels = align_labels(batch.labels, task)
-                loss = self.label_loss(student, labels, weights=weights)
-                require_scalar(loss, "labels")
+                w = _beside(student, weights, self.own_losses)
+                labels = _beside(student, labels, self.own_losses)
+                loss = ordinary(self.label_loss(student, labels, weights=w), "labels")
                 loss = rescaled(loss, weights, 0, batch.num_items)
                 parts.append(label_weight * loss)
                 terms["labels"] = loss.detach()
@@ -153,13 +156,13 @@ class Objective:
             s, t = lookup("student", term.student), lookup("teacher", term.teacher)
             s, t = _laid_out(term, s, t, batch, task)
             if term.projection is not None:
-                s = projections[term.projection](s)
+                s = projected(projections[term.projection], s)
             require_same_shape(s, t, term.student.name, term.teacher.name)
             weights = None
             if task == "classification" or term.keeps_tokens:
                 weights = feature_weights(batch, task, term.stream, s)
-            loss = term.loss(s, t, weights)
-            require_scalar(loss, term.name)
+            loss = term.loss(s, t, _beside(s, weights, is_named(term.loss)))
+            loss = ordinary(loss, term.name)
             losses[term.name] = rescaled(loss, weights, s.shape[0], batch.num_feature_items)
         return losses
 
@@ -179,6 +182,36 @@ def _laid_out(
         w = feature_weights(batch, task, term.stream, value) if pools else None
         weights.append(w if w is not None and w.ndim == 2 else None)
     return arrange(s, ours, t, theirs, weights[0]), arrange(t, theirs, s, ours, weights[1])
+
+
+# Where a value is a DTensor (what imports torch.distributed is imported where it is used):
+
+
+def _beside(value: Tensor, other: Any, own: bool) -> Any:
+    """``other`` as a DTensor too, for a loss that is not the library's and may multiply them."""
+    if own or other is None or not is_placed(value):
+        return other
+    from fxdistill.parallel.place import everywhere
+
+    return everywhere(other, value)
+
+
+def projected(projection: torch.nn.Module, value: Tensor) -> Tensor:
+    """``projection(value)``; its weights stay plain tensors, alike on every rank."""
+    if not is_placed(value):
+        return projection(value)  # type: ignore[no-any-return]
+    from fxdistill.parallel.place import everywhere
+
+    weights: dict[str, Tensor] = {
+        name: everywhere(p, value) for name, p in projection.named_parameters()
+    }
+    return torch.func.functional_call(projection, weights, (value,))  # type: ignore[no-any-return]
+
+
+def ordinary(loss: Tensor, name: str) -> Tensor:
+    """What a loss returned, as a plain scalar; a DTensor's pending sum is made."""
+    require_scalar(loss, name)
+    return loss.full_tensor() if is_placed(loss) else loss
 
 
 def without_teacher_gradients(lookup: Lookup) -> Lookup:

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,10 +65,17 @@ class TapTable:
         self.frozen_teacher = True
         # By tower, where the vocabulary is sharded: how many entries it has here, and in all.
         self.vocabularies: dict[str, tuple[int, int]] = {}
+        # By tower, where weights are DTensors: the sizes of their meshes; and the grids of tokens.
+        self.ranks: dict[str, frozenset[int]] = {}
+        self.grids: tuple[tuple[int, int], ...] = ()
+        # What a module returned before, and local values after, a parallel style's hooks.
+        self.raw: tuple[Tensor, ...] = ()
+        self.behind: dict[int, tuple[weakref.ref[Tensor], Callable[[Tensor], Tensor]]] = {}
 
     def begin(self, section: str) -> None:
         """Start a tower. Dynamo may trace a function again from its top: then this starts over."""
         self.section = section
+        self.raw, self.behind = (), {}
         for key in [key for key in self.values if key[0] == section]:
             del self.values[key]
 
@@ -136,8 +144,9 @@ def tap(x: Tensor, section: str, path: str, port: str) -> Tensor:
                 "as one graph), or tap outside of the compiled part."
             )
         )
+    value = _behind(table, x)
     if (path, port) == ("", "logits"):
-        _require_whole_vocabulary(table, section, x)
+        _require_whole_vocabulary(table, section, value)
     learns = section == "student" or not table.frozen_teacher
     if learns and _inside_reentrant_checkpoint():
         raise table.fail(
@@ -148,8 +157,14 @@ def tap(x: Tensor, section: str, path: str, port: str) -> Tensor:
                 'gradient_checkpointing_kwargs={"use_reentrant": False})).'
             )
         )
-    table.add(path, port, x.clone())
+    table.add(path, port, value.clone())
     return x
+
+
+def _behind(table: TapTable, x: Tensor) -> Tensor:
+    """The DTensor that ``x`` was made local from by a parallel style; else ``x``."""
+    reference, placed = table.behind.get(id(x), (None, None))
+    return placed(x) if placed is not None and reference is not None and reference() is x else x
 
 
 def _require_whole_vocabulary(table: TapTable, section: str, logits: Tensor) -> None:
@@ -215,6 +230,7 @@ def check(fn: Callable[..., None]) -> Callable[..., None]:
     return marker
 
 
+LOCAL = "fxdistill_local"  # in the meta of a node of a captured graph: made local by a style
 CHECKS: set[Callable[..., None]] = set()
 
 
@@ -224,6 +240,28 @@ def verified() -> None:
     table = _active.table
     if table is not None and table.verify is not None:
         table.verify(table)
+
+
+@check
+def raw(*values: Tensor) -> None:
+    """Note what goes into, or comes out of, a module before a parallel style's hooks see it."""
+    if _active.table is not None:
+        _active.table.raw = values
+
+
+@check
+def handed_on(*values: Tensor) -> None:
+    """Note what those hooks hand on: behind a plain tensor a tap finds the DTensor it came from."""
+    if (table := _active.table) is None:
+        return
+    # What imports torch.distributed is imported where it is used.
+    from fxdistill.parallel.local import behind
+
+    for before, after in zip(table.raw, values, strict=False):
+        if is_placed(before) and not is_placed(after):
+            # Not the value itself, which the model may let go.
+            table.behind[id(after)] = (weakref.ref(after), behind(before, after))
+    table.raw = ()
 
 
 @one_node

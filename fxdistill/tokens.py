@@ -39,6 +39,12 @@ class Batch(NamedTuple):
     tokens: Tensor | None = None
     decoder_tokens: Tensor | None = None
 
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Batch and length of what is indexed by token."""
+        given = [x for x in (self.tokens, self.decoder_tokens) if x is not None and x.ndim > 1]
+        return tuple((x.shape[0], x.shape[1]) for x in given)
+
 
 def chosen_weights(batch: Batch) -> Tensor | None:
     """loss_mask × token_weights, ``None`` where neither is given."""

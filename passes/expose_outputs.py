@@ -11,7 +11,7 @@ from torch import fx
 from fxdistill.effects import CHECKPOINT, Effects, effects_of
 from fxdistill.program import P, fork_module, output_values
 from fxdistill.split import is_tap
-from fxdistill.taps import Tap
+from fxdistill.taps import LOCAL, Tap
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def _hoist(
             calls[path, port] = call + 1
             tap = Tap(path, port, call)
             if wants(tap):
-                found[tap] = _at_return(gm.graph, node, value, effects)
+                source = value.args[0] if LOCAL in value.meta else value
+                found[tap] = _at_return(gm.graph, node, source, effects)
             node.replace_all_uses_with(value)
             gm.graph.erase_node(node)
     return found

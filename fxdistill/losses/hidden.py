@@ -3,17 +3,57 @@
 Each takes ``student`` and ``teacher`` of one shape, and ``weights`` shaped like their leading axes
 (``[B, L]`` for ``[B, L, D]``), or ``None`` where every value counts alike. The value of a token is
 formed over its width D; the result is Σ w·value / Σ w, a scalar in float32 (float64 stays).
+
+DTensors give the value and the gradients of one device; see ``parallel.features``.
 """
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fxdistill.losses.reduce import counted, weighted_mean, wide, width_axes, width_of
+from fxdistill.losses.reduce import counted, is_placed, weighted_mean, wide, width_axes, width_of
 from fxdistill.nodes import one_node
+
+# What a shard of the width has summed -> the sum over all of the width. One device has it all.
+Whole = Callable[[Tensor], Tensor]
+# Of student, teacher, weights, the axes of the width and its size: the value of each token.
+Values = Callable[[Tensor, Tensor, Tensor | None, tuple[int, ...], int, Whole], Tensor]
+
+
+def _loss(
+    values: Values, student: Tensor, teacher: Tensor, weights: Tensor | None, *, additive: bool
+) -> Tensor:
+    """Σ w·value / Σ w; values of an ``additive`` loss are sums over the width."""
+    if is_placed(student) or is_placed(teacher):
+        # What imports torch.distributed is imported where it is used.
+        from fxdistill.parallel import features
+
+        return features.loss(values, student, teacher, weights, additive=additive)
+    axes = width_axes(student, weights)
+    size = width_of(student, axes)
+    return weighted_mean(values(student, teacher, weights, axes, size, _all_here), weights)
+
+
+def _all_here(sums: Tensor) -> Tensor:
+    return sums
 
 
 def _distance(student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
     return counted(wide(student) - wide(teacher), weights)
+
+
+def _root(squares: Tensor) -> Tensor:
+    """The square root, with gradient 0 at 0."""
+    zero = squares == 0
+    return torch.where(zero, 0, torch.where(zero, 1, squares).sqrt())
+
+
+def _mse(
+    s: Tensor, t: Tensor, w: Tensor | None, axes: tuple[int, ...], size: int, whole: Whole
+) -> Tensor:
+    return _distance(s, t, w).square().sum(axes) / size
 
 
 @one_node
@@ -22,9 +62,13 @@ def mse(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tens
 
     Not ``F.mse_loss``: on a sharded DTensor its gradient is too large by the number of ranks.
     """
-    axes = width_axes(student, weights)
-    squares = _distance(student, teacher, weights).square().sum(axes)
-    return weighted_mean(squares / width_of(student, axes), weights)
+    return _loss(_mse, student, teacher, weights, additive=True)
+
+
+def _l2(
+    s: Tensor, t: Tensor, w: Tensor | None, axes: tuple[int, ...], size: int, whole: Whole
+) -> Tensor:
+    return _root(whole(_distance(s, t, w).square().sum(axes)))
 
 
 @one_node
@@ -33,17 +77,34 @@ def l2(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tenso
 
     Its gradient has length 1 however near the two are, and is 0 where they are equal.
     """
-    axes = width_axes(student, weights)
-    norms = torch.linalg.vector_norm(_distance(student, teacher, weights), dim=axes)
-    return weighted_mean(norms, weights)
+    return _loss(_l2, student, teacher, weights, additive=False)
+
+
+def _l1(
+    s: Tensor, t: Tensor, w: Tensor | None, axes: tuple[int, ...], size: int, whole: Whole
+) -> Tensor:
+    return _distance(s, t, w).abs().sum(axes) / size
 
 
 @one_node
 def l1(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     """(1/D) Σ |s - t|, the mean over tokens."""
-    axes = width_axes(student, weights)
-    distances = _distance(student, teacher, weights).abs().sum(axes)
-    return weighted_mean(distances / width_of(student, axes), weights)
+    return _loss(_l1, student, teacher, weights, additive=True)
+
+
+def _smooth_l1(
+    s: Tensor,
+    t: Tensor,
+    w: Tensor | None,
+    axes: tuple[int, ...],
+    size: int,
+    whole: Whole,
+    *,
+    beta: float,
+) -> Tensor:
+    distance = _distance(s, t, w).abs()
+    near = distance.square() * (0.5 / beta)
+    return torch.where(distance < beta, near, distance - 0.5 * beta).sum(axes) / size
 
 
 @one_node
@@ -51,11 +112,18 @@ def smooth_l1(
     student: Tensor, teacher: Tensor, weights: Tensor | None = None, *, beta: float = 1.0
 ) -> Tensor:
     """(1/D) Σ of d²/2β where |d| < β and |d| - β/2 elsewhere, d = s - t (Girshick, 2015)."""
-    axes = width_axes(student, weights)
-    distance = _distance(student, teacher, weights).abs()
-    near = distance.square() * (0.5 / beta)
-    values = torch.where(distance < beta, near, distance - 0.5 * beta).sum(axes)
-    return weighted_mean(values / width_of(student, axes), weights)
+    values = functools.partial(_smooth_l1, beta=beta)
+    return _loss(values, student, teacher, weights, additive=True)
+
+
+def _cosine(
+    s: Tensor, t: Tensor, w: Tensor | None, axes: tuple[int, ...], size: int, whole: Whole
+) -> Tensor:
+    s, t = counted(wide(s), w), counted(wide(t), w)
+    products = [(a * b).sum(axes) for a, b in ((s, t), (s, s), (t, t))]
+    dot, s_squares, t_squares = whole(torch.stack(products)).unbind()
+    norms = _root(s_squares) * _root(t_squares)
+    return 1 - dot / norms.clamp_min(1e-12)
 
 
 @one_node
@@ -64,7 +132,4 @@ def cosine(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> T
 
     Not ``F.cosine_embedding_loss``: on a DTensor sharded along the width its value is wrong.
     """
-    axes = width_axes(student, weights)
-    s, t = counted(wide(student), weights), counted(wide(teacher), weights)
-    norms = torch.linalg.vector_norm(s, dim=axes) * torch.linalg.vector_norm(t, dim=axes)
-    return weighted_mean(1 - (s * t).sum(axes) / norms.clamp_min(1e-12), weights)
+    return _loss(_cosine, student, teacher, weights, additive=False)

@@ -158,7 +158,8 @@ def _sharded(
     compile: bool,
 ) -> VocabLoss:
     # What imports torch.distributed is imported where it is used.
-    from fxdistill.parallel.vocab import Losses, Side, local_part, sharded_vocab_loss, whole
+    from fxdistill.parallel.place import local_part, whole
+    from fxdistill.parallel.vocab import Losses, Side, sharded_vocab_loss
 
     like = local_part(student[0].detach()).new_empty(student[0].shape[:-1].numel(), 0)
     labels, weights = (None if x is None else whole(x) for x in (labels, weights))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from fxdistill.errors import OptionError, ShapeError, VocabularyError
 from fxdistill.losses.chunk import Chunk, Divergence, Shape
@@ -24,7 +24,7 @@ from fxdistill.losses.chunked import require_first_order, require_indices, scale
 from fxdistill.losses.labels import IGNORE
 from fxdistill.losses.shard import Place
 from fxdistill.parallel.body import ShardedBody
-from fxdistill.parallel.vocab import columns_of, placed
+from fxdistill.parallel.place import chunk_of, placed, summed
 
 
 @torch.library.custom_op("fxdistill::sharded_logit_loss", mutates_args=())
@@ -144,7 +144,7 @@ def _on_columns(
 ) -> Tensor:
     _require_constants(share)
     mesh, size = where.device_mesh, where.shape[-1]
-    offset, _ = columns_of(mesh, axis, size)
+    offset, _ = chunk_of(mesh, axis, size)
     flat = [None if x is None else x.flatten(0, -2) for x in (z, teacher)]
     if not z.shape[-1]:  # a rank without columns has one that does not exist
         flat = [None if x is None else x.new_zeros(x.shape[0], 1) + x.sum() for x in flat]
@@ -220,8 +220,5 @@ def _share(where: DTensor, weights: Tensor | None) -> Tensor:
 
 def _summed(where: DTensor, local: Tensor) -> Tensor:
     """The sum over tokens of all ranks, on every rank."""
-    mesh = where.device_mesh
-    kinds: list[Placement] = [Partial() if p.is_shard() else p for p in _of_tokens(where)]
-    everywhere: list[Placement] = [Replicate()] * mesh.ndim
-    total = DTensor.from_local(local, mesh, kinds, run_check=False)
-    return total.redistribute(mesh, everywhere).to_local()
+    dims = {i for i, p in enumerate(_of_tokens(where)) if p.is_shard()}
+    return summed(local, where.device_mesh, dims)

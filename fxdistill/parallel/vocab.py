@@ -9,7 +9,6 @@ Two ways, by what moves fewer bytes:
   gradient of the student's is scattered.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from fxdistill.errors import ShapeError, VocabularyError
 from fxdistill.losses.chunk import Shape
 from fxdistill.losses.chunked import chunk_tokens_for, gradients_wanted, vocab_operator
+from fxdistill.parallel.place import chunk_of, placed
 
 
 class Layout(NamedTuple):
@@ -133,7 +133,7 @@ def _on_columns(
     """Every rank its columns, with all tokens."""
     mesh, axis = layout.mesh, layout.axis
     sizes = [side.weight.shape[0] for side in (student, teacher) if side is not None]
-    first, each = columns_of(mesh, axis, sizes[0])
+    first, each = chunk_of(mesh, axis, sizes[0])
     rows = max(1, *(min(each, max(0, size - first)) for size in sizes))
     h, w, bias = _local(student, layout, rows)
     t, t_weight, t_bias = (None,) * 3 if teacher is None else _local(teacher, layout, rows)
@@ -145,22 +145,6 @@ def _on_columns(
         *(mesh.get_group(axis).group_name, first, sizes[0]),
     )
     return total, of_terms
-
-
-def columns_of(mesh: DeviceMesh, axis: int, size: int) -> tuple[int, int]:
-    """The first of this rank's columns, and how many a rank has at most: as ``Shard`` cuts."""
-    each = -(-size // mesh.size(axis))
-    return min(size, each * mesh.get_local_rank(axis)), each
-
-
-def whole(x: Tensor) -> Tensor:
-    """All of ``x`` on every rank."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-def local_part(x: Tensor) -> Tensor:
-    """What of ``x`` is here."""
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _local(side: Side, layout: Layout, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -175,13 +159,6 @@ def _local(side: Side, layout: Layout, rows: int) -> tuple[Tensor, Tensor, Tenso
     if side.bias is None:
         return h.flatten(0, -2), w, None
     return h.flatten(0, -2), w, _filled(placed(side.bias, layout.mesh, mine).to_local(), rows)
-
-
-def placed(x: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    """``x`` with these placements; a plain tensor is alike on all ranks."""
-    if not isinstance(x, DTensor):
-        x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return x.redistribute(mesh, placements)
 
 
 def _filled(x: Tensor, rows: int) -> Tensor:

@@ -40,8 +40,13 @@ class LM(nn.Module):
         return self.lm_head(self.norm(x))
 
 
-def parallel(model: LM, mesh: DeviceMesh, *, sequence: bool, head: object = None) -> LM:
-    """Tensor parallel, with the vocabulary sharded; ``sequence``: tokens sharded in between."""
+def parallel(
+    model: LM, mesh: DeviceMesh, *, sequence: bool, head: object = None, local: bool = False
+) -> LM:
+    """Tensor parallel, with the vocabulary sharded; ``sequence``: tokens sharded in between.
+
+    ``local``: what stands between layers are plain tensors, of this rank's part.
+    """
     layout = Shard(1) if sequence else Replicate()
     plan: dict[str, ParallelStyle] = {
         "lm_head": ColwiseParallel(
@@ -49,16 +54,19 @@ def parallel(model: LM, mesh: DeviceMesh, *, sequence: bool, head: object = None
         )
     }
     if sequence:
-        plan["embed"] = RowwiseParallel(input_layouts=Replicate(), output_layouts=layout)
+        plan["embed"] = RowwiseParallel(
+            input_layouts=Replicate(), output_layouts=layout, use_local_output=local
+        )
         plan["norm"] = SequenceParallel()
     for i in range(len(model.blocks)):
         plan[f"blocks.{i}.up"] = ColwiseParallel(input_layouts=layout)
         plan[f"blocks.{i}.down"] = RowwiseParallel(
-            output_layouts=layout, use_local_output=not sequence
+            output_layouts=layout, use_local_output=local or not sequence
         )
         if sequence:
-            plan[f"blocks.{i}"] = PrepareModuleInput(
-                input_layouts=(layout,), desired_input_layouts=(layout,)
-            )
+            if not local:
+                plan[f"blocks.{i}"] = PrepareModuleInput(
+                    input_layouts=(layout,), desired_input_layouts=(layout,)
+                )
             plan[f"blocks.{i}.norm"] = SequenceParallel()
     return parallelize_module(model, mesh, plan)  # type: ignore[return-value]

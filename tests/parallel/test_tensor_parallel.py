@@ -55,7 +55,7 @@ def step(student: LM, teacher: LM, length: int, compile: Any, **options: Any) ->
     out.loss.backward()
     gradients = {
         name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-        for name, p in student.named_parameters()
+        for name, p in distiller.named_parameters()
     }
     history = () if distiller.program is None else distiller.program.history
     remark = " ".join(text for record in history for text in record.remarks)

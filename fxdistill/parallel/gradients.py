@@ -1,0 +1,145 @@
+"""Gradients whose parts lie on several ranks, clipped by the norm of all of them.
+
+Private to torch and used here: ``_foreach_norm`` and ``_foreach_mul_``, one launch for all
+gradients, as in ``torch.nn.utils.clip_grad_norm_``.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate
+
+from fxdistill.errors import OptionError
+from fxdistill.losses.reduce import is_placed
+from fxdistill.parallel.place import local_part
+
+Groups = frozenset[str]  # the names of the process groups over which a value is still to be summed
+ALONE = 2**16  # elements from which a gradient is not copied to be summed together with others
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0
+) -> Tensor:
+    """Scale all gradients by min(1, max_norm / (norm + 1e-6)), in place; return the norm.
+
+    norm = (Σ |g|^p)^(1/p) over every element g of all gradients, each counted once, with p =
+    ``norm_type`` > 0, or max |g| for ``math.inf``. The result is a plain 0-d tensor, float32 at
+    least where a gradient is a DTensor, and alike on every rank; the host does not wait for it.
+
+    Gradients are DTensors of any placements, on one mesh or several, and plain tensors alike on
+    every rank, which count once. A pending sum (Partial, as a norm's weight gets with tokens
+    sharded) is formed first, and ``.grad`` is replaced by it, so that the optimizer need not. All
+    ranks call this, with their parameters in the same order; parameters without a gradient are
+    passed over. Without DTensors this is ``torch.nn.utils.clip_grad_norm_``.
+
+    Raises:
+        OptionError: ``norm_type`` is not above 0.
+    """
+    if not norm_type > 0:
+        raise OptionError(f"norm_type is {norm_type}: give a number above 0, or math.inf")
+    learnt = [p for p in parameters if p.grad is not None]
+    if not any(is_placed(p.grad) for p in learnt):
+        return nn.utils.clip_grad_norm_(learnt, max_norm, norm_type)
+    _form_sums(learnt)
+    gradients = [p.grad for p in learnt if p.grad is not None]
+    norm = _norm(gradients, norm_type)
+    # Multiplied even where it is 1: to ask would make the host wait.
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local_part(g) for g in gradients], scale)
+    return norm
+
+
+def _norm(gradients: list[Tensor], order: float) -> Tensor:
+    """One all-reduce for each process group, of one number for each way of sharding over it."""
+    parts: dict[Groups, list[Tensor]] = {}
+    groups: dict[str, dist.ProcessGroup] = {}  # in the order of first use, alike on all ranks
+    dtype = torch.float32
+    for g in gradients:
+        of_shards = _groups_of_shards(g)
+        groups.update(of_shards)
+        parts.setdefault(frozenset(of_shards), []).append(local_part(g))
+        dtype = torch.promote_types(dtype, g.dtype)
+    sums = {over: _power_sum(some, order, dtype) for over, some in parts.items()}
+    for name, group in groups.items():
+        waiting = [over for over in sums if name in over]
+        reduced = _reduced(torch.stack([sums.pop(over) for over in waiting]), order, group)
+        for over, value in zip(waiting, reduced.unbind(), strict=True):
+            rest = over - {name}
+            sums[rest] = _joined(sums[rest], value, order) if rest in sums else value
+    (total,) = sums.values()
+    return total if math.isinf(order) else total ** (1 / order)
+
+
+def _groups_of_shards(gradient: Tensor) -> dict[str, dist.ProcessGroup]:
+    """The groups of ranks that hold different elements."""
+    if not isinstance(gradient, DTensor):
+        return {}
+    mesh = gradient.device_mesh
+    dims = [i for i, p in enumerate(gradient.placements) if not p.is_replicate()]
+    return {group.group_name: group for group in map(mesh.get_group, dims)}
+
+
+def _power_sum(parts: list[Tensor], order: float, dtype: torch.dtype) -> Tensor:
+    """Σ |g|^p, or max |g|, of what is here."""
+    held = [part for part in parts if part.numel()]  # an uneven shard may be empty
+    if not held:
+        return torch.zeros((), dtype=dtype, device=parts[0].device)
+    norms = torch.stack(torch._foreach_norm(held, order, dtype=dtype))
+    return norms.amax() if math.isinf(order) else (norms**order).sum()
+
+
+def _joined(a: Tensor, b: Tensor, order: float) -> Tensor:
+    return torch.maximum(a, b) if math.isinf(order) else a + b
+
+
+def _reduced(values: Tensor, order: float, group: dist.ProcessGroup) -> Tensor:
+    """The sum of all ranks, or the maximum."""
+    if not math.isinf(order):
+        dist.all_reduce(values, group=group)
+        return values
+    # Backends may drop a NaN from a maximum, each rank as it pleases: it travels beside.
+    lost = values.isnan()
+    both = torch.stack([torch.where(lost, 0, values), lost.to(values.dtype)])
+    dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
+    return torch.where(both[1] > 0, torch.nan, both[0])
+
+
+def _form_sums(parameters: list[Tensor]) -> None:
+    """Form the pending sums of gradients; small ones travel together."""
+    packs: dict[tuple[object, ...], list[Tensor]] = {}
+    for i, p in enumerate(parameters):
+        g = p.grad
+        if isinstance(g, DTensor) and any(kind.is_partial() for kind in g.placements):
+            alone = i if g.to_local().numel() >= ALONE else None
+            packs.setdefault((g.device_mesh, g.placements, g.dtype, alone), []).append(p)
+    for pack in packs.values():
+        _form_together(pack)
+
+
+def _form_together(parameters: list[Tensor]) -> None:
+    """The same for gradients that are placed alike."""
+    gradients = [p.grad for p in parameters if isinstance(p.grad, DTensor)]
+    mesh, placements = gradients[0].device_mesh, gradients[0].placements
+    locals_ = [g.to_local() for g in gradients]
+    flat = [x.flatten() for x in locals_]
+    summed = _formed(torch.cat(flat) if len(flat) > 1 else flat[0], mesh, placements)
+    kinds = [Replicate() if kind.is_partial() else kind for kind in placements]
+    pieces = summed.split([x.numel() for x in flat])
+    for p, g, x, piece in zip(parameters, gradients, locals_, pieces, strict=True):
+        part = piece.view(x.shape)
+        stride = torch.empty(g.shape, device="meta").stride()
+        p.grad = DTensor.from_local(
+            part, mesh, kinds, run_check=False, shape=g.shape, stride=stride
+        )
+
+
+def _formed(flat: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Tensor:
+    """Of numbers that are placed so, with what is sharded left where it is."""
+    pending = [kind if kind.is_partial() else Replicate() for kind in placements]
+    whole = DTensor.from_local(flat, mesh, pending, run_check=False)
+    return whole.redistribute(mesh, [Replicate()] * mesh.ndim).to_local()

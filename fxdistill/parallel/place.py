@@ -1,0 +1,60 @@
+"""Tensors and their places on a mesh."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+
+from fxdistill.errors import MeshError
+
+
+def placed(x: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    """``x`` with these placements; a plain tensor is alike on all ranks."""
+    if not isinstance(x, DTensor):
+        x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return x.redistribute(mesh, placements)
+
+
+def everywhere(x: Tensor, like: DTensor) -> DTensor:
+    """``x``, alike on all ranks, on the mesh of ``like``; its gradient is the sum of theirs."""
+    return placed(x, like.device_mesh, [Replicate()] * like.device_mesh.ndim)
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of ``x`` on every rank."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def local_part(x: Tensor) -> Tensor:
+    """What of ``x`` is here."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def mesh_of(*tensors: Tensor) -> DeviceMesh:
+    """The mesh on which all DTensors among ``tensors`` lie; MeshError if there are two."""
+    meshes = [x.device_mesh for x in tensors if isinstance(x, DTensor)]
+    if any(mesh != meshes[0] for mesh in meshes):
+        raise MeshError(
+            f"values on two meshes cannot be compared: {meshes[0]} and {meshes[1]}. Parallelize "
+            "student and teacher on one DeviceMesh."
+        )
+    return meshes[0]
+
+
+def summed(local: Tensor, mesh: DeviceMesh, dims: set[int]) -> Tensor:
+    """The sum of ``local`` over the mesh dimensions ``dims``, on every rank."""
+    if not dims:
+        return local
+    kinds = [Partial() if i in dims else Replicate() for i in range(mesh.ndim)]
+    total = DTensor.from_local(local, mesh, kinds, run_check=False)
+    return total.redistribute(mesh, [Replicate()] * mesh.ndim).to_local()
+
+
+def chunk_of(mesh: DeviceMesh, dim: int, size: int) -> tuple[int, int]:
+    """Where this rank's part of an axis begins, and how long a part is at most.
+
+    As ``Shard`` cuts: like ``torch.chunk``, so that the last parts may be shorter, or empty.
+    """
+    each = -(-size // mesh.size(dim))
+    return min(size, each * mesh.get_local_rank(dim)), each

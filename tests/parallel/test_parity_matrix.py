@@ -1,0 +1,216 @@
+"""Losses of DTensors against their formulas: every loss, placement, size, weighting and mesh."""
+
+from collections.abc import Iterable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+
+from parallel import matrix
+from parallel.matrix import FEATURES, LABELS, LOGITS, LOSSES, SHAPES, Case, cases
+from parallel.processes import run
+
+pytestmark = pytest.mark.slow
+
+Placed = tuple[Case, tuple[Any, ...], tuple[Any, ...]]  # with those of student and teacher
+UNEVEN = SHAPES[1]
+EXACT = [name for name in FEATURES if name != "cosine"]  # 0 where student and teacher are equal
+MAPS = ((4, 4, 8, 4), (3, 5, 2, 7))
+PRECISION = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 1e-2}
+
+
+def far(what: str, found: Tensor, want: Tensor, scale: Tensor, relative: float) -> list[str]:
+    """A complaint where ``found`` is not ``want``, a part of ``scale``."""
+    if found.shape != want.shape:
+        return [f"{what} of shape {tuple(found.shape)}, not {tuple(want.shape)}"]
+    bound = float(relative * scale.norm() + relative / 10 * scale.abs().max())
+    error = float((found.double() - want).norm())
+    return [] if error <= bound else [f"{what} is off by {error:.2e} (bound {bound:.2e})"]
+
+
+def complaints(case: Case, found: list[Tensor]) -> list[str]:
+    """What is wrong with the loss, and with the whole gradients."""
+    relative, wide = PRECISION[case.dtype], torch.promote_types(case.dtype, torch.float32)
+    loss, want = found[0], matrix.wanted(case)
+    wrong = [] if type(loss) is Tensor and loss.shape == () else [f"loss is {loss!r}"]
+    if loss.dtype != wide:
+        wrong.append(f"loss is of {loss.dtype}")
+    bound = min(relative, 1e-5) * (want[0].abs() + 0.01 * (want[0] != 0))  # 0 is exactly 0
+    if not abs(loss.double() - want[0]) <= bound:
+        wrong.append(f"loss {float(loss):.9g}, not {float(want[0]):.9g}")
+    for name, a, b in zip(("student", "teacher"), found[1:], want[1:], strict=False):
+        if a.dtype != case.dtype:
+            wrong.append(f"gradient of {name} is of {a.dtype}")
+        wrong += far(f"gradient of {name}", a, b, b, relative)
+    return wrong
+
+
+def measure(x: Placed, mesh: DeviceMesh, function: Any = None) -> tuple[float, list[str]]:
+    """The loss, and what is wrong with it and its gradients, whole and as this rank holds them."""
+    case, *of = x
+    student, teacher, weights = matrix.operands(case)
+    pairs = [matrix.placed(student, mesh, of[0], 10)]
+    if case.loss not in LABELS:
+        pairs.append(matrix.placed(teacher, mesh, of[1], 20))
+        teacher = pairs[1][1] if case.both else pairs[1][1].detach()
+    learnt = pairs[: 1 + case.both]
+    loss = (function or LOSSES[case.loss][0])(learnt[0][1], teacher, weights=weights)
+    inputs = [x for pair in learnt for x in pair]
+    gradients = torch.autograd.grad(loss * 1.5, inputs)
+    locals_, wholes = gradients[::2], [g.full_tensor() for g in gradients[1::2]]
+    wrong = complaints(case, [loss.detach(), *wholes])
+    for found, want, at in zip(locals_, matrix.wanted(case)[1:], of, strict=False):
+        mine = matrix.piece(want, mesh, at)
+        wrong += far(f"local gradient at {at}", found, mine, want, PRECISION[case.dtype])
+    return loss.item(), wrong
+
+
+def tried(all_of: Iterable[Placed], mesh: DeviceMesh, **options: Any) -> tuple[list[float], Any]:
+    """The losses, and the cases that are wrong, each with what is."""
+    values, failures = [], []
+    for x in all_of:
+        try:
+            value, wrong = measure(x, mesh, **options)
+        except Exception as e:
+            value, wrong = 0.0, [f"{type(e).__name__}: {str(e)[:300]}"]
+            if "imed out" in str(e):  # the ranks are no longer at the same case
+                return values, [*failures, f"{x}: {wrong}"]
+        values.append(value)
+        if wrong:
+            failures.append(f"{x}: {'; '.join(wrong)}")
+    return values, failures
+
+
+def settle(results: list[tuple[list[float], list[str]]]) -> None:
+    """Nothing failed on any rank, and all ranks have the same losses."""
+    failures = [f"rank {rank}, {f}" for rank, (_, wrong) in enumerate(results) for f in wrong]
+    count = len(results[0][0])
+    assert not failures, f"{len(failures)} of {count} cases x ranks:\n" + "\n".join(failures[:400])
+    assert all(values == results[0][0] for values, _ in results), "losses differ between ranks"
+
+
+def mesh_of(*sizes: int) -> DeviceMesh:
+    return init_device_mesh("cpu", sizes, mesh_dim_names=("dp", "tp")[-len(sizes) :])
+
+
+def on_each(of: Iterable[Case], dims: int = 1, everywhere: bool = False) -> list[Placed]:
+    """Each case with all placements of the student, and some or all of the teacher."""
+    return [
+        (case, s, t)
+        for case in of
+        for s in matrix.placements(len(case.shape), dims)
+        for t in (
+            matrix.placements(len(case.shape), dims)
+            if everywhere
+            else matrix.others(s, len(case.shape))
+        )
+    ]
+
+
+def features(rank: int, ranks: int) -> Any:
+    all_of = on_each(cases(list(FEATURES)), everywhere=True)
+    all_of += on_each(cases(list(FEATURES), (UNEVEN,), ("some", "zero"), both=True))
+    all_of += on_each(cases(EXACT, equal=True, weights=("none", "some")))
+    for dtype in (torch.float64, torch.bfloat16):
+        all_of += on_each(cases(list(FEATURES), (UNEVEN,), ("none", "some"), dtype=dtype))
+    return tried(all_of, mesh_of(ranks))
+
+
+def maps(rank: int, ranks: int) -> Any:
+    """Without a sequence: [B, C, H, W] and [B, D]; and heads behind a sequence."""
+    all_of = on_each(cases(list(FEATURES), (*MAPS, (8, 4), (3, 5)), ("none", "some"), lead=1))
+    all_of += on_each(cases(list(FEATURES), MAPS, ("some",), lead=2))
+    return tried(all_of, mesh_of(ranks))
+
+
+def grid(rank: int) -> Any:
+    all_of = on_each(cases(list(FEATURES), SHAPES[:2], ("none", "some")), 2)
+    return tried(all_of, mesh_of(2, 2))
+
+
+def logits(rank: int, ranks: int) -> Any:
+    return tried(on_each(cases([*LOGITS, *LABELS])), mesh_of(ranks))
+
+
+def test_formulas() -> None:
+    """The plain losses, by the same cases."""
+    names = list(FEATURES)
+    all_of = [
+        *cases(list(LOSSES)),
+        *cases(EXACT, equal=True),
+        *cases(names, both=True),
+        *cases(list(LOSSES), dtype=torch.float64),
+        *cases(list(LOSSES), dtype=torch.bfloat16),
+        *cases(names, (*MAPS, (8, 4), (3, 5)), lead=1),
+        *cases(names, MAPS, ("some",)),
+    ]
+    failures = []
+    for case in all_of:
+        student, teacher, weights = matrix.operands(case)
+        given = [student.clone().requires_grad_(), teacher.clone()]
+        learnt = [x.requires_grad_() for x in given] if case.both else given[:1]
+        loss = LOSSES[case.loss][0](*given, weights=weights)
+        found = [loss.detach(), *torch.autograd.grad(loss * 1.5, learnt)]
+        failures += [f"{case}: {wrong}" for wrong in complaints(case, found)]
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("function", [features, maps, logits])
+def test_line(function: Any, ranks: int) -> None:
+    settle(run(ranks, function, ranks))
+
+
+def test_grid() -> None:
+    settle(run(4, grid))
+
+
+COMPILED = ("mse", "l2", "cosine")
+
+
+def compiled(rank: int) -> Any:
+    values: list[float] = []
+    failures: list[str] = []
+    sample = product(COMPILED, (Replicate(), Shard(1), Shard(2), Partial()))
+    for i, (name, at) in enumerate(sample):
+        torch._dynamo.reset()
+        loss = torch.compile(LOSSES[name][0], backend="aot_eager", fullgraph=True)
+        case = Case(name, UNEVEN, ("none", "some")[i % 2])
+        value, wrong = tried([(case, (at,), (at,))], mesh_of(2), function=loss)
+        values += value
+        failures += wrong
+    return values, failures
+
+
+def test_compiled() -> None:
+    settle(run(2, compiled))
+
+
+def counts(rank: int) -> Any:
+    """The collectives of forward and backward, where student and teacher agree."""
+    mesh, failures = mesh_of(2), []
+    sample = cases(list(FEATURES), SHAPES[:2], ("none", "some"))
+    for case, at in product(sample, (Replicate(), Shard(0), Shard(1), Shard(2))):
+        student, teacher, weights = matrix.operands(case)
+        s, t = (matrix.placed(x, mesh, (at,), 0)[1].detach() for x in (student, teacher))
+        with CommDebugMode() as forward:
+            loss = LOSSES[case.loss][0](s.requires_grad_(), t, weights=weights)
+        with CommDebugMode() as backward:
+            loss.backward()
+        reduces = 0 if at == Replicate() else 1
+        if at == Shard(2) and case.loss in ("l2", "cosine"):
+            reduces = 2
+        found = [{str(k): n for k, n in c.get_comm_counts().items()} for c in (forward, backward)]
+        plain = [n for k, n in found[0].items() if "reduce" in k and "scatter" not in k]
+        if sum(plain) != reduces or forward.get_total_counts() != reduces or any(found[1].values()):
+            failures.append(f"{case} {at}: {found}, not {reduces} all_reduce and none backward")
+    return [], failures
+
+
+def test_counts() -> None:
+    settle(run(2, counts))
