@@ -306,6 +306,12 @@ class Distiller(nn.Module):
             groups.append({"params": own, **projection_options})
         return groups
 
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale all gradients, sharded or not, to a norm of at most ``max_norm``; return theirs."""
+        from fxdistill.parallel.gradients import clip_grad_norm_  # imports torch.distributed
+
+        return clip_grad_norm_(self.parameters(), max_norm, norm_type)
+
     def warmup(self, *args: Any, **kwargs: Any) -> None:
         """Compile forward and backward for these inputs, and leave no trace.
 

@@ -2,8 +2,10 @@
 
 import datetime
 import socket
+import time
 import traceback
 from collections.abc import Callable
+from queue import Empty
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ def run(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     results: dict[int, Any] = {}
     try:
         for _ in processes:
-            rank, error, result = queue.get(timeout=TIMEOUT)
+            rank, error, result = _next(queue, processes)
             if error:
                 raise AssertionError(f"rank {rank}:\n{error}")
             results[rank] = result
@@ -51,11 +53,24 @@ def _rank(rank: int, ranks: int, port: int, queue: Any, function: Any, args: Any
             timeout=datetime.timedelta(seconds=60),
         )
         result = function(rank, *args)
-    except Exception:
+    except BaseException:  # what pytest raises is no Exception
         error = traceback.format_exc()
     queue.put((rank, error, result))
     if dist.is_initialized() and not error:
         dist.destroy_process_group()
+
+
+def _next(queue: Any, processes: list[Any]) -> Any:
+    """The next report; AssertionError where a process ended without one, or time is up."""
+    end = time.monotonic() + TIMEOUT
+    while time.monotonic() < end:
+        dead = [i for i, process in enumerate(processes) if process.exitcode]
+        try:
+            return queue.get(timeout=2)
+        except Empty:
+            if dead:
+                raise AssertionError(f"ranks {dead} died without a report") from None
+    raise AssertionError(f"no report within {TIMEOUT} s")
 
 
 def _free_port() -> int:

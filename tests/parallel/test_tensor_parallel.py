@@ -112,14 +112,23 @@ def test_other_forms() -> None:
     assert "logits are made" in said[2]
 
 
+class Halved(LM):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) / 2
+
+
 def local_logits(rank: int) -> None:
+    """The default of ColwiseParallel hands on this rank's columns: a tap looks behind them."""
     mesh = init_device_mesh("cpu", (2,))
-    student, teacher = towers(64)
-    plan = {"lm_head": ColwiseParallel()}  # whose default hands on this rank's columns
-    parallelize_module(student, mesh, plan)
+    wanted = step(*towers(61), 8, False)
     for compile in (False, AOT, "regional"):
+        student, teacher = towers(61)
+        for model in (student, teacher):
+            parallelize_module(model, mesh, {"lm_head": ColwiseParallel()})
+        compare(step(student, teacher, 8, compile), wanted, compile)
+        changed = parallelize_module(Halved(61, 16, 2), mesh, {"lm_head": ColwiseParallel()})
         with pytest.raises(errors.LogitsError, match="use_local_output=False"):
-            step(student, teacher, 8, compile)
+            step(changed, teacher, 8, compile)
 
 
 @pytest.mark.slow
