@@ -1,0 +1,197 @@
+"""A plan for a model that arrives plain: which of its modules are tensor parallel, and how.
+
+Tensor and sequence parallel as in Megatron (Shoeybi et al., 2019; Korthikanti et al., 2022): the
+residual stream lies on the ranks by its tokens, ``Shard(1)``; norms work on those. A mixer or an
+MLP takes all tokens, its first weights are sharded by columns and its last by rows, and its output
+is scattered over the tokens again.
+
+What is not understood (state-space mixers, experts, attention that counts its heads) takes all
+tokens on every rank, with whole weights: as correct, and no smaller. ``notes`` name it.
+"""
+
+import functools
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+)
+
+from fxdistill.errors import MeshError
+from fxdistill.head_module import head_path
+from fxdistill.landmarks import embedding_of, norms_of
+from fxdistill.parallel.styles import GatherTokens, ScatterTokens
+from fxdistill.structure import Block, Part, stacks_of
+from fxdistill.weights import norm_width, under
+
+STREAM = Shard(1)
+_COUNTS_HEADS = ("num_heads", "num_attention_heads", "n_head", "num_key_value_heads")
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """Styles by module, placements by parameter, and what they leave as it is.
+
+    ``parts`` are plain parameters of which each rank's gradient is a part: they stand between
+    sharded weights.
+    """
+
+    styles: Mapping[str, ParallelStyle] = field(default_factory=dict)
+    placements: Mapping[str, Placement] = field(default_factory=dict)
+    parts: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+
+def ready_made(model: nn.Module, ranks: int, tower: str) -> TensorPlan:
+    """The plan for the structure of ``model``; MeshError where there is none to see."""
+    stacks = stacks_of(model)
+    if len(stacks) != 1 or not all(block.called for block in stacks[0].blocks):
+        what = f"{len(stacks)} stacks of blocks" if len(stacks) != 1 else "blocks that do not run"
+        raise MeshError(
+            f"there is no ready-made tensor parallel plan for a {tower} ({type(model).__name__}) "
+            f"with {what}. Say {tower}_plan={{module pattern: ParallelStyle}}, or leave 'tp' out "
+            "of the mesh."
+        )
+    (stack,) = stacks
+    styles: dict[str, ParallelStyle] = {}
+    parts: set[str] = set()
+    whole: dict[str, list[str]] = {}  # by reason
+    for block in stack.blocks:
+        _plan_block(model, block, ranks, styles, parts, whole)
+    first, last = stack.blocks[0].path, stack.blocks[-1].path
+    _add(styles, first, ScatterTokens("inputs"))
+    embedding = embedding_of(model, stacks)
+    if embedding is not None and isinstance(model.get_submodule(embedding), nn.Embedding):
+        styles[embedding] = RowwiseParallel(input_layouts=Replicate(), output_layouts=Replicate())
+    head, norm = head_path(model), norms_of(model, stacks)[0]
+    sequence = norm is not None and head is not None
+    if norm is not None and sequence:
+        styles[norm] = SequenceParallel()
+    else:
+        _add(styles, last, GatherTokens("output"))
+    if head is not None:
+        styles[head] = ColwiseParallel(
+            input_layouts=STREAM if sequence else Replicate(),
+            output_layouts=Shard(-1),
+            use_local_output=False,
+        )
+    notes = tuple(f"{tower}: {why}: {_shown(paths)}" for why, paths in whole.items())
+    return TensorPlan(styles, {}, frozenset(parts), notes)
+
+
+def _add(styles: dict[str, ParallelStyle], path: str, style: ScatterTokens | GatherTokens) -> None:
+    """A second style of one module: both are done."""
+    there = styles.get(path)
+    styles[path] = style if there is None else style.after(there)
+
+
+def _shown(paths: list[str]) -> str:
+    return ", ".join(paths) if len(paths) <= 2 else f"{paths[0]}, ..., {paths[-1]}"
+
+
+def _plan_block(
+    model: nn.Module,
+    block: Block,
+    ranks: int,
+    styles: dict[str, ParallelStyle],
+    parts: set[str],
+    whole: dict[str, list[str]],
+) -> None:
+    """Styles of one block; if weights lie outside of its parts and norms, it takes all tokens."""
+    module = model.get_submodule(block.path)
+    inside = [f"{part.path}." for part in block.parts]
+    norms = [
+        path
+        for path, child in under(module, block.path)
+        if norm_width(child) is not None and not path.startswith(tuple(inside))
+    ]
+    covered = tuple([*inside, *(f"{path}." for path in norms)])
+    names = [f"{block.path}.{name}" for name, _ in module.named_parameters()]
+    if any(not name.startswith(covered) for name in names) or _nested(block):
+        whole.setdefault("whole blocks on every rank", []).append(block.path)
+        styles[block.path] = GatherTokens("inputs", local=True).then_scatter()
+        return
+    for path in norms:
+        styles[path] = SequenceParallel()
+    for part in block.parts:
+        found = _attention(model, part, ranks) if part.role == "mixer" else None
+        found = _mlp(model, part, block.width, ranks) if part.role == "mlp" else found
+        if found is None:
+            whole.setdefault(f"whole {part.kind} on every rank", []).append(part.path)
+            styles[part.path] = GatherTokens("inputs", local=True).then_scatter()
+            continue
+        styles[part.path] = GatherTokens("inputs")
+        first, last, between = found
+        for path in first:
+            styles[path] = ColwiseParallel()
+        styles[last] = RowwiseParallel(output_layouts=STREAM, use_local_output=False)
+        parts.update(between)
+
+
+def _nested(block: Block) -> bool:
+    paths = [f"{part.path}." for part in block.parts]
+    return any(a != b and a.startswith(b) for a in paths for b in paths) or not paths
+
+
+# The first weights, the last, and the parameters in between.
+Weights = tuple[list[str], str, list[str]]
+
+
+def _attention(model: nn.Module, part: Part, ranks: int) -> Weights | None:
+    """q, k and v by heads, and the weight behind; ``None`` where heads cannot be shared out."""
+    module = model.get_submodule(part.path)
+    size = getattr(module, "head_dim", None)
+    linear = _linear(module, part.path)
+    if part.kind != "attention" or not isinstance(size, int) or len(linear) != 4:
+        return None
+    *first, last = linear.items()
+    heads = [layer.out_features for _, layer in first]
+    fits = all(width % (size * ranks) == 0 for width in heads)
+    if not fits or last[1].in_features != heads[0] or _counts_heads(type(module)):
+        return None
+    between = []
+    for path, child in under(module, part.path):
+        if path in linear or not list(child.parameters(recurse=False)):
+            continue
+        if norm_width(child) != size:  # something of all heads
+            return None
+        between += [f"{path}.{name}" for name, _ in child.named_parameters()]
+    return [path for path, _ in first], last[0], between
+
+
+def _mlp(model: nn.Module, part: Part, width: int | None, ranks: int) -> Weights | None:
+    """Up (and gate) and down; ``None`` for anything else."""
+    module = model.get_submodule(part.path)
+    linear = _linear(module, part.path)
+    if part.kind != "MLP" or len(linear) not in (2, 3):
+        return None
+    own = {id(p) for layer in linear.values() for p in layer.parameters()}
+    if any(id(p) not in own for p in module.parameters()):
+        return None
+    for last in reversed(linear):
+        inner = linear[last].in_features
+        first = [path for path in linear if path != last]
+        sizes = {(linear[path].in_features, linear[path].out_features) for path in first}
+        if linear[last].out_features == width and sizes == {(width, inner)} and not inner % ranks:
+            return first, last, []
+    return None
+
+
+def _linear(module: nn.Module, path: str) -> dict[str, nn.Linear]:
+    return {name: m for name, m in under(module, path) if type(m) is nn.Linear}
+
+
+@functools.cache
+def _counts_heads(cls: type[nn.Module]) -> bool:
+    """Whether ``forward`` names a number of heads, which is that of all ranks."""
+    try:
+        source = inspect.getsource(cls.forward)
+    except (OSError, TypeError):
+        return True
+    return any(name in source for name in _COUNTS_HEADS)

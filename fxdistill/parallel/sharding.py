@@ -1,0 +1,239 @@
+"""Models on a mesh: parameters become DTensors in place, and are gathered where they are used.
+
+A parameter lies on the whole mesh: over ``tp`` as the plan says, and over ``dp`` on one of its
+axes, which a step gathers and whose gradient it scatters (FSDP: Zhao et al., 2023, but inside of the
+graph, where a compiler sees it; the form is that of torchtitan's SimpleFSDP, Zhang et al., 2024).
+The axis is the first that ``tp`` leaves whole, so that no placement is strided; what has none, or
+is shorter than the ranks, is replicated. Over ``replicate`` all is replicated (HSDP).
+
+The weights that a step uses are made by ``gathered`` and put in by ``functional_call``: modules and
+their parameters stay as they are.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+from torch.distributed.tensor.parallel import parallelize_module
+
+from fxdistill.parallel.plan import TensorPlan
+
+TENSOR, DATA = "tp", ("replicate", "dp")
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The dimensions of a mesh by what they are for."""
+
+    mesh: DeviceMesh
+    data: DeviceMesh | None
+    tensor: DeviceMesh | None
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh) -> "Axes":
+        """Read the names of ``mesh``, which are checked already."""
+        names = mesh.mesh_dim_names or ()
+        data = tuple(name for name in names if name in DATA)
+        one = len(names) == 1
+        return cls(
+            mesh,
+            None if not data else mesh if one else mesh[data],
+            None if TENSOR not in names else mesh if one else mesh[TENSOR],
+        )
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a step uses of one parameter: its shape on a tensor-parallel rank, and its place there.
+
+    ``tensor``: placement over ``tp``, ``None`` for a plain tensor. ``part``: alike on the ranks of
+    ``tp``, each of which has a part of its gradient.
+    """
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    whole_shape: torch.Size
+    whole_stride: tuple[int, ...]
+    data: tuple[Placement, ...]
+    tensor: Placement | None
+    part: bool
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How one model lies on a mesh, by parameter."""
+
+    axes: Axes
+    weights: Mapping[str, Weight]
+
+    def gathered(self, model: nn.Module) -> dict[str, Tensor]:
+        """The weights that a step uses, of this rank's part of the tensor-parallel model."""
+        return {
+            name: _gathered(parameter, self.weights[name], self.axes)
+            for name, parameter in model.named_parameters()
+        }
+
+
+def _gathered(parameter: Tensor, weight: Weight, axes: Axes) -> Tensor:
+    assert isinstance(parameter, DTensor)
+    x = parameter.to_local()
+    if (data := axes.data) is not None:
+        here = DTensor.from_local(
+            x, data, weight.data, run_check=False, shape=weight.shape, stride=weight.stride
+        )
+        whole = here.redistribute(data, [Replicate()] * data.ndim)
+        x = whole.to_local(grad_placements=[Partial()] * data.ndim)
+    if (tensor := axes.tensor) is None:
+        return x
+    if weight.tensor is not None:
+        shape, stride = weight.whole_shape, weight.whole_stride
+        kind = [weight.tensor]
+        return DTensor.from_local(x, tensor, kind, run_check=False, shape=shape, stride=stride)
+    if weight.part:
+        alike = DTensor.from_local(x, tensor, [Replicate()], run_check=False)
+        return alike.to_local(grad_placements=[Partial()])
+    return x
+
+
+def shard(model: nn.Module, axes: Axes, plan: TensorPlan) -> Sharding:
+    """Make the parameters of ``model`` DTensors on the mesh, all alike with those of rank 0."""
+    if axes.tensor is not None:
+        tied = _tied(model)
+        for name, placement in plan.placements.items():
+            _replace(model, name, _on_tensor_axis(model.get_parameter(name), axes, placement))
+        parallelize_module(model, axes.tensor, dict(plan.styles))
+        for first, others in tied.items():
+            for other in others:
+                _set(model, other, model.get_parameter(first))
+    weights: dict[str, Weight] = {}
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) not in made:
+            weights[name] = _weight(parameter, axes, name in plan.parts)
+            made[id(parameter)] = _as_parameter(parameter, weights[name], axes)
+        _set(model, name, made[id(parameter)])
+    return Sharding(axes, weights)
+
+
+def _on_tensor_axis(parameter: nn.Parameter, axes: Axes, placement: Placement) -> nn.Parameter:
+    value = distribute_tensor(parameter.detach(), axes.tensor, [placement])
+    return nn.Parameter(value, requires_grad=parameter.requires_grad)
+
+
+def _weight(parameter: nn.Parameter, axes: Axes, part: bool) -> Weight:
+    tensor = parameter.placements[0] if isinstance(parameter, DTensor) else None
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    free = [i for i in range(parameter.ndim) if tensor is None or not tensor.is_shard(i)]
+    data: list[Placement] = []
+    if axes.data is not None:
+        names = axes.data.mesh_dim_names or ()
+        for dim, name in enumerate(names):
+            ranks = axes.data.size(dim)
+            axis = next((i for i in free if parameter.shape[i] >= ranks), None)
+            data.append(Replicate() if name != "dp" or axis is None else Shard(axis))
+    return Weight(
+        local.shape,
+        local.stride(),
+        parameter.shape,
+        parameter.stride(),
+        tuple(data),
+        tensor,
+        part,
+    )
+
+
+def _as_parameter(parameter: nn.Parameter, weight: Weight, axes: Axes) -> nn.Parameter:
+    """The parameter as a DTensor on the whole mesh; it keeps nothing of what it does not hold."""
+    value = parameter.detach()
+    x = value.to_local() if isinstance(value, DTensor) else value
+    if axes.data is not None:
+        x = distribute_tensor(x, axes.data, list(weight.data)).to_local()
+    if axes.tensor is not None and weight.tensor is None:
+        x = distribute_tensor(x, axes.tensor, [Replicate()]).to_local()
+    own = x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
+    kinds = [*weight.data, *([] if axes.tensor is None else [weight.tensor or Replicate()])]
+    names = axes.mesh.mesh_dim_names or ()
+    order = [name for name in names if name in DATA] + [name for name in names if name == TENSOR]
+    placements = [kinds[order.index(name)] for name in names]
+    placed = DTensor.from_local(
+        own,
+        axes.mesh,
+        placements,
+        run_check=False,
+        shape=weight.whole_shape,
+        stride=weight.whole_stride,
+    )
+    return nn.Parameter(placed, requires_grad=parameter.requires_grad)
+
+
+def _tied(model: nn.Module) -> dict[str, list[str]]:
+    """Parameters with several names: the first, and the others."""
+    first: dict[int, str] = {}
+    found: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            found.setdefault(first[id(parameter)], []).append(name)
+        first.setdefault(id(parameter), name)
+    return found
+
+
+def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, last = name.rpartition(".")
+    model.get_submodule(path).register_parameter(last, parameter)
+
+
+def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Under all of its names."""
+    old = model.get_parameter(name)
+    for other, there in list(model.named_parameters(remove_duplicate=False)):
+        if there is old:
+            _set(model, other, parameter)
+
+
+@contextlib.contextmanager
+def kept_on_error(*models: nn.Module) -> Iterator[None]:
+    """Put parameters and hooks back if the body raises."""
+    undo: list[Callable[[], None]] = []
+    for model in models:
+        for module in model.modules():
+            undo.append(_restorer(module))
+    try:
+        yield
+    except BaseException:
+        for restore in undo:
+            restore()
+        raise
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+
+
+def _restorer(module: nn.Module) -> Callable[[], None]:
+    names = ("_parameters", *_HOOKS, "_forward_hooks_with_kwargs")
+    before: list[tuple[Any, dict[Any, Any]]] = [
+        (getattr(module, name), dict(getattr(module, name))) for name in names
+    ]
+
+    def restore() -> None:
+        for there, entries in before:
+            there.clear()
+            there.update(entries)
+
+    return restore
+
+
+def names_of(mesh: DeviceMesh) -> Sequence[str]:
+    """The names of the dimensions of ``mesh``."""
+    return mesh.mesh_dim_names or ()
