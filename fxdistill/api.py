@@ -22,8 +22,9 @@ from fxdistill.errors import (
 )
 from fxdistill.landmarks import vocabulary_of
 from fxdistill.losses import LABEL_LOSSES, LOGIT_LOSSES, is_named, resolve
+from fxdistill.losses.reduce import is_placed
 from fxdistill.lower import Lowering, check_lowering, mode_options
-from fxdistill.matching import Mapped, Matches, entries
+from fxdistill.matching import Mapped, Matches, entries, loss_name
 from fxdistill.objective import Objective, require_padding_only
 from fxdistill.passes import KeepTeacher
 from fxdistill.program import Pass
@@ -60,6 +61,9 @@ def wrap(
     compile: bool | str | Mapping[str, Any] = True,
     outputs: Iterable[str] = (),
     passes: Iterable[Pass] = (),
+    mesh: Any = None,
+    student_plan: Mapping[str, Any] | None = None,
+    teacher_plan: Mapping[str, Any] | None = None,
 ) -> Distiller:
     """Make student, teacher and losses one module that is called like a model.
 
@@ -99,6 +103,13 @@ def wrap(
             and ``fuse_head=False`` to make the logits even if only losses read them.
         outputs: ``("logits",)`` adds the student's logits to the output, detached.
         passes: Passes of your own, run on the joint program after compose.
+        mesh: A DeviceMesh with dimensions named "dp" (each rank brings its own samples, and
+            parameters are sharded), "tp" (tensor and sequence parallel) or "replicate" (samples
+            only). Parameters become DTensors in place: make optimizers behind ``wrap``. Leave it
+            out for models that are parallel already.
+        student_plan: With "tp", ``{module pattern: ParallelStyle}`` or ``{parameter pattern:
+            placement}``; ``None``: the ready-made plan for the structure of the model.
+        teacher_plan: Likewise.
 
     Raises:
         FxDistillError: A subclass for each thing that can be wrong; see ``fxdistill.errors``.
@@ -127,7 +138,25 @@ def wrap(
     }
     guards.check_settings(settings)
     guards.warn_of_zero_weights(objective.features)
-    return _built(student, teacher, objective, matches, settings, plan, _as_inputs(example_inputs))
+    build = functools.partial(_built, student, teacher)
+    rest = (matches, settings)
+    if mesh is None:
+        if student_plan is not None or teacher_plan is not None:
+            raise OptionError("student_plan and teacher_plan are for models on a mesh: mesh=...")
+        return build(objective, *rest, plan, _as_inputs(example_inputs))
+    # What imports torch.distributed is imported where it is used.
+    from fxdistill.parallel.setup import set_up
+    from fxdistill.parallel.sharding import kept_on_error
+
+    models = {"student": student, "teacher": teacher}
+    plans = {"student": student_plan, "teacher": teacher_plan}
+    with kept_on_error(student, teacher):
+        losses = [loss_name(loss) for loss in (logit_loss, label_loss, feature_loss) if loss]
+        asked = f"{matches}\n{losses} {settings}\n{plan.mode} {plan.outputs} {found_task}"
+        placed = set_up(models, plans, mesh, asked)
+        plan = replace(plan, shardings=placed.shardings, notes=placed.notes)
+        objective = replace(objective, ranks=placed.ranks)
+        return build(objective, *rest, plan, _as_inputs(example_inputs))
 
 
 def _resolved(
@@ -169,6 +198,7 @@ def _built(
         terms, projections = with_projections(
             objective.features, matches, student, teacher, shapes, problems
         )
+        _make_alike(projections, (student, teacher))
         objective = replace(objective, features=terms)
         distiller = Distiller(student, teacher, objective, projections, matches, settings, plan)
         if problems and examples is not None:  # what else is wrong, told with it
@@ -184,6 +214,15 @@ def _built(
                 raise
             warnings.warn(f"the example inputs could not be checked: {error}", stacklevel=3)
         return distiller
+
+
+def _make_alike(projections: nn.ModuleList, models: Iterable[nn.Module]) -> None:
+    """Projections that were made at random are, on a mesh, those of its first rank."""
+    found = {p.device_mesh for model in models for p in model.parameters() if is_placed(p)}
+    if len(projections) and found:
+        from fxdistill.parallel.setup import make_alike
+
+        make_alike(projections, found)
 
 
 def _as_inputs(examples: Mapping[str, Any] | tuple[Any, ...] | None) -> Inputs | None:

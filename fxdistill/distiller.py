@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from rich.console import Group
 from torch import Tensor, nn
 
 from fxdistill import capture, guards
-from fxdistill.call import Call, scalar, sort_call
+from fxdistill.call import Call, Inputs, scalar, sort_call
 from fxdistill.capture import Recipe
 from fxdistill.checks import verify
 from fxdistill.deferred import deferring
@@ -29,6 +29,7 @@ from fxdistill.report import summary
 from fxdistill.step import collect, run_towers, step, terms_of
 from fxdistill.taps import Tap, TapTable, recording
 from fxdistill.tokens import TOKEN_FIELDS, Batch
+from fxdistill.towers import Towers
 
 Mode = Literal["one_graph", "regional", "eager"]
 
@@ -45,6 +46,8 @@ class Plan:
     fuse_head: bool = True
     freeze_teacher: bool = True
     outputs: tuple[str, ...] = ()
+    shardings: Mapping[str, Any] = field(default_factory=dict)  # by tower, with ``mesh=``
+    notes: tuple[str, ...] = ()
 
 
 class Distiller(nn.Module):
@@ -71,7 +74,7 @@ class Distiller(nn.Module):
         self.matches = matches
         self.plan = plan
         # A frozen teacher is not registered: it has no place in parameters() or state_dict().
-        self._towers = _Towers(teacher)
+        self._towers = Towers(teacher, plan.shardings)
         if not plan.freeze_teacher:
             self._modules["teacher"] = teacher
         self._settings: dict[str, float | Tensor] = dict(settings)
@@ -87,7 +90,7 @@ class Distiller(nn.Module):
         training = sum(module.training for module in teacher.modules())
         self._settle_modes()
         settled = training - sum(module.training for module in teacher.modules())
-        self._notes = (*_notes(objective, settings), *_settled(settled))
+        self._notes = (*plan.notes, *_notes(objective, settings), *_settled(settled))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("student", "teacher") and "_towers" in self.__dict__:
@@ -98,6 +101,10 @@ class Distiller(nn.Module):
     def teacher(self) -> nn.Module:
         """The teacher."""
         return self._towers.teacher
+
+    def run(self, tower: str, inputs: Inputs) -> Any:
+        """Run one of the models, on a mesh with the weights that a step uses."""
+        return self._towers.run(tower, getattr(self, tower), inputs)
 
     # ------------------------------------------------------------------ calling
 
@@ -391,10 +398,3 @@ def _notes(objective: Objective, settings: Mapping[str, float | Tensor]) -> list
     if objective.features and not isinstance(zero, Tensor) and zero == 0:
         notes.append("feature_weight is 0: matches teach nothing until set(feature_weight=...)")
     return notes
-
-
-class _Towers:
-    """Holds a module without registering it."""
-
-    def __init__(self, teacher: nn.Module) -> None:
-        self.teacher = teacher

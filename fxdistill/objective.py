@@ -19,6 +19,7 @@ from fxdistill.errors import BatchError, LogitsError, ShapeError, TaskError, Voc
 from fxdistill.layout import Layout
 from fxdistill.losses import Loss, is_named
 from fxdistill.losses.reduce import is_placed
+from fxdistill.ranks import Ranks, items_of, over_ranks, shared, total_over_ranks
 from fxdistill.taps import Tap, check, tapped
 from fxdistill.tokens import (
     Batch,
@@ -75,6 +76,7 @@ class Objective:
     task: Task | None = None
     vocab_size: int | None = None
     freeze_teacher: bool = True
+    ranks: Ranks | None = None  # where samples lie on several ranks
     own_losses: bool = True  # whether logit and label losses are the library's, and so their shapes
 
     @property
@@ -119,12 +121,13 @@ class Objective:
                 require_indices(batch.labels)
             require_task(task, student, batch)
             weights = prediction_weights(batch, task, student)
+            items = self._items(batch.num_items, weights, 0, student)
             if self.logit_loss is not None:
                 s, t = shared_vocabulary(student, lookup("teacher", LOGITS), self.vocab_size)
                 w = _beside(s, weights, self.own_losses)
                 loss = self.logit_loss(s, t, temperature=temperature, weights=w)
                 loss = ordinary(loss, "logits")
-                loss = rescaled(loss, weights, 0, batch.num_items)
+                loss = rescaled(loss, weights, 0, items)
                 parts.append(logit_weight * loss)
                 terms["logits"] = loss.detach()
             if self.label_loss is not None:
@@ -134,7 +137,7 @@ class Objective:
                 w = _beside(student, weights, self.own_losses)
                 labels = _beside(student, labels, self.own_losses)
                 loss = ordinary(self.label_loss(student, labels, weights=w), "labels")
-                loss = rescaled(loss, weights, 0, batch.num_items)
+                loss = rescaled(loss, weights, 0, items)
                 parts.append(label_weight * loss)
                 terms["labels"] = loss.detach()
         if self.features:
@@ -146,7 +149,7 @@ class Objective:
             terms["features"] = mean.detach()
             terms.update({name: loss.detach() for name, loss in named.items()})
         total = torch.stack(parts).sum() if parts else anchor.reshape(-1)[:1].sum() * 0.0
-        return Losses(total, terms)
+        return Losses(total, terms) if self.ranks is None else together(total, terms, self.ranks)
 
     def _feature_terms(
         self, lookup: Lookup, batch: Batch, task: Task | None, projections: torch.nn.ModuleList
@@ -156,15 +159,31 @@ class Objective:
             s, t = lookup("student", term.student), lookup("teacher", term.teacher)
             s, t = _laid_out(term, s, t, batch, task)
             if term.projection is not None:
-                s = projected(projections[term.projection], s)
+                s = projected(projections[term.projection], s, self.ranks)
             require_same_shape(s, t, term.student.name, term.teacher.name)
             weights = None
             if task == "classification" or term.keeps_tokens:
                 weights = feature_weights(batch, task, term.stream, s)
             loss = term.loss(s, t, _beside(s, weights, is_named(term.loss)))
             loss = ordinary(loss, term.name)
-            losses[term.name] = rescaled(loss, weights, s.shape[0], batch.num_feature_items)
+            items = self._items(batch.num_feature_items, weights, s.shape[0], loss)
+            losses[term.name] = rescaled(loss, weights, s.shape[0], items)
         return losses
+
+    def _items(
+        self, given: Tensor | None, weights: Tensor | None, count: int, like: Tensor
+    ) -> Tensor | None:
+        """What a term is divided by, where that is not its own Σ w."""
+        if given is not None or self.ranks is None:
+            return given
+        return items_of(weights, count, self.ranks, like)
+
+
+def together(total: Tensor, terms: dict[str, Tensor], ranks: Ranks) -> Losses:
+    """What each rank adds, summed."""
+    scale = float(ranks.size) if ranks.averaged else 1.0
+    summed = {name: over_ranks(value, ranks.groups) for name, value in terms.items()}
+    return Losses(total_over_ranks(total, ranks.groups, scale), summed)
 
 
 def _laid_out(
@@ -196,15 +215,18 @@ def _beside(value: Tensor, other: Any, own: bool) -> Any:
     return everywhere(other, value)
 
 
-def projected(projection: torch.nn.Module, value: Tensor) -> Tensor:
+def projected(projection: torch.nn.Module, value: Tensor, ranks: Ranks | None) -> Tensor:
     """``projection(value)``; its weights stay plain tensors, alike on every rank."""
-    if not is_placed(value):
+    summed = ranks is not None and not ranks.averaged
+    if not is_placed(value) and not summed:
         return projection(value)  # type: ignore[no-any-return]
-    from fxdistill.parallel.place import everywhere
+    weights: dict[str, Tensor] = dict(projection.named_parameters())
+    if ranks is not None and summed:
+        weights = {name: shared(weight, ranks.groups) for name, weight in weights.items()}
+    if is_placed(value):
+        from fxdistill.parallel.place import everywhere
 
-    weights: dict[str, Tensor] = {
-        name: everywhere(p, value) for name, p in projection.named_parameters()
-    }
+        weights = {name: everywhere(weight, value) for name, weight in weights.items()}
     return torch.func.functional_call(projection, weights, (value,))  # type: ignore[no-any-return]
 
 

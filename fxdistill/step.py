@@ -51,11 +51,11 @@ def run_towers(
     if objective.uses_teacher:
         begin("teacher")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            output = distiller.teacher(*teacher.args, **teacher.kwargs)
+            output = distiller.run("teacher", teacher)
             if objective.logit_loss is not None:
                 _tap_logits(output, "teacher")
     begin("student")
-    output = distiller.student(*student.args, **student.kwargs)
+    output = distiller.run("student", student)
     if needs_logits or objective.logit_loss is not None:
         _tap_logits(output, "student")
     return guards.first_trainable(distiller)

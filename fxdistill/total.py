@@ -14,10 +14,12 @@ from torch import fx
 from fxdistill.head import Unreadable, target_name
 from fxdistill.losses import LOGIT_LOSSES, cross_entropy
 from fxdistill.losses.chunk import DIVERGENCES, Divergence
+from fxdistill.ranks import over_ranks, total_over_ranks
 from fxdistill.tokens import over_items
 
 NAMES: dict[Any, str] = {LOGIT_LOSSES[name]: name for name in DIVERGENCES}
 ON_LOGITS = (*NAMES, cross_entropy)
+OVER = (over_ranks, total_over_ranks)
 _ADD, _MUL = (operator.add, torch.add), (operator.mul, torch.mul)
 
 
@@ -78,10 +80,15 @@ def read_total(graph: fx.Graph) -> tuple[fx.Node, tuple[Summand, ...]]:
     """The node that stacks the summands of the total, and those that are losses on logits."""
     out = graph.output_node()
     for stack in graph.find_nodes(op="call_function", target=torch.stack):
-        if any(user.target == "sum" and out in user.users for user in stack.users):
+        if any(user.target == "sum" and out in _ends(user) for user in stack.users):
             found = [_summand(node) for node in stack.args[0]]
             return stack, tuple(summand for summand in found if summand is not None)
     raise Unreadable("the total is no sum of terms")
+
+
+def _ends(node: fx.Node) -> list[fx.Node]:
+    """Who reads ``node``, on this rank or summed over ranks."""
+    return [end for user in node.users for end in (user.users if user.target in OVER else [user])]
 
 
 def _summand(product: Any) -> Summand | None:
@@ -116,7 +123,7 @@ def _summand(product: Any) -> Summand | None:
 
 def _is_told(node: fx.Node) -> bool:
     """Whether ``node`` is the value of a term as the user gets it."""
-    return node.target == "detach" and all(user.op == "output" for user in node.users)
+    return node.target == "detach" and all(end.op == "output" for end in _ends(node))
 
 
 def _mix(node: Any, factor: float, nodes: list[fx.Node]) -> list[tuple[float, fx.Node]]:

@@ -11,16 +11,12 @@ rounding).
 
 import functools
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fxdistill.losses.reduce import counted, is_placed, weighted_mean, wide
 from fxdistill.nodes import one_node
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 FLOOR = -1e4
 
@@ -38,7 +34,7 @@ def _result(values: Tensor, temperature: Tensor | float, weights: Tensor | None)
 
 def on_mesh(
     name: str,
-    student: "DTensor",
+    student: Tensor,
     teacher: Tensor,
     temperature: Tensor | float,
     weights: Tensor | None,
@@ -47,7 +43,10 @@ def on_mesh(
     """The divergence ``name`` of DTensors."""
     # What imports torch.distributed is imported where it is used.
     from fxdistill.parallel import logits
+    from fxdistill.parallel.place import everywhere
 
+    if not is_placed(student):
+        student = everywhere(student, teacher)  # type: ignore[arg-type]
     plain = functools.partial(jsd, beta=beta) if name == "jsd" else globals()[name]
     kind = (name, 1.0, beta)
     return logits.divergence(kind, plain, student, teacher, temperature, weights)
@@ -62,7 +61,7 @@ def forward_kl(
     weights: Tensor | None = None,
 ) -> Tensor:
     """τ² KL(p_T ‖ p_S) = τ² [Σ p_T (z_T - z_S)/τ - lse_T + lse_S] (Hinton et al., 2015)."""
-    if is_placed(student_logits):
+    if is_placed(student_logits) or is_placed(teacher_logits):
         return on_mesh("forward_kl", student_logits, teacher_logits, temperature, weights)
     s = _scaled(student_logits, temperature, weights)
     t = _scaled(teacher_logits, temperature, weights)
@@ -82,7 +81,7 @@ def reverse_kl(
     weights: Tensor | None = None,
 ) -> Tensor:
     """τ² KL(p_S ‖ p_T) = τ² Σ p_S (log p_S - log p_T) (MiniLLM, Gu et al., 2024)."""
-    if is_placed(student_logits):
+    if is_placed(student_logits) or is_placed(teacher_logits):
         return on_mesh("reverse_kl", student_logits, teacher_logits, temperature, weights)
     s = _scaled(student_logits, temperature, weights)
     t = _scaled(teacher_logits, temperature, weights)
@@ -110,7 +109,7 @@ def jsd(
     if beta in (0, 1):
         kl = reverse_kl if beta else forward_kl
         return kl(student_logits, teacher_logits, temperature=temperature, weights=weights)
-    if is_placed(student_logits):
+    if is_placed(student_logits) or is_placed(teacher_logits):
         return on_mesh("jsd", student_logits, teacher_logits, temperature, weights, beta)
     if not 0 < beta < 1:
         raise ValueError(f"jsd takes beta between 0 and 1, not {beta}")
@@ -132,7 +131,7 @@ def soft_cross_entropy(
     weights: Tensor | None = None,
 ) -> Tensor:
     """-τ² Σ p_T log p_S: forward KL plus the teacher's entropy, with the same student gradient."""
-    if is_placed(student_logits):
+    if is_placed(student_logits) or is_placed(teacher_logits):
         return on_mesh("soft_cross_entropy", student_logits, teacher_logits, temperature, weights)
     s = _scaled(student_logits, temperature, weights)
     t = _scaled(teacher_logits, temperature, weights)

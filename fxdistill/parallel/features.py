@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from fxdistill.losses.hidden import Values
 from fxdistill.losses.reduce import wide, width_axes, width_of
-from fxdistill.parallel.place import mesh_of, placed, summed, whole
+from fxdistill.parallel.place import countable, mesh_of, placed, summed, whole
 
 
 def loss(
@@ -59,15 +59,17 @@ def _where(student: Tensor, teacher: Tensor, mesh: DeviceMesh, leading: int) -> 
             taken = [*found, *kinds[0][dim + 1 :]]
             free = [i for i in range(leading) if Shard(i) not in taken]
             s = t if t.is_shard() and t not in taken else _scattered(student, free, mesh.size(dim))
-        # Strided shards, which views leave behind, are nothing that can be counted by rows.
-        found.append(s if s.is_replicate() or type(s) is Shard else Replicate())
+        found.append(countable(s))
     return found
 
 
 def _scattered(x: Tensor, axes: list[int], ranks: int) -> Placement:
     """Over the longest of ``axes``, if every rank gets some."""
-    axis = max(axes, key=lambda i: x.shape[i], default=None)
-    return Replicate() if axis is None or x.shape[axis] < ranks else Shard(axis)
+    longest = None
+    for axis in axes:
+        if x.shape[axis] >= ranks and (longest is None or x.shape[axis] > x.shape[longest]):
+            longest = axis
+    return Replicate() if longest is None else Shard(longest)
 
 
 def _share(

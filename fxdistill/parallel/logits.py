@@ -22,9 +22,10 @@ from fxdistill.errors import OptionError, ShapeError, VocabularyError
 from fxdistill.losses.chunk import Chunk, Divergence, Shape
 from fxdistill.losses.chunked import require_first_order, require_indices, scaled
 from fxdistill.losses.labels import IGNORE
+from fxdistill.losses.reduce import wide
 from fxdistill.losses.shard import Place
 from fxdistill.parallel.body import ShardedBody
-from fxdistill.parallel.place import chunk_of, placed, summed
+from fxdistill.parallel.place import chunk_of, countable, mesh_of, placed, summed
 
 
 @torch.library.custom_op("fxdistill::sharded_logit_loss", mutates_args=())
@@ -95,6 +96,7 @@ def divergence(
             f"the student's logits are {list(student.shape)} and the teacher's "
             f"{list(teacher.shape)}: sharded ones must be alike. Pad the smaller vocabulary."
         )
+    mesh_of(student, teacher)
     where = _whole_sums(student)
     z, t = where.to_local(), placed(teacher, where.device_mesh, where.placements)
     share = _share(where, weights)
@@ -177,8 +179,7 @@ def _require_constants(*values: Any) -> None:
 
 def _whole_sums(x: DTensor) -> DTensor:
     """``x`` without pending sums."""
-    placements = [Replicate() if p.is_partial() else p for p in x.placements]
-    return x.redistribute(x.device_mesh, placements)
+    return x.redistribute(x.device_mesh, [countable(p) for p in x.placements])
 
 
 def _vocabulary_axis(x: DTensor) -> int | None:
@@ -212,6 +213,7 @@ def _share(where: DTensor, weights: Tensor | None) -> Tensor:
         count = where.shape[:-1].numel()
         local = where.to_local()
         return torch.full(local.shape[:-1], 1.0 / count, device=local.device)
+    weights = weights.to(wide(where).dtype)
     total = weights.sum()
     if isinstance(total, DTensor):
         total = total.full_tensor()

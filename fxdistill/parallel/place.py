@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from fxdistill.errors import MeshError
 
@@ -14,6 +15,14 @@ def placed(x: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTen
     if not isinstance(x, DTensor):
         x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return x.redistribute(mesh, placements)
+
+
+def countable(placement: Placement) -> Placement:
+    """``placement``, if it is a number of rows; else ``Replicate``.
+
+    Pending sums are not, and neither are the strided shards that views leave behind.
+    """
+    return placement if type(placement) is Shard else Replicate()
 
 
 def everywhere(x: Tensor, like: DTensor) -> DTensor:
@@ -58,3 +67,10 @@ def chunk_of(mesh: DeviceMesh, dim: int, size: int) -> tuple[int, int]:
     """
     each = -(-size // mesh.size(dim))
     return min(size, each * mesh.get_local_rank(dim)), each
+
+
+def sum_over(x: Tensor, groups: Sequence[str]) -> Tensor:
+    """Σ x over the ranks of ``groups``, by name, on every rank. Without gradient."""
+    for group in groups:
+        x = funcol.all_reduce(x, "sum", group)  # type: ignore[arg-type]
+    return x

@@ -9,7 +9,6 @@ What is not understood (state-space mixers, experts, attention that counts its h
 tokens on every rank, with whole weights: as correct, and no smaller. ``notes`` name it.
 """
 
-import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -111,7 +110,7 @@ def _plan_block(
         for path, child in under(module, block.path)
         if norm_width(child) is not None and not path.startswith(tuple(inside))
     ]
-    covered = tuple([*inside, *(f"{path}." for path in norms)])
+    covered = (*inside, *(f"{path}." for path in norms))
     names = [f"{block.path}.{name}" for name, _ in module.named_parameters()]
     if any(not name.startswith(covered) for name in names) or _nested(block):
         whole.setdefault("whole blocks on every rank", []).append(block.path)
@@ -187,7 +186,6 @@ def _linear(module: nn.Module, path: str) -> dict[str, nn.Linear]:
     return {name: m for name, m in under(module, path) if type(m) is nn.Linear}
 
 
-@functools.cache
 def _counts_heads(cls: type[nn.Module]) -> bool:
     """Whether ``forward`` names a number of heads, which is that of all ranks."""
     try:

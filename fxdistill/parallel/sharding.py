@@ -1,7 +1,7 @@
 """Models on a mesh: parameters become DTensors in place, and are gathered where they are used.
 
 A parameter lies on the whole mesh: over ``tp`` as the plan says, and over ``dp`` on one of its
-axes, which a step gathers and whose gradient it scatters (FSDP: Zhao et al., 2023, but inside of the
+axes, which a step gathers and whose gradient it scatters (FSDP: Zhao et al., 2023, but in the
 graph, where a compiler sees it; the form is that of torchtitan's SimpleFSDP, Zhang et al., 2024).
 The axis is the first that ``tp`` leaves whole, so that no placement is strided; what has none, or
 is shorter than the ranks, is replicated. Over ``replicate`` all is replicated (HSDP).
@@ -205,10 +205,7 @@ def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 @contextlib.contextmanager
 def kept_on_error(*models: nn.Module) -> Iterator[None]:
     """Put parameters and hooks back if the body raises."""
-    undo: list[Callable[[], None]] = []
-    for model in models:
-        for module in model.modules():
-            undo.append(_restorer(module))
+    undo = [_restorer(module) for model in models for module in model.modules()]
     try:
         yield
     except BaseException:

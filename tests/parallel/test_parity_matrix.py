@@ -110,11 +110,18 @@ def on_each(of: Iterable[Case], dims: int = 1, teacher: str = "others") -> list[
     return found
 
 
+def all_sizes(names: list[str], ranks: int) -> list[Case]:
+    """The product of sizes and weights; on 4 ranks, which are slow, less of what counts nothing."""
+    if ranks == 2:
+        return cases(names)
+    return cases(names, weights=("none", "some")) + cases(names, [UNEVEN], ("zero",))
+
+
 def features(ranks: int) -> list[Placed]:
     names = list(FEATURES)
     maps = ((4, 4, 8, 4), (3, 5, 2, 7))
     return [
-        *on_each(cases(names), teacher="all" if ranks == 2 else "others"),
+        *on_each(all_sizes(names, ranks), teacher="all" if ranks == 2 else "others"),
         *on_each(cases(names, [UNEVEN], ("some", "zero"), both=True)),
         *on_each(cases(EXACT, [UNEVEN], ("none", "some"), equal=True)),
         *on_each(cases(names, [UNEVEN], ("some",), dtype=torch.float64)),
@@ -133,7 +140,7 @@ def logits(ranks: int) -> list[Placed]:
         names = [n for n in names if not n.endswith(("/2.0", "/tensor(1.)"))]
     some = [*(n for n in LOGITS if n.endswith("/2.0")), *LABELS]
     return [
-        *on_each(cases(names), teacher="same"),
+        *on_each(all_sizes(names, ranks), teacher="same"),
         *on_each(cases(some, [UNEVEN], ("some",))),
     ]
 
@@ -199,7 +206,7 @@ def counts(rank: int) -> Any:
     Also along the width of l2 and cosine: with its sums whole, a rank has all of all tokens.
     """
     mesh, failures = mesh_of(2), []
-    sample = cases(list(FEATURES), SHAPES[:2], ("none", "some"))
+    sample = cases(list(FEATURES), [UNEVEN], ("none", "some"))
     for case, at in product(sample, EACH[:4]):
         student, teacher, weights = matrix.operands(case)
         s, t = (matrix.placed(x, mesh, (at,), 0)[1].detach() for x in (student, teacher))

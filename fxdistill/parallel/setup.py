@@ -1,0 +1,170 @@
+"""``wrap(..., mesh=)``: what a mesh must be, each model's plan, and whether ranks agree."""
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from fxdistill.errors import DeviceError, MeshError, OptionError, PathError, did_you_mean
+from fxdistill.guards import device_of
+from fxdistill.losses.reduce import is_placed
+from fxdistill.parallel.plan import TensorPlan, ready_made
+from fxdistill.parallel.sharding import DATA, TENSOR, Axes, Sharding, shard
+from fxdistill.ranks import Ranks
+
+Plan = Mapping[str, Any] | None
+
+
+class OnMesh(NamedTuple):
+    """Two models on a mesh; ``ranks`` where samples lie on several."""
+
+    shardings: Mapping[str, Sharding]
+    ranks: Ranks | None
+    notes: tuple[str, ...]
+
+
+def set_up(
+    models: Mapping[str, nn.Module], plans: Mapping[str, Plan], mesh: DeviceMesh, asked: str
+) -> OnMesh:
+    """Shard the models, by tower, in place. ``asked`` is what all ranks must have asked for.
+
+    What can be wrong is found first, on every rank. MeshError, OptionError, PathError, DeviceError.
+    """
+    axes = _axes(mesh)
+    made: dict[str, TensorPlan] = {}
+    for tower, model in models.items():
+        _check_model(tower, model, mesh)
+        made[tower] = _plan(tower, model, plans.get(tower), axes)
+    _check_apart(models)
+    _check_agreement(mesh, "\n".join([asked, *_described(models, made)]))
+    shardings = {tower: shard(model, axes, made[tower]) for tower, model in models.items()}
+    notes = tuple(note for plan in made.values() for note in plan.notes)
+    return OnMesh(shardings, _ranks(axes), notes)
+
+
+def _axes(mesh: Any) -> Axes:
+    if not isinstance(mesh, DeviceMesh):
+        raise OptionError(f"mesh is a {type(mesh).__name__}: torch's init_device_mesh makes one")
+    names, known = mesh.mesh_dim_names or (), (*DATA, TENSOR)
+    if not names or any(name not in known for name in names):
+        raise MeshError(
+            f"the mesh has dimensions {names or 'without names'}: fxdistill reads 'dp' (samples, "
+            "and shards of the parameters), 'tp' (tensor and sequence parallel) and 'replicate' "
+            "(samples only). init_device_mesh(..., mesh_dim_names=('dp', 'tp'))."
+        )
+    return Axes.of(mesh)
+
+
+def _check_model(tower: str, model: nn.Module, mesh: DeviceMesh) -> None:
+    if any(is_placed(parameter) for parameter in model.parameters()):
+        raise MeshError(
+            f"the {tower} is parallel already (its parameters are DTensors): leave mesh= out, and "
+            "it is taken as it is; or hand it over as a plain model."
+        )
+    if (device := device_of(model)).type != mesh.device_type:
+        raise DeviceError(
+            f"the {tower} is on {device}, and the mesh is of {mesh.device_type!r} devices: "
+            f"model.to({mesh.device_type!r}) before wrap."
+        )
+
+
+def _check_apart(models: Mapping[str, nn.Module]) -> None:
+    student, teacher = (dict(model.named_parameters()) for model in models.values())
+    own = {id(parameter): name for name, parameter in student.items()}
+    shared = [own[id(p)] for p in teacher.values() if id(p) in own]
+    if shared:
+        raise MeshError(
+            f"student and teacher share {len(shared)} parameters ({shared[0]}, ...), which mesh= "
+            "cannot shard for both: give the teacher a copy, or parallelize the models yourself "
+            "and leave mesh= out."
+        )
+
+
+def _plan(tower: str, model: nn.Module, plan: Plan, axes: Axes) -> TensorPlan:
+    if axes.tensor is None:
+        if plan is not None:
+            raise OptionError(f"{tower}_plan is for a mesh dimension 'tp', and there is none")
+        return TensorPlan()
+    if plan is None:
+        return ready_made(model, axes.tensor.size(), tower)
+    modules = [name for name, _ in model.named_modules() if name]
+    parameters = [name for name, _ in model.named_parameters()]
+    styles: dict[str, ParallelStyle] = {}
+    placements: dict[str, Placement] = {}
+    for pattern, value in plan.items():
+        if isinstance(value, ParallelStyle):
+            styles.update(dict.fromkeys(_found(tower, pattern, modules), value))
+            continue
+        kinds = list(value) if isinstance(value, Sequence) else [value]
+        if len(kinds) != 1 or not isinstance(kinds[0], Placement):
+            raise OptionError(
+                f"{tower}_plan[{pattern!r}] is {value!r}: a ParallelStyle of a module, or the "
+                "placement of a parameter over 'tp'"
+            )
+        placements.update(dict.fromkeys(_found(tower, pattern, parameters), kinds[0]))
+    return TensorPlan(styles, placements)
+
+
+def _found(tower: str, pattern: str, names: Iterable[str]) -> list[str]:
+    """The names that ``pattern`` matches, ``*`` within one segment."""
+    parts, names = pattern.split("."), list(names)
+    found = [
+        name
+        for name in names
+        if len(segments := name.split(".")) == len(parts)
+        and all(map(fnmatch.fnmatchcase, segments, parts))
+    ]
+    if not found:
+        near = did_you_mean(pattern, names)
+        raise PathError(f"{tower}_plan: {pattern!r} matches nothing. Nearest: {near}.")
+    return found
+
+
+def _ranks(axes: Axes) -> Ranks | None:
+    if axes.data is None:
+        return None
+    groups = tuple(str(group.group_name) for group in axes.data.get_all_groups())
+    return Ranks(groups, axes.data.size())
+
+
+def _described(models: Mapping[str, nn.Module], plans: Mapping[str, TensorPlan]) -> Iterable[str]:
+    for tower, model in models.items():
+        for name, p in model.named_parameters():
+            yield f"{tower} {name} {list(p.shape)} {p.dtype} {p.requires_grad}"
+        for path, style in plans[tower].styles.items():
+            yield f"{tower} {path} {type(style).__name__}"
+
+
+def _check_agreement(mesh: DeviceMesh, text: str) -> None:
+    """MeshError on every rank where ranks were asked for different things: later that is a hang."""
+    for group in mesh.get_all_groups():
+        texts: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(texts, text, group=group)
+        for i, other in enumerate(texts):
+            if other != text:
+                lines = zip(text.splitlines(), other.splitlines(), strict=False)
+                mine, theirs = next(
+                    ((a, b) for a, b in lines if a != b), ("(no more lines)", "(no more lines)")
+                )
+                raise MeshError(
+                    f"ranks disagree on what to wrap: rank {dist.get_rank()} has {mine!r}, rank "
+                    f"{dist.get_global_rank(group, i)} has {theirs!r}. Build models, mapping and "
+                    "options alike on every rank."
+                )
+
+
+def make_alike(modules: Iterable[nn.Module], meshes: Iterable[DeviceMesh]) -> None:
+    """Give every rank the parameters of the first: projections start at random."""
+    for mesh in meshes:
+        for group in mesh.get_all_groups():
+            source = dist.get_global_rank(group, 0)
+            for module in modules:
+                for parameter in module.parameters():
+                    with torch.no_grad():
+                        dist.broadcast(parameter, source, group=group)
