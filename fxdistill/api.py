@@ -26,7 +26,7 @@ from fxdistill.losses.reduce import is_placed
 from fxdistill.lower import Lowering, check_lowering, mode_options
 from fxdistill.matching import Mapped, Matches, entries, loss_name
 from fxdistill.objective import Objective, require_padding_only
-from fxdistill.passes import KeepTeacher
+from fxdistill.passes import GatherLate, KeepTeacher, PackReductions
 from fxdistill.program import Pass
 from fxdistill.resolve import resolve as resolve_matches
 from fxdistill.roles import find_task
@@ -154,7 +154,8 @@ def wrap(
         losses = [loss_name(loss) for loss in (logit_loss, label_loss, feature_loss) if loss]
         asked = f"{matches}\n{losses} {settings}\n{plan.mode} {plan.outputs} {found_task}"
         placed = set_up(models, plans, mesh, asked)
-        plan = replace(plan, shardings=placed.shardings, notes=placed.notes)
+        late = replace(plan.lowering, joint_passes=(GatherLate(), *plan.lowering.joint_passes))
+        plan = replace(plan, lowering=late, shardings=placed.shardings, notes=placed.notes)
         objective = replace(objective, ranks=placed.ranks)
         return build(objective, *rest, plan, _as_inputs(example_inputs))
 
@@ -273,7 +274,7 @@ def _plan(
     lowering = Lowering(
         options.get("backend", "inductor"),
         _inductor_options(options),
-        (KeepTeacher(),) if freeze_teacher else (),
+        (KeepTeacher(), PackReductions()) if freeze_teacher else (PackReductions(),),
     )
     check_lowering(lowering)
     return Plan(

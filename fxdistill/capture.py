@@ -24,7 +24,7 @@ from fxdistill.errors import FxDistillError, OptionError
 from fxdistill.hooks import hooked
 from fxdistill.lower import Lowering, lower
 from fxdistill.nodes import own_code
-from fxdistill.passes import ExposeOutputs, FuseHead, PruneTeacher
+from fxdistill.passes import ExposeOutputs, FuseHead, PackReductions, PruneTeacher
 from fxdistill.pipeline import Dump, Observer
 from fxdistill.program import JointProgram, Pass, PassRecord, Program, output_values
 from fxdistill.split import split
@@ -78,22 +78,30 @@ def backend(
         names = tuple(f"output_{i}" for i in range(len(output_values(gm.graph))))
         terms = JointProgram(gm, names, title="terms")
         dump.write("terms", terms)
-        if given is not None:  # the terms of regional mode
-            _erase_checks(gm)
-            terms = pipeline.run(terms, recipe.fusing, [dump])
-            recipe.keep(terms)
-        return lower(terms.gm, example_inputs, replace(recipe.lowering, joint_passes=()))
+        if given is None:
+            return lower(terms.gm, example_inputs, recipe.lowering)
+        _erase_checks(gm)
+        terms = pipeline.run(terms, recipe.fusing, [dump])
+        recipe.keep(terms)
+        # There is no teacher in it to be kept.
+        lowering = replace(recipe.lowering, joint_passes=(PackReductions(),))
+        return lower(terms.gm, example_inputs, lowering, (dump, _note(recipe, terms)))
     joint = joint_program(gm, (*recipe.passes, *recipe.fusing, PruneTeacher()), dump)
-    history = list(joint.history)
     recipe.keep(joint)
     if recipe.dry:
         raise _Captured
+    return lower(joint.gm, example_inputs, recipe.lowering, (dump, _note(recipe, joint)))
 
-    def note(record: PassRecord, program: Program) -> None:
+
+def _note(recipe: Recipe, program: JointProgram) -> Observer:
+    """What passes of the joint level did becomes part of the history of ``program``."""
+    history = list(program.history)
+
+    def note(record: PassRecord, _: Program) -> None:
         history.append(record)
-        recipe.keep(JointProgram(joint.gm, joint.outputs, tuple(history), title="joint"))
+        recipe.keep(replace(program, history=tuple(history)))
 
-    return lower(joint.gm, example_inputs, recipe.lowering, (dump, note))
+    return note
 
 
 def joint_program(gm: fx.GraphModule, passes: Sequence[Pass], dump: Dump) -> JointProgram:

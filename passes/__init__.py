@@ -2,7 +2,16 @@
 
 from fxdistill.passes.expose_outputs import ExposeOutputs
 from fxdistill.passes.fuse_head import FuseHead
+from fxdistill.passes.gather_late import GatherLate
 from fxdistill.passes.keep_teacher import KeepTeacher
+from fxdistill.passes.pack_reductions import PackReductions
 from fxdistill.passes.prune_teacher import PruneTeacher
 
-__all__ = ["ExposeOutputs", "FuseHead", "KeepTeacher", "PruneTeacher"]
+__all__ = [
+    "ExposeOutputs",
+    "FuseHead",
+    "GatherLate",
+    "KeepTeacher",
+    "PackReductions",
+    "PruneTeacher",
+]

@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxdistill
-from fxdistill import Distiller, errors
+from fxdistill import Distiller, Match, errors
 from fxdistill.parallel.gradients import clip_grad_norm_
 from parallel.matrix import as_gradient, numbers, placed, placements
 from parallel.models import LM, parallel
@@ -37,7 +37,8 @@ from parallel.processes import run
 
 VOCABULARY = 61  # sharded unevenly, on two ranks and on four
 MAX_NORM = 0.5  # below every norm that is met here
-ORDERS = (2.0, math.inf, 1.0, 3.0)
+ORDERS = (2.0, math.inf, 3.0)
+MAPPING = [Match(f"blocks.{i}.down", f"blocks.{2 * i}.down", project="linear") for i in (0, 1)]
 
 
 def whole(x: Tensor) -> Tensor:
@@ -150,16 +151,17 @@ def test_plain_gradients_are_clipped_as_torch_does() -> None:
         assert torch.equal(found, wanted)
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(*pairs, strict=True))
     assert clip_grad_norm_([nn.Parameter(torch.ones(2))], 1.0) == 0
+    one, other = Run("plain"), Run("plain")
+    assert one.backward(0) == other.backward(0)
+    assert float(one.distiller.clip_grad_norm_(MAX_NORM)) == other.clip()
+    for p, q in zip(one.distiller.parameters(), other.distiller.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
     for order in (0.0, -math.inf, math.nan):
         with pytest.raises(errors.OptionError, match="norm_type"):
             clip_grad_norm_(pairs[0], 1.0, order)
 
 
 # ---------------------------------------------------------------------- steps
-
-
-def plain(model: LM, mesh: DeviceMesh) -> LM:
-    return model
 
 
 def sequences(model: LM, mesh: DeviceMesh) -> LM:
@@ -182,7 +184,8 @@ def across(model: LM, mesh: DeviceMesh) -> LM:
     return parallelize_module(model, mesh, plan)  # type: ignore[return-value]
 
 
-PLANS = {f.__name__: f for f in (plain, sequences, no_sequences, across)}
+PLANS = {f.__name__: f for f in (sequences, no_sequences, across)}
+MESHES = {"dp": ("dp",), "dp and tp": ("dp", "tp")}  # what wrap(mesh=) makes parallel itself
 
 
 class Run:
@@ -193,31 +196,46 @@ class Run:
         teacher = LM(VOCABULARY, 24, 3)
         torch.manual_seed(seed)
         student = LM(VOCABULARY, 16, 2, bias=True)
-        if plan != "plain":
-            mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+        options: dict[str, Any] = {"task": "causal_lm", "label_weight": 0.5, "compile": False}
+        self.plan, self.part = plan, slice(None)  # of the samples
+        if plan in PLANS:
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
             student, teacher = (PLANS[plan](model, mesh) for model in (student, teacher))
-        self.distiller: Distiller = fxdistill.wrap(
-            student, teacher, task="causal_lm", label_weight=0.5, compile=False
-        )
+        elif plan in MESHES:
+            names = MESHES[plan]
+            mesh = init_device_mesh("cpu", (2,) * len(names), mesh_dim_names=names)
+            self.part = slice(mesh.get_local_rank("dp"), None, 2)
+            options["mesh"] = mesh
+        self.distiller: Distiller = fxdistill.wrap(student, teacher, MAPPING, **options)
         groups = self.distiller.param_groups()
         self.optimizer = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1)
         self.kinds: set[str] = set()  # of gradients, before they were clipped
 
+    def backward(self, step: int) -> float:
+        """Gradients of one batch, and its loss."""
+        ids = torch.randint(VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(step))
+        ids = ids[self.part]
+        out = self.distiller(ids, labels=ids)
+        self.optimizer.zero_grad()
+        out.loss.backward()
+        gradients = [p.grad for p in self.distiller.parameters()]
+        self.kinds |= {str(getattr(g, "placements", "plain")) for g in gradients}
+        return float(out.loss.detach())
+
+    def clip(self) -> float:
+        """The norm of the gradients before; one process does without the library."""
+        if self.plan == "plain":
+            return float(nn.utils.clip_grad_norm_(self.distiller.parameters(), MAX_NORM))
+        return float(self.distiller.clip_grad_norm_(MAX_NORM))
+
     def steps(self, first: int, count: int) -> list[float]:
-        """The losses of so many steps."""
-        losses = []
+        """Losses and gradient norms of so many steps."""
+        found = []
         for i in range(first, first + count):
-            ids = torch.randint(VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(i))
-            out = self.distiller(ids, labels=ids)
-            out.loss.backward()
-            gradients = [p.grad for p in self.distiller.parameters()]
-            self.kinds |= {str(getattr(g, "placements", "plain")) for g in gradients}
-            norm = self.distiller.clip_grad_norm_(MAX_NORM)
-            assert norm > MAX_NORM, norm
+            found += [self.backward(i), self.clip()]
+            assert found[-1] > MAX_NORM
             self.optimizer.step()
-            self.optimizer.zero_grad()
-            losses.append(float(out.loss))
-        return losses
+        return found
 
     def state(self) -> dict[str, Any]:
         return {
@@ -227,7 +245,7 @@ class Run:
 
     def resume(self, path: str) -> None:
         state = self.state()
-        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+        dcp.load(state, checkpoint_id=path)
         set_model_state_dict(self.distiller, state["model"])
         set_optimizer_state_dict(self.distiller, self.optimizer, state["optimizer"])
 
@@ -239,11 +257,11 @@ def close(found: list[float], wanted: list[float]) -> None:
 def three_steps(rank: int) -> None:
     alone = Run("plain")
     wanted = alone.steps(0, 3)
-    for plan in ("sequences", "no_sequences", "across"):
+    for plan in (*PLANS, "dp"):
         found = Run(plan)
         close(found.steps(0, 3), wanted)
         assert ("(Partial(sum),)" in found.kinds) == (plan == "sequences"), found.kinds
-        assert ("plain" in found.kinds) == (plan != "sequences"), found.kinds
+        assert "plain" in found.kinds
         pairs = zip(found.distiller.parameters(), alone.distiller.parameters(), strict=True)
         for p, q in pairs:
             assert (whole(p) - q).norm() <= 1e-5 * q.norm(), (plan, q.shape)
@@ -258,9 +276,10 @@ def test_clipped_steps_are_those_of_one_device() -> None:
 
 
 def saved(rank: int, path: str) -> list[float]:
-    """The losses of four steps; a checkpoint and an export are of the second one's end."""
+    """Four steps; a checkpoint and an export are of the second one's end."""
     first = Run("sequences")
-    losses = first.steps(0, 2)
+    found = first.steps(0, 2)
+    first.optimizer.zero_grad()
     dcp.save(first.state(), checkpoint_id=path)
     student = first.distiller.student
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -269,24 +288,25 @@ def saved(rank: int, path: str) -> list[float]:
     assert bool(export) == (rank == 0)  # the others have no copy
     if rank == 0:
         torch.save({"student": export, "logits": logits}, f"{path}/export.pt")
-    return losses + first.steps(2, 2)
+    return found + first.steps(2, 2)
 
 
-def resumed(rank: int, path: str, plan: str) -> list[float]:
-    other = Run(plan, seed=5)
-    other.resume(path)
-    return other.steps(2, 2)
+def resumed(rank: int, path: str, plans: tuple[str, ...], wanted: list[float]) -> None:
+    for plan in plans:
+        other = Run(plan, seed=5)
+        other.resume(path)
+        close(other.steps(2, 2), wanted)
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # as is meant
 def test_a_run_is_resumed_on_other_ranks_and_plans_and_exported(tmp_path: Path) -> None:
     path = str(tmp_path / "checkpoint")
-    losses = run(2, saved, path)[0]
-    close(losses, Run("plain").steps(0, 4))
-    for ranks, plan in ((4, "no_sequences"), (2, "across")):
-        for found in run(ranks, resumed, path, plan):
-            close(found, losses[2:])
-    close(resumed(0, path, "plain"), losses[2:])
+    found = run(2, saved, path)[0]
+    close(found, Run("plain").steps(0, 4))
+    run(4, resumed, path, ("no_sequences", "dp and tp"), found[4:])
+    run(2, resumed, path, ("across", "dp"), found[4:])
+    resumed(0, path, ("plain",), found[4:])
 
     export = torch.load(f"{path}/export.pt")
     student = LM(VOCABULARY, 16, 2, bias=True)
@@ -298,4 +318,7 @@ def test_a_run_is_resumed_on_other_ranks_and_plans_and_exported(tmp_path: Path) 
 def test_names_in_a_checkpoint() -> None:
     distiller = Run("plain").distiller
     student = {f"student.{name}" for name in distiller.student.state_dict()}
-    assert set(distiller.state_dict()) == set(get_model_state_dict(distiller)) == student
+    projections = {f"projections.{name}" for name in distiller.projections.state_dict()}
+    assert projections
+    names = set(distiller.state_dict())
+    assert names == set(get_model_state_dict(distiller)) == student | projections

@@ -1,0 +1,122 @@
+"""Sharded parameters are gathered where they are used, and again in the backward."""
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from fxdistill.compose import section_of
+from fxdistill.program import P, fork_module
+
+# What stands between a parameter's shard and the weight that an operator takes, by operator.
+_GATHER = "_c10d_functional.all_gather_into_tensor"
+_SCATTER = "_c10d_functional.reduce_scatter_tensor"
+_MOVES = (
+    "view reshape _unsafe_view alias detach slice split split_with_sizes cat narrow clone t "
+    "constant_pad_nd transpose permute as_strided unsqueeze squeeze _to_copy"
+)
+_ON_THE_WAY = ("_c10d_functional.wait_tensor", *(f"aten.{name}" for name in _MOVES.split()))
+
+
+@dataclass(frozen=True)
+class GatherLate:
+    """Move the gathers of parameters to their first use, and keep none for the backward.
+
+    1. A step names all of its weights before it uses the first: as traced, whole models would be
+       gathered at once. Each gather, with what leads to it and from it, moves to its first reader.
+    2. The partitioner is told to gather the student's again in the backward, rather than save whole
+       weights in the forward (what FSDP calls resharding after the forward).
+    3. Gradients are scattered as soon as they are formed. As traced that comes last: autograd works
+       backwards, and the gathers were the first thing that the forward did.
+
+    Works on the joint level; a graph without gathered parameters is returned as it is.
+    """
+
+    def __call__(self, program: P) -> P:
+        """Move and mark."""
+        if not any(_operator(node) == _GATHER for node in program.gm.graph.nodes):
+            return program
+        gm = fork_module(program.gm)
+        leading, gathered = _gathers(gm.graph)
+        if not gathered:
+            return program
+        _reorder(gm.graph, leading, _scatters(gm.graph))
+        for node in gathered:
+            if section_of(node) != "teacher":
+                node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+                node.meta["ac_graph_id"] = 0
+        bytes_of = sum(_bytes(node) for node in gathered if _operator(node) == _GATHER)
+        count = sum(_operator(node) == _GATHER for node in gathered)
+        size = f"{bytes_of / 2**20:.1f} MiB"
+        remark = f"{count} gathers of parameters ({size}) at their first use, not all at once"
+        return replace(program, gm=gm, remarks=(*program.remarks, remark))
+
+
+def _operator(node: fx.Node) -> str:
+    return str(node.target).rsplit(".", 1)[0] if node.op == "call_function" else ""
+
+
+def _bytes(node: fx.Node) -> int:
+    value: Any = node.meta["val"]
+    return int(value.numel() * value.element_size())
+
+
+def _moves(node: fx.Node) -> bool:
+    return _operator(node) in _ON_THE_WAY or node.target is operator.getitem
+
+
+def _gathers(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:
+    """What is made of single inputs by moving data only: all that is gathered, or leads there."""
+    pure: set[fx.Node] = set()
+    gathered: set[fx.Node] = set()
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        if not sources or not (_operator(node) == _GATHER or _moves(node)):
+            continue
+        if all(source.op == "placeholder" or source in pure for source in sources):
+            pure.add(node)
+            if _operator(node) == _GATHER or any(source in gathered for source in sources):
+                gathered.add(node)
+    return _with_leads(graph, gathered, pure), gathered
+
+
+def _scatters(graph: fx.Graph) -> set[fx.Node]:
+    """What scatters gradients, leads there by moving data only, and leads on to an output."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        behind = _moves(node) and any(source in found for source in node.all_input_nodes)
+        if _operator(node) == _SCATTER or behind:
+            found.add(node)
+    return _with_leads(graph, found, {node for node in graph.nodes if _moves(node)})
+
+
+def _with_leads(graph: fx.Graph, found: set[fx.Node], among: set[fx.Node]) -> set[fx.Node]:
+    """``found``, and what of ``among`` nothing else reads."""
+    leads = set(found)
+    for node in reversed(list(graph.nodes)):
+        if node in among and node.users and all(user in leads for user in node.users):
+            leads.add(node)
+    return leads
+
+
+def _reorder(graph: fx.Graph, late: set[fx.Node], early: set[fx.Node]) -> None:
+    """Each of ``late`` right before its first reader, of ``early`` right behind what it reads."""
+    nodes = list(graph.nodes)
+    place = {node: i for i, node in enumerate(nodes)}
+    at = dict(place)
+    for node in reversed(nodes):
+        if node in late:
+            at[node] = min((at[user] for user in node.users), default=place[node])
+    for node in nodes:
+        if node in early and node not in late:
+            at[node] = max((at[source] for source in node.all_input_nodes), default=place[node])
+
+    def key(node: fx.Node) -> tuple[int, int, int]:
+        return at[node], 0 if node in late else 2 if node in early else 1, place[node]
+
+    end = graph.output_node()
+    for node in sorted(nodes, key=key):
+        if node is not end:
+            end.prepend(node)
