@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxdistill import guards
 from fxdistill.call import Inputs
-from fxdistill.distiller import Distiller, Mode, Plan
+from fxdistill.distiller import Distiller
 from fxdistill.errors import (
     CaptureError,
     FxDistillError,
@@ -27,6 +27,7 @@ from fxdistill.lower import Lowering, check_lowering, mode_options
 from fxdistill.matching import Mapped, Matches, entries, loss_name
 from fxdistill.objective import Objective, require_padding_only
 from fxdistill.passes import GatherLate, KeepTeacher, PackReductions
+from fxdistill.plan import Mode, Plan
 from fxdistill.program import Pass
 from fxdistill.resolve import resolve as resolve_matches
 from fxdistill.roles import find_task

@@ -174,7 +174,8 @@ def _dynamo_settings() -> Iterator[None]:
     once = [getattr(logging.Logger, name, None) for name in ("warning_once", "info_once")]
     quiet = {*config.ignore_logger_methods, *(method for method in once if method is not None)}
     limit = max(config.recompile_limit, RECOMPILE_LIMIT)
-    with config.patch(recompile_limit=limit, ignore_logger_methods=quiet):
+    # In DDP, dynamo would cut the graph into buckets before we see it.
+    with config.patch(recompile_limit=limit, ignore_logger_methods=quiet, optimize_ddp=False):
         yield
 
 

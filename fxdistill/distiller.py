@@ -5,8 +5,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Group
@@ -20,34 +19,17 @@ from fxdistill.deferred import deferring
 from fxdistill.errors import CaptureError, MatchWarning, OptionError, did_you_mean
 from fxdistill.head_module import head_of, head_path, mesh_sizes, sharded_vocabularies
 from fxdistill.hooks import hooked
-from fxdistill.lower import Lowering
 from fxdistill.matching import Matches
 from fxdistill.objective import GLOBAL_SETTINGS, Losses, Objective
 from fxdistill.output import DistillOutput
-from fxdistill.program import JointProgram, Pass
+from fxdistill.plan import Plan
+from fxdistill.program import JointProgram
+from fxdistill.ranks import averaging_ranks
 from fxdistill.report import summary
 from fxdistill.step import collect, run_towers, step, terms_of
 from fxdistill.taps import Tap, TapTable, recording
 from fxdistill.tokens import TOKEN_FIELDS, Batch
 from fxdistill.towers import Towers
-
-Mode = Literal["one_graph", "regional", "eager"]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a distiller runs: what ``wrap`` made of its options."""
-
-    mode: Mode = "one_graph"
-    lowering: Lowering = Lowering()
-    dynamic: bool | None = None
-    fallback: bool = False
-    passes: tuple[Pass, ...] = ()
-    fuse_head: bool = True
-    freeze_teacher: bool = True
-    outputs: tuple[str, ...] = ()
-    shardings: Mapping[str, Any] = field(default_factory=dict)  # by tower, with ``mesh=``
-    notes: tuple[str, ...] = ()
 
 
 class Distiller(nn.Module):
@@ -123,7 +105,7 @@ class Distiller(nn.Module):
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DistillOutput:
         call = self._sort(args, kwargs)
         self._guard(call)
-        objective = self.objective
+        objective = self.objective.on(averaging_ranks(self.student))
         if call.batch.labels is None:
             objective = objective.without_labels()
         settings = self._settings_on(guards.device_of(self.student))

@@ -89,6 +89,10 @@ class Objective:
         """Whether the fused head knows the losses, and the teacher needs no gradient of it."""
         return self.own_losses and self.freeze_teacher
 
+    def on(self, ranks: Ranks | None) -> "Objective":
+        """The objective of a call whose samples lie on ``ranks``, where that is not known yet."""
+        return self if ranks is None or self.ranks is not None else replace(self, ranks=ranks)
+
     def without_labels(self) -> "Objective":
         """The objective of a call that brings no labels."""
         return replace(self, label_loss=None)

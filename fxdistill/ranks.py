@@ -8,7 +8,7 @@ those of all ranks is FSDP, or DDP, which averages.
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxdistill.nodes import one_node
 
@@ -22,6 +22,16 @@ class Ranks(NamedTuple):
     groups: tuple[str, ...]
     size: int
     averaged: bool = False
+
+
+def averaging_ranks(student: nn.Module) -> Ranks | None:
+    """The ranks over which a wrapper (DDP, FSDP2) will average gradients; ``None`` without one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    # What imports torch.distributed is imported where it is used.
+    from fxdistill.parallel import wrappers
+
+    return wrappers.averaging_ranks(student)
 
 
 @one_node

@@ -214,6 +214,8 @@ def kept_on_error(*models: nn.Module) -> Iterator[None]:
         raise
 
 
+# What torch's distribute_module leaves on a module, so that it is not applied twice.
+_APPLIED = "_distribute_module_applied"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 
 
@@ -223,7 +225,11 @@ def _restorer(module: nn.Module) -> Callable[[], None]:
         (getattr(module, name), dict(getattr(module, name))) for name in names
     ]
 
+    known = _APPLIED in vars(module)
+
     def restore() -> None:
+        if not known:
+            vars(module).pop(_APPLIED, None)
         for there, entries in before:
             there.clear()
             there.update(entries)

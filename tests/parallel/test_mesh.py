@@ -1,56 +1,58 @@
 """``mesh=``: unmodified Hugging Face models, loss and every gradient of one process."""
 
+import os
+import time
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import families
 import fxdistill
+from fxdistill import Match, errors
 from parallel.processes import run
-from parallel.test_tensor_parallel import AOT, compare
+from parallel.test_tensor_parallel import MODES, aot, compare, gradients_of
 
-MODES: dict[str, Any] = {"eager": False, "one graph": AOT, "regional": "regional"}
 Case = tuple[str, str, dict[str, Any]]
 
 
 def measured(distiller: Any, batch: dict[str, Tensor], labels: Tensor) -> Any:
     out = distiller(**batch, labels=labels)
     out.loss.backward()
-    gradients = {
-        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-        for name, p in distiller.named_parameters()
-    }
-    return {"loss": out.loss.detach(), **out.losses}, gradients
+    return {"loss": out.loss.detach(), **out.losses}, gradients_of(distiller)
 
 
 def mine(mesh: DeviceMesh, x: Tensor) -> Tensor:
     """This rank's samples: three on two ranks are two and one."""
-    if "dp" not in (mesh.mesh_dim_names or ()):
-        return x
-    return x.chunk(mesh["dp"].size())[mesh["dp"].get_local_rank()]
+    for name in ("replicate", "dp"):
+        if name in (mesh.mesh_dim_names or ()):
+            x = x.chunk(mesh[name].size())[mesh[name].get_local_rank()]
+    return x
+
+
+def check_one(family: str, mode: str, options: Any, mesh: DeviceMesh, **more: Any) -> None:
+    one, here = families.FAMILIES[family](), families.FAMILIES[family]()
+    given = {"mapping": one.mapping, **options}
+    torch.manual_seed(2)
+    alone = fxdistill.wrap(one.student, one.teacher, compile=False, **given)
+    wanted = measured(alone, one.batch, one.labels)
+    given = {"mesh": mesh, "compile": MODES[mode], **given, **more}
+    # Random projections start alike, whatever the seed of a rank.
+    torch.manual_seed(2 + 100 * mesh.get_coordinate()[0])  # type: ignore[index]
+    distiller = aot(fxdistill.wrap(here.student, here.teacher, **given))
+    batch = {name: mine(mesh, x) for name, x in here.batch.items()}
+    found = measured(distiller, batch, mine(mesh, here.labels))
+    compare(found, wanted, (family, mode, options, mesh.mesh_dim_names))
+    torch._dynamo.reset()
 
 
 def parity(rank: int, shape: tuple[int, ...], names: tuple[str, ...], cases: list[Case]) -> None:
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     for family, mode, options in cases:
-        one = families.FAMILIES[family]()
-        given = {"mapping": one.mapping, **options}
-        torch.manual_seed(2)
-        alone = fxdistill.wrap(one.student, one.teacher, compile=False, **given)
-        wanted = measured(alone, one.batch, one.labels)
-        here = families.FAMILIES[family]()
-        torch.manual_seed(2)
-        distiller = fxdistill.wrap(
-            here.student, here.teacher, compile=MODES[mode], mesh=mesh, **given
-        )
-        batch = {name: mine(mesh, x) for name, x in here.batch.items()}
-        found = measured(distiller, batch, mine(mesh, here.labels))
-        compare(found, wanted, (family, mode, options, names))
-        torch._dynamo.reset()
+        check_one(family, mode, options, mesh)
 
 
 def both(*names: str) -> list[Case]:
@@ -70,3 +72,107 @@ def test_sharded_parameters() -> None:
 @pytest.mark.slow
 def test_two_dimensions() -> None:
     run(4, parity, (2, 2), ("dp", "tp"), [*both("llama"), ("bamba", "eager", {})])
+
+
+def options(rank: int) -> None:
+    """Everything beside the plain case, on two ranks of either kind."""
+    for names in (("tp",), ("dp",)):
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=names)
+        for mode, given in (
+            ("regional", {}),
+            ("one graph", {"mapping": None, "logit_loss": None}),
+            ("eager", {"mapping": projected()}),
+            ("one graph", {"mapping": projected(), "feature_loss": "cosine"}),
+        ):
+            check_one("llama", mode, given, mesh)
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("replicate",))
+    check_one("llama", "eager", {}, mesh)
+
+
+def projected() -> list[Match]:
+    parts = ("self_attn", "mlp")
+    return [
+        Match(f"model.layers.0.{part}", f"model.layers.2.{part}", project="linear")
+        for part in parts
+    ]
+
+
+@pytest.mark.slow
+def test_options() -> None:
+    run(2, options)
+
+
+def own_plan(rank: int) -> None:
+    """A plan of the user's: MLPs only, for the student; the teacher whole on every rank."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    plan = {
+        "model.layers.*.mlp.*_proj": ColwiseParallel(),
+        "model.layers.*.mlp.down_proj": RowwiseParallel(),
+    }
+    given = {"student_plan": plan, "teacher_plan": {}}
+    check_one("llama", "eager", {}, mesh, **given)
+
+
+@pytest.mark.slow
+def test_plans() -> None:
+    run(2, own_plan)
+
+
+def bad(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    family = families.FAMILIES["llama"]()
+    student, teacher = family.student, family.teacher
+
+    def wrap(error: Any, match: str, s: Any = student, t: Any = teacher, **given: Any) -> None:
+        before = [(name, p, p.data_ptr()) for name, p in s.named_parameters()]
+        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in s.modules()]
+        with pytest.raises(error, match=match):
+            fxdistill.wrap(s, t, **{"mesh": mesh, "compile": False, **given})
+        after = [(name, p, p.data_ptr()) for name, p in s.named_parameters()]
+        assert [(n, id(p), x) for n, p, x in before] == [(n, id(p), x) for n, p, x in after]
+        assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in s.modules()]
+
+    wrap(errors.OptionError, "init_device_mesh", mesh="tp")
+    wrap(errors.MeshError, "without names", mesh=init_device_mesh("cpu", (2,)))
+    wrap(errors.MeshError, "'cp'", mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("cp",)))
+    wrap(errors.MeshError, "share", t=student)
+    wrap(errors.PathError, "Nearest", student_plan={"model.layers.*.ffn": ColwiseParallel()})
+    wrap(errors.OptionError, "ParallelStyle", student_plan={"model.norm": "colwise"})
+    wrap(errors.MeshError, "no ready-made", s=families.FAMILIES["t5"]().student)
+    data = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    wrap(errors.OptionError, "'tp'", mesh=data, student_plan={})
+    wrap(errors.OptionError, "mesh=", mesh=None, student_plan={})
+    # What is found behind the sharding: a path that the teacher does not run, or a bad shape.
+    batch = dict(family.batch)
+    mismatch = {"model.layers.0.mlp": "model.layers.0.mlp.gate_proj"}
+    wrap(errors.ShapeError, "project", mapping=mismatch, example_inputs=batch)
+    # Ranks that were asked for different things.
+    layer = f"model.layers.{rank}.mlp"
+    wrap(errors.MeshError, "ranks disagree", mapping={layer: "model.layers.0.mlp"})
+    wrap(errors.MeshError, "ranks disagree", temperature=1.0 + rank)
+    distiller = fxdistill.wrap(student, teacher, mesh=mesh, compile=False)
+    distiller(**family.batch)  # none of it has hurt
+    with pytest.raises(errors.MeshError, match="parallel already"):
+        fxdistill.wrap(student, teacher, mesh=mesh)
+
+
+@pytest.mark.slow
+def test_bad_input() -> None:
+    run(2, bad)
+
+
+def dying(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    family = families.FAMILIES["llama"]()
+    distiller = fxdistill.wrap(family.student, family.teacher, compile=False, mesh=mesh)
+    if rank:
+        os._exit(3)
+    distiller(**family.batch, labels=family.labels)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_others() -> None:
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match=r"rank 0|died"):
+        run(2, dying)
+    assert time.monotonic() - start < 90

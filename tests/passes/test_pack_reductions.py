@@ -336,40 +336,36 @@ def measured(mesh, how, layers, length, packing, *, head=None, **options):
     return found, forwards
 
 
-def parity(rank, cases, exact):
+def parity(rank, how, layers, length, options):
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    seen = []
-    for how, layers, length, options in cases:
-        wanted, before = measured(mesh, how, layers, length, packing=False, **options)
-        found, after = measured(mesh, how, layers, length, packing=True, **options)
-        compare(found, wanted, how)
-        for i in (0, 1) if exact else ():
+    wanted, before = measured(mesh, how, layers, length, packing=False, **options)
+    found, after = measured(mesh, how, layers, length, packing=True, **options)
+    compare(found, wanted, how)
+    if isinstance(how, dict) and how["backend"] == "aot_eager":
+        for i in (0, 1):
             assert found[i].keys() == wanted[i].keys()
             assert all(torch.equal(found[i][name], value) for name, value in wanted[i].items())
-        seen.append((before, after, found[2]))
-    return seen
+    return before, after, found[2]
 
 
-def assert_one_message(cases, counts, exact):
-    seen = run(2, parity, cases, exact)
-    assert seen[0] == seen[1]
-    for (before, after, remark), count in zip(seen[0], counts, strict=True):
+# Inductor's C++ kernels of torch 2.13 may read what a collective brings before it is there
+# (github.com/pytorch/pytorch/issues/185509; not those of a GPU): so nothing is fused here.
+UNFUSED = {"backend": "inductor", "options": {"max_fusion_size": 1}}
+CASES = {  # how, matches, length, options; and how many sums there are
+    "five terms": (AOT, 5, 8, {}, 5),
+    "uneven": (AOT, 2, 7, {"feature_loss": "cosine"}, 2),
+    # Tokens of the logits are sharded, too: divergence and label loss end in a sum each.
+    "logits": ({**AOT, "fuse_head": False}, 2, 8, {"head": Shard(1)}, 4),
+    "inductor": (UNFUSED, 2, 8, {}, 2),
+    "regional": ("regional", 2, 8, {}, 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_the_sums_of_all_terms_are_one(case):
+    *args, count = CASES[case]
+    for before, after, remark in run(2, parity, *args):
         assert before == [[1] * count]
         assert after == [[count]]
         assert f"{count} sums over ranks in one" in remark
-
-
-@pytest.mark.slow
-def test_the_sums_of_all_terms_are_one():
-    cases = [
-        (AOT, 5, 8, {}),
-        (AOT, 2, 7, {"feature_loss": "cosine"}),
-        # Logits whose tokens are sharded: two more terms that end in a sum.
-        ({**AOT, "fuse_head": False}, 2, 8, {"head": Shard(1)}),
-    ]
-    assert_one_message(cases, (5, 2, 4), exact=True)
-
-
-@pytest.mark.slow
-def test_inductor_makes_code_of_a_pack():
-    assert_one_message([(True, 2, 8, {}), ("regional", 2, 8, {})], (2, 2), exact=False)
