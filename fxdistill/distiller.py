@@ -36,7 +36,8 @@ class Distiller(nn.Module):
     """Call it like the student; ``backward()`` on the ``loss`` it returns.
 
     Made by ``fxdistill.wrap``. ``parameters()`` and ``state_dict()`` are the student's and the
-    projections'; a frozen teacher is moved by ``to()`` and otherwise left alone, in eval mode.
+    projections', under ``student.`` and ``projections.``; a frozen teacher is moved by ``to()`` and
+    otherwise left alone, in eval mode.
     """
 
     def __init__(
@@ -296,8 +297,13 @@ class Distiller(nn.Module):
         return groups
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Scale all gradients, sharded or not, to a norm of at most ``max_norm``; return theirs."""
-        from fxdistill.parallel.gradients import clip_grad_norm_  # imports torch.distributed
+        """Scale all gradients, sharded or not, to a norm of at most ``max_norm``; return theirs.
+
+        As ``torch.nn.utils.clip_grad_norm_``, for parameters on several meshes and on none too:
+        call it on every rank. See ``parallel.gradients``.
+        """
+        # What imports torch.distributed is imported where it is used.
+        from fxdistill.parallel.gradients import clip_grad_norm_
 
         return clip_grad_norm_(self.parameters(), max_norm, norm_type)
 

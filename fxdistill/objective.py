@@ -228,9 +228,10 @@ def projected(projection: torch.nn.Module, value: Tensor, ranks: Ranks | None) -
     if ranks is not None and summed:
         weights = {name: shared(weight, ranks.groups) for name, weight in weights.items()}
     if is_placed(value):
-        from fxdistill.parallel.place import everywhere
+        from fxdistill.parallel.place import dense, everywhere
 
         weights = {name: everywhere(weight, value) for name, weight in weights.items()}
+        value = dense(value)
     return torch.func.functional_call(projection, weights, (value,))  # type: ignore[no-any-return]
 
 

@@ -30,6 +30,17 @@ def everywhere(x: Tensor, like: DTensor) -> DTensor:
     return placed(x, like.device_mesh, [Replicate()] * like.device_mesh.ndim)
 
 
+def dense(x: DTensor) -> DTensor:
+    """``x`` with a contiguous part on every rank: the last of uneven ones may have gaps.
+
+    Layers flatten what they are given, and DTensors do not look for gaps in their parts.
+    """
+    part, placements = x.to_local().contiguous(), list(x.placements)
+    return DTensor.from_local(
+        part, x.device_mesh, placements, run_check=False, shape=x.shape, stride=x.stride()
+    )
+
+
 def whole(x: Tensor) -> Tensor:
     """All of ``x`` on every rank."""
     return x.full_tensor() if isinstance(x, DTensor) else x

@@ -356,7 +356,7 @@ CASES = {  # how, matches, length, options; and how many sums there are
     "uneven": (AOT, 2, 7, {"feature_loss": "cosine"}, 2),
     # Tokens of the logits are sharded, too: divergence and label loss end in a sum each.
     "logits": ({**AOT, "fuse_head": False}, 2, 8, {"head": Shard(1)}, 4),
-    "inductor": (UNFUSED, 2, 8, {}, 2),
+    "inductor": (UNFUSED, 2, 8, {"logit_loss": None, "label_loss": None}, 2),
     "regional": ("regional", 2, 8, {}, 2),
 }
 
