@@ -26,7 +26,7 @@ from fxdistill.losses.reduce import is_placed
 from fxdistill.lower import Lowering, check_lowering, mode_options
 from fxdistill.matching import Mapped, Matches, entries, loss_name
 from fxdistill.objective import Objective, require_padding_only
-from fxdistill.passes import GatherLate, KeepTeacher, PackReductions
+from fxdistill.passes import CountCollectives, GatherLate, KeepTeacher, PackReductions
 from fxdistill.plan import Mode, Plan
 from fxdistill.program import Pass
 from fxdistill.resolve import resolve as resolve_matches
@@ -275,7 +275,7 @@ def _plan(
     lowering = Lowering(
         options.get("backend", "inductor"),
         _inductor_options(options),
-        (KeepTeacher(), PackReductions()) if freeze_teacher else (PackReductions(),),
+        (*((KeepTeacher(),) if freeze_teacher else ()), PackReductions(), CountCollectives()),
     )
     check_lowering(lowering)
     return Plan(

@@ -1,5 +1,6 @@
 """The passes, one a file; README.md says how to write one."""
 
+from fxdistill.passes.count_collectives import CountCollectives
 from fxdistill.passes.expose_outputs import ExposeOutputs
 from fxdistill.passes.fuse_head import FuseHead
 from fxdistill.passes.gather_late import GatherLate
@@ -8,6 +9,7 @@ from fxdistill.passes.pack_reductions import PackReductions
 from fxdistill.passes.prune_teacher import PruneTeacher
 
 __all__ = [
+    "CountCollectives",
     "ExposeOutputs",
     "FuseHead",
     "GatherLate",

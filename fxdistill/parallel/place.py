@@ -83,5 +83,5 @@ def chunk_of(mesh: DeviceMesh, dim: int, size: int) -> tuple[int, int]:
 def sum_over(x: Tensor, groups: Sequence[str]) -> Tensor:
     """Σ x over the ranks of ``groups``, by name, on every rank. Without gradient."""
     for group in groups:
-        x = funcol.all_reduce(x, "sum", group)  # type: ignore[arg-type]
+        x = funcol.wait_tensor(funcol.all_reduce(x, "sum", group))  # type: ignore[arg-type]
     return x

@@ -14,7 +14,7 @@ import families
 import fxdistill
 from fxdistill import Match, errors
 from parallel.processes import run
-from parallel.test_tensor_parallel import MODES, aot, compare, gradients_of
+from parallel.test_tensor_parallel import AOT, MODES, aot, compare, gradients_of
 
 Case = tuple[str, str, dict[str, Any]]
 
@@ -176,3 +176,38 @@ def test_a_rank_that_dies_ends_the_others() -> None:
     with pytest.raises(AssertionError, match=r"rank 0|died"):
         run(2, dying)
     assert time.monotonic() - start < 90
+
+
+def traffic(rank: int) -> dict[str, tuple[str, ...]]:
+    """What the report says, by case: matches alone; with a head; samples on the ranks."""
+    said = {}
+    for name, axis, given in (
+        ("matches", "tp", {"logit_loss": None, "feature_loss": "mse"}),
+        ("head", "tp", {}),
+        ("samples", "dp", {}),
+    ):
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(axis,))
+        family = families.FAMILIES["llama"]()
+        distiller = fxdistill.wrap(
+            family.student, family.teacher, family.mapping, mesh=mesh, compile=AOT, **given
+        )
+        batch = {key: mine(mesh, x) for key, x in family.batch.items()}
+        labels = {} if name == "matches" else {"labels": mine(mesh, family.labels)}
+        distiller(**batch, **labels).loss.backward()
+        record = next(r for r in distiller.program.history if r.name == "CountCollectives")
+        said[name] = record.remarks
+        torch._dynamo.reset()
+    return said
+
+
+@pytest.mark.slow
+def test_what_the_terms_add() -> None:
+    said = run(2, traffic)[0]
+    # Four matches: one sum of four numbers.
+    assert said["matches"][1] == "terms add: 1 all_reduce (16 B)"
+    # The heads take all tokens: hidden states are gathered, and the student's gradient scattered.
+    head = "terms add: 2 all_gather (9 KiB), 1 all_reduce (16 B), 1 reduce_scatter (2.25 KiB)"
+    assert said["head"][1] == head
+    # Five denominators, then eight values.
+    assert said["samples"][1] == "terms add: 2 all_reduce (52 B)"
+    assert "reduce_scatter" in said["samples"][0]

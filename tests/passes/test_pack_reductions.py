@@ -338,7 +338,8 @@ def measured(mesh, how, layers, length, packing, *, head=None, **options):
 
 def parity(rank, how, layers, length, options):
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    wanted, before = measured(mesh, how, layers, length, packing=False, **options)
+    plain = AOT if how == UNFUSED else how  # which takes less long to compile
+    wanted, before = measured(mesh, plain, layers, length, packing=False, **options)
     found, after = measured(mesh, how, layers, length, packing=True, **options)
     compare(found, wanted, how)
     if isinstance(how, dict) and how["backend"] == "aot_eager":
@@ -356,7 +357,7 @@ CASES = {  # how, matches, length, options; and how many sums there are
     "uneven": (AOT, 2, 7, {"feature_loss": "cosine"}, 2),
     # Tokens of the logits are sharded, too: divergence and label loss end in a sum each.
     "logits": ({**AOT, "fuse_head": False}, 2, 8, {"head": Shard(1)}, 4),
-    "inductor": (UNFUSED, 2, 8, {"logit_loss": None, "label_loss": None}, 2),
+    "inductor": (UNFUSED, 2, 8, {}, 2),
     "regional": ("regional", 2, 8, {}, 2),
 }
 
