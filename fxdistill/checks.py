@@ -48,6 +48,7 @@ def verify(objective: "Objective", projections: nn.ModuleList, table: TapTable) 
         problems += _parts(table, "student", term.student, student)
         problems += _parts(table, "teacher", term.teacher, teacher)
         problems += _kinds(term, student, teacher)
+        problems += _meshes(term, student, teacher)
         problems += _shapes(term, student, teacher, projections)
         if torch.is_grad_enabled() and not student.requires_grad:
             frozen.append(term)
@@ -85,6 +86,20 @@ def _parts(table: TapTable, tower: str, tap: Tap, value: Tensor) -> list[FxDisti
             f"seems, of a sequence of {sharded[0]}. Give the parallel styles around it "
             "use_local_output=False, so that it says where it belongs, or match a module whose "
             "style does."
+        )
+    ]
+
+
+def _meshes(term: "Term", student: Tensor, teacher: Tensor) -> list[FxDistillError]:
+    """Two values on two meshes."""
+    if not is_placed(student) or not is_placed(teacher):
+        return []
+    if student.device_mesh == teacher.device_mesh:
+        return []
+    return [
+        MeshError(
+            f"student {str(term.student)!r} lies on {student.device_mesh}, teacher "
+            f"{str(term.teacher)!r} on {teacher.device_mesh}: parallelize both models on one mesh."
         )
     ]
 

@@ -120,6 +120,21 @@ def parts(rank: int) -> None:
         assert len(caught.value.problems) == 2
 
 
+def two_meshes(rank: int) -> None:
+    student, teacher, _ = towers()
+    parallel(student, init_device_mesh("cpu", (2,), mesh_dim_names=("tp",)), sequence=True)
+    grid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("tp", "other"))
+    parallel(teacher, grid["other"], sequence=True)
+    for compile in (False, AOT):
+        with pytest.raises(errors.MeshError, match="on one mesh"):
+            step(student, teacher, 8, compile, mapping=DOWN, logit_loss=None, label_loss=None)
+
+
+@pytest.mark.slow
+def test_models_on_two_meshes() -> None:
+    run(2, two_meshes)
+
+
 @pytest.mark.slow
 def test_one_ranks_tokens_are_not_taken_for_the_sequence() -> None:
     run(2, parts)
