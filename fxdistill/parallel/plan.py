@@ -38,12 +38,13 @@ class TensorPlan:
     """Styles by module, placements by parameter, and what they leave as it is.
 
     ``parts`` are plain parameters of which each rank's gradient is a part: they stand between
-    sharded weights.
+    sharded weights. ``sharded`` are the mixers and MLPs within which values are a rank's own.
     """
 
     styles: Mapping[str, ParallelStyle] = field(default_factory=dict)
     placements: Mapping[str, Placement] = field(default_factory=dict)
     parts: frozenset[str] = frozenset()
+    sharded: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -60,9 +61,10 @@ def ready_made(model: nn.Module, ranks: int, tower: str) -> TensorPlan:
     (stack,) = stacks
     styles: dict[str, ParallelStyle] = {}
     parts: set[str] = set()
+    sharded: list[str] = []
     whole: dict[str, list[str]] = {}  # by reason
     for block in stack.blocks:
-        _plan_block(model, block, ranks, styles, parts, whole)
+        sharded += _plan_block(model, block, ranks, styles, parts, whole)
     first, last = stack.blocks[0].path, stack.blocks[-1].path
     _add(styles, first, ScatterTokens("inputs"))
     embedding = embedding_of(model, stacks)
@@ -81,7 +83,7 @@ def ready_made(model: nn.Module, ranks: int, tower: str) -> TensorPlan:
             use_local_output=False,
         )
     notes = tuple(f"{tower}: {why}: {_shown(paths)}" for why, paths in whole.items())
-    return TensorPlan(styles, {}, frozenset(parts), notes)
+    return TensorPlan(styles, {}, frozenset(parts), tuple(sharded), notes)
 
 
 def _add(styles: dict[str, ParallelStyle], path: str, style: ScatterTokens | GatherTokens) -> None:
@@ -101,8 +103,11 @@ def _plan_block(
     styles: dict[str, ParallelStyle],
     parts: set[str],
     whole: dict[str, list[str]],
-) -> None:
-    """Styles of one block; if weights lie outside of its parts and norms, it takes all tokens."""
+) -> list[str]:
+    """Add the styles of one block; return its sharded parts.
+
+    If weights lie outside of its parts and norms, the block takes all tokens.
+    """
     module = model.get_submodule(block.path)
     inside = [f"{part.path}." for part in block.parts]
     norms = [
@@ -115,7 +120,8 @@ def _plan_block(
     if any(not name.startswith(covered) for name in names) or _nested(block):
         whole.setdefault("whole blocks on every rank", []).append(block.path)
         styles[block.path] = GatherTokens("inputs", local=True).then_scatter()
-        return
+        return []
+    sharded = []
     for path in norms:
         styles[path] = SequenceParallel()
     for part in block.parts:
@@ -126,11 +132,13 @@ def _plan_block(
             styles[part.path] = GatherTokens("inputs", local=True).then_scatter()
             continue
         styles[part.path] = GatherTokens("inputs")
+        sharded.append(part.path)
         first, last, between = found
         for path in first:
             styles[path] = ColwiseParallel()
         styles[last] = RowwiseParallel(output_layouts=STREAM, use_local_output=False)
         parts.update(between)
+    return sharded
 
 
 def _nested(block: Block) -> bool:

@@ -17,6 +17,7 @@ from fxdistill.losses.reduce import is_placed
 from fxdistill.parallel.plan import TensorPlan, ready_made
 from fxdistill.parallel.sharding import DATA, TENSOR, Axes, Sharding, shard
 from fxdistill.ranks import Ranks
+from fxdistill.taps import Tap
 
 Plan = Mapping[str, Any] | None
 
@@ -30,9 +31,16 @@ class OnMesh(NamedTuple):
 
 
 def set_up(
-    models: Mapping[str, nn.Module], plans: Mapping[str, Plan], mesh: DeviceMesh, asked: str
+    models: Mapping[str, nn.Module],
+    plans: Mapping[str, Plan],
+    mesh: DeviceMesh,
+    taps: Iterable[tuple[str, Tap]],
+    asked: str,
 ) -> OnMesh:
-    """Shard the models, by tower, in place. ``asked`` is what all ranks must have asked for.
+    """Shard the models, by tower, in place.
+
+    ``taps``, by tower, must be values that have a place on the mesh; ``asked`` is what all ranks
+    must have asked for.
 
     What can be wrong is found first, on every rank. MeshError, OptionError, PathError, DeviceError.
     """
@@ -42,6 +50,8 @@ def set_up(
         _check_model(tower, model, mesh)
         made[tower] = _plan(tower, model, plans.get(tower), axes)
     _check_apart(models)
+    for tower, tap in taps:
+        _check_tap(tower, tap, made[tower])
     _check_agreement(mesh, "\n".join([asked, *_described(models, made)]))
     shardings = {tower: shard(model, axes, made[tower]) for tower, model in models.items()}
     notes = tuple(note for plan in made.values() for note in plan.notes)
@@ -124,6 +134,18 @@ def _found(tower: str, pattern: str, names: Iterable[str]) -> list[str]:
         near = did_you_mean(pattern, names)
         raise PathError(f"{tower}_plan: {pattern!r} matches nothing. Nearest: {near}.")
     return found
+
+
+def _check_tap(tower: str, tap: Tap, plan: TensorPlan) -> None:
+    """Within a sharded part a value without a style is a rank's own, and a plain tensor."""
+    part = next((part for part in plan.sharded if tap.path.startswith(f"{part}.")), None)
+    output = tap.port.startswith("output") and tap.path in plan.styles
+    if part is not None and not output:
+        raise MeshError(
+            f"{tower} {str(tap)!r} lies within {part!r}, which is sharded: what stands there is a "
+            f"rank's own. Match {part!r} or what one of its linear layers returns, or leave that "
+            f"part whole: {tower}_plan={{...}}."
+        )
 
 
 def _ranks(axes: Axes) -> Ranks | None:

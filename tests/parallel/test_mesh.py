@@ -74,19 +74,23 @@ def test_two_dimensions() -> None:
     run(4, parity, (2, 2), ("dp", "tp"), [*both("llama"), ("bamba", "eager", {})])
 
 
-def options(rank: int) -> None:
-    """Everything beside the plain case, on two ranks of either kind."""
-    for names in (("tp",), ("dp",)):
-        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=names)
-        for mode, given in (
-            ("regional", {}),
-            ("one graph", {"mapping": None, "logit_loss": None}),
-            ("eager", {"mapping": projected()}),
-            ("one graph", {"mapping": projected(), "feature_loss": "cosine"}),
-        ):
-            check_one("llama", mode, given, mesh)
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("replicate",))
-    check_one("llama", "eager", {}, mesh)
+INSIDE = {"model.layers.0.self_attn.q_proj": "model.layers.1.self_attn.q_proj"}
+
+
+def options(rank: int, axis: str) -> None:
+    """Everything beside the plain case."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(axis,))
+    for mode, given in (
+        ("regional", {}),
+        ("one graph", {"mapping": None, "logit_loss": None}),
+        ("eager", {"mapping": projected()}),
+        ("eager", {"mapping": INSIDE}),
+        ("one graph", {"mapping": projected(), "feature_loss": "cosine"}),
+    ):
+        check_one("llama", mode, given, mesh)
+    if axis == "dp":
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("replicate",))
+        check_one("llama", "eager", {}, mesh)
 
 
 def projected() -> list[Match]:
@@ -98,8 +102,9 @@ def projected() -> list[Match]:
 
 
 @pytest.mark.slow
-def test_options() -> None:
-    run(2, options)
+@pytest.mark.parametrize("axis", ["tp", "dp"])
+def test_options(axis: str) -> None:
+    run(2, options, axis)
 
 
 def own_plan(rank: int) -> None:
@@ -139,6 +144,8 @@ def bad(rank: int) -> None:
     wrap(errors.PathError, "Nearest", student_plan={"model.layers.*.ffn": ColwiseParallel()})
     wrap(errors.OptionError, "ParallelStyle", student_plan={"model.norm": "colwise"})
     wrap(errors.MeshError, "no ready-made", s=families.FAMILIES["t5"]().student)
+    act = {"model.layers.0.mlp.act_fn": "model.layers.0.mlp.act_fn"}
+    wrap(errors.MeshError, "lies within 'model.layers.0.mlp'", mapping=act)
     data = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
     wrap(errors.OptionError, "'tp'", mesh=data, student_plan={})
     wrap(errors.OptionError, "mesh=", mesh=None, student_plan={})
