@@ -106,7 +106,7 @@ class Distiller(nn.Module):
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DistillOutput:
         call = self._sort(args, kwargs)
         self._guard(call)
-        objective = self.objective.on(averaging_ranks(self.student))
+        objective = self.objective.on(averaging_ranks(self))
         if call.batch.labels is None:
             objective = objective.without_labels()
         settings = self._settings_on(guards.device_of(self.student))

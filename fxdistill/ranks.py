@@ -24,14 +24,14 @@ class Ranks(NamedTuple):
     averaged: bool = False
 
 
-def averaging_ranks(student: nn.Module) -> Ranks | None:
+def averaging_ranks(module: nn.Module) -> Ranks | None:
     """The ranks over which a wrapper (DDP, FSDP2) will average gradients; ``None`` without one."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
     # What imports torch.distributed is imported where it is used.
     from fxdistill.parallel import wrappers
 
-    return wrappers.averaging_ranks(student)
+    return wrappers.averaging_ranks(module)
 
 
 @one_node

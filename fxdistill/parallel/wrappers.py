@@ -15,14 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 from fxdistill.ranks import Ranks
 
 
-def averaging_ranks(student: nn.Module) -> Ranks | None:
+def averaging_ranks(module: nn.Module) -> Ranks | None:
     """The ranks over which DDP or FSDP2 will average gradients; ``None`` where neither is."""
     ddp: Any = DistributedDataParallel._get_active_ddp_module()
     inside = [ddp] if ddp is not None else []
-    inside += [m for m in student.modules() if isinstance(m, DistributedDataParallel)]
+    inside += [m for m in module.modules() if isinstance(m, DistributedDataParallel)]
     if inside:
         return _ranks([inside[0].process_group])
-    sharded = next((m for m in student.modules() if isinstance(m, FSDPModule)), None)
+    sharded = next((m for m in module.modules() if isinstance(m, FSDPModule)), None)
     return None if sharded is None else _ranks(_fsdp_groups(sharded))
 
 
