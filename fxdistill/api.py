@@ -155,7 +155,7 @@ def wrap(
         losses = [loss_name(loss) for loss in (logit_loss, label_loss, feature_loss) if loss]
         asked = f"{matches}\n{losses} {settings}\n{plan.mode} {plan.outputs} {found_task}"
         taps = [end for term in objective.features for end in term.taps]
-        placed = set_up(models, plans, mesh, taps, asked)
+        placed = set_up(models, plans, mesh, taps, asked, freeze_teacher)
         late = replace(plan.lowering, joint_passes=(GatherLate(), *plan.lowering.joint_passes))
         plan = replace(plan, lowering=late, shardings=placed.shardings, notes=placed.notes)
         objective = replace(objective, ranks=placed.ranks)

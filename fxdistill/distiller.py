@@ -117,6 +117,7 @@ class Distiller(nn.Module):
                 raise
             losses, logits = self._fall_back(error, objective, call, settings)
         self._announce()
+        self._towers.compare(losses.terms, self.student)
         out = DistillOutput(loss=losses.total, losses=losses.terms)
         if logits is not None:
             out["logits"] = logits

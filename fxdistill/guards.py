@@ -144,10 +144,20 @@ def buffers_kept_on_error(*models: nn.Module) -> Iterator[None]:
         raise
 
 
+def drops(module: nn.Module) -> str | None:
+    """The probability with which ``module`` itself drops values in training, where it has one."""
+    if isinstance(module, _DropoutNd):
+        return f"p={module.p}" if module.p > 0 else None
+    for name, value in vars(module).items():
+        if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0:
+            return f"{name}={value}"
+    return None
+
+
 def _mode_matters(module: nn.Module) -> str | None:
     """Why ``module`` computes something else in train mode; ``None`` if it does not seem to."""
     if isinstance(module, _DropoutNd):
-        return f"p={module.p}" if module.p > 0 else None
+        return drops(module)
     if isinstance(module, (_BatchNorm, _InstanceNorm)):
         return "batch statistics" if module.track_running_stats else None
     if isinstance(module, nn.RReLU):

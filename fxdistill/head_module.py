@@ -64,9 +64,16 @@ def sharded_vocabularies(
 
 
 def mesh_sizes(model: nn.Module) -> frozenset[int]:
-    """The sizes of all mesh dimensions that parameters lie on."""
+    """The sizes of the mesh dimensions that may shard a sequence: not those of samples."""
+    if any(_is_wrapper(type(module).__mro__) for module in model.modules()):
+        return frozenset()
     meshes = {p.device_mesh for p in model.parameters() if is_placed(p)}
-    return frozenset(size for mesh in meshes for size in mesh.shape)
+    return frozenset(
+        size
+        for mesh in meshes
+        for name, size in zip(mesh.mesh_dim_names or ("",) * mesh.ndim, mesh.shape, strict=True)
+        if name not in ("dp", "replicate")
+    )
 
 
 @functools.cache

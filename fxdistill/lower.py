@@ -23,8 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 from fxdistill import pipeline
 from fxdistill.errors import OptionError, did_you_mean
+from fxdistill.losses.reduce import is_placed
 from fxdistill.pipeline import Observer
 from fxdistill.program import Pass, Program
+from fxdistill.ranks import ACROSS
 
 Compiled = Callable[..., Any]
 SMALLEST_BUDGET = 1e-6
@@ -51,8 +53,9 @@ def lower(
     """
     partition = _Partition(lowering.joint_passes, observers)
     if lowering.backend == "inductor":
-        patches = {"custom_partitioner_fn": partition, **lowering.options}
         inputs = list(example_inputs)
+        careful = _UNFUSED if _crosses_cpu_ranks(gm, inputs) else {}
+        patches = {"custom_partitioner_fn": partition, **careful, **lowering.options}
         return cast(Compiled, compile_fx(gm, inputs, config_patches=patches))
     if lowering.backend == "aot_eager":
         aot = aot_autograd(
@@ -63,6 +66,20 @@ def lower(
     compiler = lookup_backend(backend) if isinstance(backend, str) else backend
     options = {"options": dict(lowering.options)} if lowering.options else {}
     return cast(Compiled, compiler(gm, list(example_inputs), **options))
+
+
+# On CPUs Inductor (torch 2.13) loses track of collectives that write in place once it fuses
+# kernels, and reads results before they are there (pytorch issue 185509, mended after 2.13). Only
+# its C++ code does.
+_UNFUSED = {"max_fusion_size": 1}
+
+
+def _crosses_cpu_ranks(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether the graph has collectives between processes on CPUs."""
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    on_cpu = all(x.device.type == "cpu" for x in tensors)
+    summing = any(node.target in ACROSS for node in gm.graph.nodes)
+    return on_cpu and (summing or any(is_placed(x) for x in tensors))
 
 
 def check_lowering(lowering: Lowering) -> None:

@@ -8,7 +8,7 @@ the very same lines.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,8 +128,9 @@ class Objective:
             items = self._items(batch.num_items, weights, 0, student)
             if self.logit_loss is not None:
                 s, t = shared_vocabulary(student, lookup("teacher", LOGITS), self.vocab_size)
-                w = _beside(s, weights, self.own_losses)
-                loss = self.logit_loss(s, t, temperature=temperature, weights=w)
+                if not self.own_losses:
+                    s, t = on_every_rank(s), on_every_rank(t)
+                loss = self.logit_loss(s, t, temperature=temperature, weights=weights)
                 loss = ordinary(loss, "logits")
                 loss = rescaled(loss, weights, 0, items)
                 parts.append(logit_weight * loss)
@@ -138,9 +139,9 @@ class Objective:
                 assert batch.labels is not None
                 assert task is not None
                 labels = align_labels(batch.labels, task)
-                w = _beside(student, weights, self.own_losses)
-                labels = _beside(student, labels, self.own_losses)
-                loss = ordinary(self.label_loss(student, labels, weights=w), "labels")
+                if not self.own_losses:
+                    student = on_every_rank(student)
+                loss = ordinary(self.label_loss(student, labels, weights=weights), "labels")
                 loss = rescaled(loss, weights, 0, items)
                 parts.append(label_weight * loss)
                 terms["labels"] = loss.detach()
@@ -168,8 +169,9 @@ class Objective:
             weights = None
             if task == "classification" or term.keeps_tokens:
                 weights = feature_weights(batch, task, term.stream, s)
-            loss = term.loss(s, t, _beside(s, weights, is_named(term.loss)))
-            loss = ordinary(loss, term.name)
+            if (is_placed(s) or is_placed(t)) and not is_named(term.loss):
+                s, t = on_every_rank(s), on_every_rank(t)
+            loss = ordinary(term.loss(s, t, weights), term.name)
             items = self._items(batch.num_feature_items, weights, s.shape[0], loss)
             losses[term.name] = rescaled(loss, weights, s.shape[0], items)
         return losses
@@ -185,9 +187,8 @@ class Objective:
 
 def together(total: Tensor, terms: dict[str, Tensor], ranks: Ranks) -> Losses:
     """What each rank adds, summed."""
-    scale = float(ranks.size) if ranks.averaged else 1.0
     summed = {name: over_ranks(value, ranks.groups) for name, value in terms.items()}
-    return Losses(total_over_ranks(total, ranks.groups, scale), summed)
+    return Losses(total_over_ranks(total, ranks.groups, ranks.scale), summed)
 
 
 def _laid_out(
@@ -210,23 +211,24 @@ def _laid_out(
 # Where a value is a DTensor (what imports torch.distributed is imported where it is used):
 
 
-def _beside(value: Tensor, other: Any, own: bool) -> Any:
-    """``other`` as a DTensor too, for a loss that is not the library's and may multiply them."""
-    if own or other is None or not is_placed(value):
-        return other
-    from fxdistill.parallel.place import everywhere
+def on_every_rank(value: Tensor) -> Tensor:
+    """All of ``value`` as a plain tensor, for a loss of the user's own.
 
-    return everywhere(other, value)
+    Such a loss is as right as on one device. On shards it would often not be: torch's own mean of
+    squares has a gradient there that is too large by the number of ranks.
+    """
+    return value.full_tensor() if is_placed(value) else value
 
 
 def projected(projection: torch.nn.Module, value: Tensor, ranks: Ranks | None) -> Tensor:
     """``projection(value)``; its weights stay plain tensors, alike on every rank."""
-    summed = ranks is not None and not ranks.averaged
+    summed = ranks is not None and ranks.projections
     if not is_placed(value) and not summed:
         return projection(value)  # type: ignore[no-any-return]
     weights: dict[str, Tensor] = dict(projection.named_parameters())
     if ranks is not None and summed:
-        weights = {name: shared(weight, ranks.groups) for name, weight in weights.items()}
+        groups, scale = ranks.groups, ranks.scale
+        weights = {name: shared(weight, groups, scale) for name, weight in weights.items()}
     if is_placed(value):
         from fxdistill.parallel.place import dense, everywhere
 

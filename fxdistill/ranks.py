@@ -16,12 +16,19 @@ from fxdistill.nodes import one_node
 class Ranks(NamedTuple):
     """The groups over which samples lie (by name, one a mesh dimension), and how many ranks.
 
-    ``averaged``: gradients are averaged over the ranks, rather than summed.
+    ``averaged``: gradients are averaged over the ranks, rather than summed. ``projections``: nobody
+    else brings together the gradients of projections.
     """
 
     groups: tuple[str, ...]
     size: int
     averaged: bool = False
+    projections: bool = True
+
+    @property
+    def scale(self) -> float:
+        """What this rank's gradient is multiplied by, so that averaging gives the sum."""
+        return float(self.size) if self.averaged else 1.0
 
 
 def averaging_ranks(module: nn.Module) -> Ranks | None:
@@ -66,23 +73,23 @@ class _Own(torch.autograd.Function):
 
 
 @one_node
-def shared(parameter: Tensor, groups: tuple[str, ...]) -> Tensor:
-    """``parameter``, alike on all ranks; its gradient is the sum of theirs."""
-    whole: Tensor = _Shared.apply(parameter, groups)  # type: ignore[no-untyped-call]
+def shared(parameter: Tensor, groups: tuple[str, ...], scale: float) -> Tensor:
+    """``parameter``, alike on all ranks; its gradient is the sum of theirs over ``scale``."""
+    whole: Tensor = _Shared.apply(parameter, groups, scale)  # type: ignore[no-untyped-call]
     return whole
 
 
 class _Shared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, groups: tuple[str, ...]) -> Tensor:
-        ctx.groups = groups
+    def forward(ctx: Any, parameter: Tensor, groups: tuple[str, ...], scale: float) -> Tensor:
+        ctx.groups, ctx.scale = groups, scale
         return parameter.view_as(parameter)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         from fxdistill.parallel.place import sum_over
 
-        return sum_over(gradient, ctx.groups), None
+        return sum_over(gradient, ctx.groups) / ctx.scale, None, None
 
 
 def items_of(weights: Tensor | None, count: int, ranks: Ranks, like: Tensor) -> Tensor:
@@ -91,3 +98,7 @@ def items_of(weights: Tensor | None, count: int, ranks: Ranks, like: Tensor) -> 
         return over_ranks(weights.sum(), ranks.groups)
     total = torch.full((), count, dtype=torch.float32, device=like.device)
     return over_ranks(total, ranks.groups)
+
+
+# Nodes of a captured graph that need other ranks.
+ACROSS = (over_ranks, total_over_ranks, shared)

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxdistill.call import Inputs
+from fxdistill.losses.reduce import is_placed
 
 
 class Towers:
@@ -18,6 +19,7 @@ class Towers:
     def __init__(self, teacher: nn.Module, shardings: Mapping[str, Any]) -> None:
         self.teacher = teacher
         self.shardings = shardings
+        self._compared = False  # whether ranks were asked for their first losses
 
     def run(self, tower: str, model: nn.Module, inputs: Inputs) -> Any:
         """Call ``model``."""
@@ -26,3 +28,15 @@ class Towers:
             return model(*inputs.args, **inputs.kwargs)
         weights = sharding.gathered(model)
         return torch.func.functional_call(model, weights, inputs.args, inputs.kwargs)
+
+    def compare(self, terms: Mapping[str, Tensor], student: nn.Module) -> None:
+        """On a mesh, once: MeshError unless all ranks have the same terms."""
+        if self._compared or not terms:
+            return
+        self._compared = True
+        models = (student, self.teacher)
+        if any(is_placed(p) for model in models for p in model.parameters()):
+            # What imports torch.distributed is imported where it is used.
+            from fxdistill.parallel.agree import require_alike
+
+            require_alike(terms, models)

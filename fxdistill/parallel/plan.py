@@ -13,7 +13,9 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -21,8 +23,10 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     SequenceParallel,
 )
+from torch.func import functional_call
 
 from fxdistill.errors import MeshError
+from fxdistill.guards import drops
 from fxdistill.head_module import head_path
 from fxdistill.landmarks import embedding_of, norms_of
 from fxdistill.parallel.styles import GatherTokens, ScatterTokens
@@ -48,8 +52,11 @@ class TensorPlan:
     notes: tuple[str, ...] = ()
 
 
-def ready_made(model: nn.Module, ranks: int, tower: str) -> TensorPlan:
-    """The plan for the structure of ``model``; MeshError where there is none to see."""
+def ready_made(model: nn.Module, ranks: int, tower: str, *, learns: bool) -> TensorPlan:
+    """The plan for the structure of ``model``; MeshError where there is none to see.
+
+    A model that ``learns`` runs in training mode.
+    """
     stacks = stacks_of(model)
     if len(stacks) != 1 or not all(block.called for block in stacks[0].blocks):
         what = f"{len(stacks)} stacks of blocks" if len(stacks) != 1 else "blocks that do not run"
@@ -82,8 +89,26 @@ def ready_made(model: nn.Module, ranks: int, tower: str) -> TensorPlan:
             output_layouts=Shard(-1),
             use_local_output=False,
         )
+    if learns:
+        _refuse_dropout(model, sharded, tower)
     notes = tuple(f"{tower}: {why}: {_shown(paths)}" for why, paths in whole.items())
     return TensorPlan(styles, {}, frozenset(parts), tuple(sharded), notes)
+
+
+def _refuse_dropout(model: nn.Module, sharded: list[str], tower: str) -> None:
+    """Outside of sharded parts ranks hold the same values, and each would drop others of them."""
+    within = tuple(f"{path}." for path in sharded)
+    random = [
+        path
+        for path, module in model.named_modules()
+        if path not in ("", *sharded) and not path.startswith(within) and drops(module)
+    ]
+    if random:
+        raise MeshError(
+            f"the {tower} drops values at random in {_shown(random)}, outside of what 'tp' shards: "
+            "its ranks would drop different ones, and their weights drift apart. Set those "
+            f"probabilities to 0, or say {tower}_plan={{...}}."
+        )
 
 
 def _add(styles: dict[str, ParallelStyle], path: str, style: ScatterTokens | GatherTokens) -> None:
@@ -185,9 +210,51 @@ def _mlp(model: nn.Module, part: Part, width: int | None, ranks: int) -> Weights
         inner = linear[last].in_features
         first = [path for path in linear if path != last]
         sizes = {(linear[path].in_features, linear[path].out_features) for path in first}
-        if linear[last].out_features == width and sizes == {(width, inner)} and not inner % ranks:
+        fits = linear[last].out_features == width and sizes == {(width, inner)}
+        if fits and not inner % ranks and _adds_up(module, part.path, first, last):
             return first, last, []
     return None
+
+
+def _adds_up(module: nn.Module, path: str, first: list[str], last: str) -> bool:
+    """Whether an MLP is the sum of what its halves give, as shards need: nothing mixes its width.
+
+    Tried on one token. What has no values (meta, fake) is taken to be an MLP as they all are.
+    """
+    weights = {name: p.detach() for name, p in module.named_parameters()}
+    like = next(iter(weights.values()))
+    if like.is_meta or isinstance(like, FakeTensor):
+        return True
+    up = [f"{name.removeprefix(path)}.".lstrip(".") for name in first]
+    down = f"{last.removeprefix(path)}.".lstrip(".")
+    half = weights[f"{down}weight"].shape[1] // 2
+
+    def part_of(begin: int, end: int | None) -> dict[str, Tensor]:
+        own = dict(weights)
+        for name, weight in weights.items():
+            if name.startswith(tuple(up)):
+                own[name] = weight[begin:end]
+            elif name == f"{down}weight":
+                own[name] = weight[:, begin:end]
+            elif begin:  # the bias counts once
+                own[name] = torch.zeros_like(weight)
+        return own
+
+    width = weights[f"{down}weight"].shape[0]
+    x = torch.linspace(-2, 2, width, device=like.device).sin().to(like.dtype).reshape(1, 1, width)
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        module.eval()
+        with torch.no_grad():
+            whole, *halves = (
+                functional_call(module, part_of(*span), (x,)).double()
+                for span in ((0, None), (0, half), (half, None))
+            )
+    finally:
+        for m, training in modes:
+            m.training = training
+    error = (whole - sum(halves)).norm()
+    return bool(error <= 16 * torch.finfo(like.dtype).eps * sum(h.norm() for h in halves))
 
 
 def _linear(module: nn.Module, path: str) -> dict[str, nn.Linear]:

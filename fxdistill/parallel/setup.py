@@ -36,6 +36,7 @@ def set_up(
     mesh: DeviceMesh,
     taps: Iterable[tuple[str, Tap]],
     asked: str,
+    frozen_teacher: bool,
 ) -> OnMesh:
     """Shard the models, by tower, in place.
 
@@ -48,12 +49,14 @@ def set_up(
     made: dict[str, TensorPlan] = {}
     for tower, model in models.items():
         _check_model(tower, model, mesh)
-        made[tower] = _plan(tower, model, plans.get(tower), axes)
+        learns = tower == "student" or not frozen_teacher
+        made[tower] = _plan(tower, model, plans.get(tower), axes, learns)
     _check_apart(models)
     for tower, tap in taps:
         _check_tap(tower, tap, made[tower])
     _check_agreement(mesh, "\n".join([asked, *_described(models, made)]))
     shardings = {tower: shard(model, axes, made[tower]) for tower, model in models.items()}
+    make_alike(models.values(), [mesh])
     notes = tuple(note for plan in made.values() for note in plan.notes)
     return OnMesh(shardings, _ranks(axes), notes)
 
@@ -96,13 +99,13 @@ def _check_apart(models: Mapping[str, nn.Module]) -> None:
         )
 
 
-def _plan(tower: str, model: nn.Module, plan: Plan, axes: Axes) -> TensorPlan:
+def _plan(tower: str, model: nn.Module, plan: Plan, axes: Axes, learns: bool) -> TensorPlan:
     if axes.tensor is None:
         if plan is not None:
             raise OptionError(f"{tower}_plan is for a mesh dimension 'tp', and there is none")
         return TensorPlan()
     if plan is None:
-        return ready_made(model, axes.tensor.size(), tower)
+        return ready_made(model, axes.tensor.size(), tower, learns=learns)
     modules = [name for name, _ in model.named_modules() if name]
     parameters = [name for name, _ in model.named_parameters()]
     styles: dict[str, ParallelStyle] = {}
@@ -184,11 +187,12 @@ def _check_agreement(mesh: DeviceMesh, text: str) -> None:
 
 
 def make_alike(modules: Iterable[nn.Module], meshes: Iterable[DeviceMesh]) -> None:
-    """Give every rank the parameters of the first: projections start at random."""
+    """Give every rank the plain parameters and buffers of the first."""
     for mesh in meshes:
         for group in mesh.get_all_groups():
             source = dist.get_global_rank(group, 0)
             for module in modules:
-                for parameter in module.parameters():
-                    with torch.no_grad():
-                        dist.broadcast(parameter, source, group=group)
+                for tensor in (*module.parameters(), *module.buffers()):
+                    if not is_placed(tensor):
+                        with torch.no_grad():
+                            dist.broadcast(tensor, source, group=group)

@@ -11,7 +11,7 @@ their parameters stay as they are.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import parallelize_module
 
+from fxdistill.errors import MeshError
 from fxdistill.parallel.plan import TensorPlan
 
 TENSOR, DATA = "tp", ("replicate", "dp")
@@ -80,10 +81,12 @@ class Sharding:
 
     def gathered(self, model: nn.Module) -> dict[str, Tensor]:
         """The weights that a step uses, of this rank's part of the tensor-parallel model."""
-        return {
-            name: _gathered(parameter, self.weights[name], self.axes)
-            for name, parameter in model.named_parameters()
-        }
+        found = {}
+        for name, parameter in model.named_parameters():
+            if name not in self.weights:
+                raise MeshError(f"{name!r} was added after wrap(mesh=): add it before")
+            found[name] = _gathered(parameter, self.weights[name], self.axes)
+        return found
 
 
 def _gathered(parameter: Tensor, weight: Weight, axes: Axes) -> Tensor:
@@ -109,20 +112,21 @@ def _gathered(parameter: Tensor, weight: Weight, axes: Axes) -> Tensor:
 
 def shard(model: nn.Module, axes: Axes, plan: TensorPlan) -> Sharding:
     """Make the parameters of ``model`` DTensors on the mesh, all alike with those of rank 0."""
+    trained = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     if axes.tensor is not None:
         tied = _tied(model)
         for name, placement in plan.placements.items():
             _replace(model, name, _on_tensor_axis(model.get_parameter(name), axes, placement))
         parallelize_module(model, axes.tensor, dict(plan.styles))
-        for first, others in tied.items():
-            for other in others:
-                _set(model, other, model.get_parameter(first))
+        for names in tied:
+            _tie(model, names)
     weights: dict[str, Weight] = {}
     made: dict[int, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) not in made:
             weights[name] = _weight(parameter, axes, name in plan.parts)
-            made[id(parameter)] = _as_parameter(parameter, weights[name], axes)
+            # Not the parameter's own word: torch's SequenceParallel forgets it.
+            made[id(parameter)] = _as_parameter(parameter, weights[name], axes, trained[name])
         _set(model, name, made[id(parameter)])
     return Sharding(axes, weights)
 
@@ -154,13 +158,15 @@ def _weight(parameter: nn.Parameter, axes: Axes, part: bool) -> Weight:
     )
 
 
-def _as_parameter(parameter: nn.Parameter, weight: Weight, axes: Axes) -> nn.Parameter:
+def _as_parameter(
+    parameter: nn.Parameter, weight: Weight, axes: Axes, trained: bool
+) -> nn.Parameter:
     """The parameter as a DTensor on the whole mesh; it keeps nothing of what it does not hold."""
     value = parameter.detach()
     x = value.to_local() if isinstance(value, DTensor) else value
     if axes.data is not None:
         x = distribute_tensor(x, axes.data, list(weight.data)).to_local()
-    if axes.tensor is not None and weight.tensor is None:
+    if axes.tensor is not None and (weight.tensor is None or weight.tensor.is_replicate()):
         x = distribute_tensor(x, axes.tensor, [Replicate()]).to_local()
     own = x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
     kinds = [*weight.data, *([] if axes.tensor is None else [weight.tensor or Replicate()])]
@@ -175,18 +181,33 @@ def _as_parameter(parameter: nn.Parameter, weight: Weight, axes: Axes) -> nn.Par
         shape=weight.whole_shape,
         stride=weight.whole_stride,
     )
-    return nn.Parameter(placed, requires_grad=parameter.requires_grad)
+    return nn.Parameter(placed, requires_grad=trained)
 
 
-def _tied(model: nn.Module) -> dict[str, list[str]]:
-    """Parameters with several names: the first, and the others."""
-    first: dict[int, str] = {}
-    found: dict[str, list[str]] = {}
+def _tied(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in first:
-            found.setdefault(first[id(parameter)], []).append(name)
-        first.setdefault(id(parameter), name)
-    return found
+        names.setdefault(id(parameter), []).append(name)
+    return [found for found in names.values() if len(found) > 1]
+
+
+def _tie(model: nn.Module, names: list[str]) -> None:
+    """Make one parameter again of what was one: the sharded one, if they differ."""
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    placed = [name for name in names if isinstance(model.get_parameter(name), DTensor)]
+    plain = [name for name in names if name not in placed]
+    kinds = {model.get_parameter(name).placements for name in placed}  # type: ignore[attr-defined]
+    alone = [n for n in plain if placed and isinstance(owners[n], (nn.Embedding, nn.Linear))]
+    if len(kinds) > 1 or alone:
+        raise MeshError(
+            f"{' and '.join(names)} are one parameter, and the plan shards only "
+            f"{' and '.join(placed)}, or each in another way: give all of them a style that keeps "
+            "the weight in one place (an embedding RowwiseParallel, its head ColwiseParallel)."
+        )
+    one = model.get_parameter((placed or names)[0])
+    for name in names:
+        _set(model, name, one)
 
 
 def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -220,7 +241,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwarg
 
 
 def _restorer(module: nn.Module) -> Callable[[], None]:
-    names = ("_parameters", *_HOOKS, "_forward_hooks_with_kwargs")
+    names = ("_parameters", "_buffers", *_HOOKS, "_forward_hooks_with_kwargs")
     before: list[tuple[Any, dict[Any, Any]]] = [
         (getattr(module, name), dict(getattr(module, name))) for name in names
     ]
@@ -235,8 +256,3 @@ def _restorer(module: nn.Module) -> Callable[[], None]:
             there.update(entries)
 
     return restore
-
-
-def names_of(mesh: DeviceMesh) -> Sequence[str]:
-    """The names of the dimensions of ``mesh``."""
-    return mesh.mesh_dim_names or ()

@@ -18,12 +18,14 @@ from fxdistill.ranks import Ranks
 def averaging_ranks(module: nn.Module) -> Ranks | None:
     """The ranks over which DDP or FSDP2 will average gradients; ``None`` where neither is."""
     ddp: Any = DistributedDataParallel._get_active_ddp_module()
-    inside = [ddp] if ddp is not None else []
-    inside += [m for m in module.modules() if isinstance(m, DistributedDataParallel)]
-    if inside:
-        return _ranks([inside[0].process_group])
-    sharded = next((m for m in module.modules() if isinstance(m, FSDPModule)), None)
-    return None if sharded is None else _ranks(_fsdp_groups(sharded))
+    if ddp is not None:
+        return _ranks([ddp.process_group], around=True)
+    for inside in module.modules():
+        if isinstance(inside, DistributedDataParallel):
+            return _ranks([inside.process_group], around=False)
+        if isinstance(inside, FSDPModule):
+            return _ranks(_fsdp_groups(inside), around=inside is module)
+    return None
 
 
 def _fsdp_groups(module: FSDPModule) -> list[ProcessGroup]:
@@ -44,8 +46,10 @@ def _parameter_groups(state: Any) -> list[Any]:
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
-def _ranks(groups: list[ProcessGroup]) -> Ranks:
+def _ranks(groups: list[ProcessGroup], *, around: bool) -> Ranks:
+    """``around``: the wrapper is around the distiller, and has its projections too."""
     size = 1
     for group in groups:
         size *= group.size()
-    return Ranks(tuple(str(group.group_name) for group in groups), size, averaged=True)
+    names = tuple(str(group.group_name) for group in groups)
+    return Ranks(names, size, averaged=True, projections=not around)

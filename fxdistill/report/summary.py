@@ -25,7 +25,9 @@ def summary(
     """Tables for 80 columns. Without a program (eager, or not called yet): only the pairs."""
     parts: list[Table | Text] = [_terms(objective, projections)]
     if program is None:
-        parts.append(Text(f"no graph yet (mode {mode}): one graph is captured at the first call"))
+        eager = "all runs as it is, no graph is made"
+        later = "no graph yet: one is captured at the first call"
+        parts.append(Text(f"mode {mode}: {eager if mode == 'eager' else later}"))
     else:
         parts += [_passes(program), _sections(program)]
     return Group(*parts, *(Text(f"note: {note}", overflow="fold") for note in notes))

@@ -39,13 +39,12 @@ def split(batch: dict[str, Tensor], labels: Tensor, parts: int) -> Samples:
     return list(zip(batches, labels.chunk(parts), strict=True))
 
 
-def wrapped(compile: Any, how: str, projected: bool) -> tuple[Any, families.Family]:
+def wrapped(compile: Any, how: str) -> tuple[Any, families.Family]:
     torch.manual_seed(2)
     family = families.FAMILIES["llama"]()
     matches = [Match(s, t) for s, t in family.mapping.items()]
-    if projected:
-        first = matches.pop(0)
-        matches.append(Match(first.student, first.teacher, loss="l2", project="linear"))
+    first = matches.pop(0)
+    matches.append(Match(first.student, first.teacher, loss="l2", project="linear"))
     if how == "fsdp":
         mesh = init_device_mesh("cpu", (2,))
         for model in (family.student, family.teacher):
@@ -58,9 +57,9 @@ def wrapped(compile: Any, how: str, projected: bool) -> tuple[Any, families.Fami
 
 def parity(rank: int, modes: list[str], how: str) -> None:
     for mode in modes:
-        alone, one = wrapped(False, "", projected=how == "ddp")
+        alone, one = wrapped(False, "")
         wanted = accumulated(alone, [(one.batch, one.labels)], alone)
-        distiller, _ = wrapped(MODES[mode], how, projected=how == "ddp")
+        distiller, _ = wrapped(MODES[mode], how)
         call = DistributedDataParallel(distiller) if how == "ddp" else distiller
         samples = split(one.batch, one.labels, 2)
         compare(accumulated(call, [samples[rank]], distiller), wanted, (mode, how))

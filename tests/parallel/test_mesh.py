@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 import families
@@ -135,6 +136,7 @@ def bad(rank: int) -> None:
             fxdistill.wrap(s, t, **{"mesh": mesh, "compile": False, **given})
         after = [(name, p, p.data_ptr()) for name, p in s.named_parameters()]
         assert [(n, id(p), x) for n, p, x in before] == [(n, id(p), x) for n, p, x in after]
+        assert not any(isinstance(b, DTensor) for b in s.buffers())
         assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in s.modules()]
 
     wrap(errors.OptionError, "init_device_mesh", mesh="tp")
@@ -146,6 +148,10 @@ def bad(rank: int) -> None:
     wrap(errors.MeshError, "no ready-made", s=families.FAMILIES["t5"]().student)
     act = {"model.layers.0.mlp.act_fn": "model.layers.0.mlp.act_fn"}
     wrap(errors.MeshError, "lies within 'model.layers.0.mlp'", mapping=act)
+    tied = families.FAMILIES["gpt2"]().student
+    wrap(errors.MeshError, "one parameter", s=tied, student_plan={"lm_head": ColwiseParallel()})
+    tied.transformer.drop.p = 0.1
+    wrap(errors.MeshError, "drift apart", s=tied)
     data = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
     wrap(errors.OptionError, "'tp'", mesh=data, student_plan={})
     wrap(errors.OptionError, "mesh=", mesh=None, student_plan={})
@@ -166,6 +172,89 @@ def bad(rank: int) -> None:
 @pytest.mark.slow
 def test_bad_input() -> None:
     run(2, bad)
+
+
+def unlike(rank: int) -> None:
+    """Ranks that were built unlike get the weights of rank 0, and what was frozen stays frozen."""
+    for axis in ("tp", "dp"):
+        one, here = families.FAMILIES["llama"](), families.FAMILIES["llama"]()
+        for family in (one, here):
+            for name, p in family.student.named_parameters():
+                p.requires_grad_("norm" not in name)
+        if rank:
+            with torch.no_grad():
+                for model in (here.student, here.teacher):
+                    for tensor in (*model.parameters(), *model.buffers()):
+                        tensor += 0.1
+        wanted = measured(
+            fxdistill.wrap(one.student, one.teacher, one.mapping, compile=False),
+            one.batch,
+            one.labels,
+        )
+        mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(axis,))
+        distiller = fxdistill.wrap(
+            here.student, here.teacher, here.mapping, compile=False, mesh=mesh
+        )
+        trained = {name for name, p in distiller.named_parameters() if p.requires_grad}
+        assert trained == {name for name, g in wanted[1].items() if g is not None}
+        batch = {name: mine(mesh, x) for name, x in here.batch.items()}
+        found = measured(distiller, batch, mine(mesh, here.labels))
+        kept = {name: g for name, g in wanted[1].items() if g is not None}
+        compare(found, (wanted[0], kept), axis)
+
+
+@pytest.mark.slow
+def test_ranks_that_were_built_unlike() -> None:
+    run(2, unlike)
+
+
+class Listener(nn.Module):
+    """Halves its sequence, as speech models do: nothing is sharded by that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fold = nn.Conv1d(4, 8, 2, stride=2)
+        self.id = nn.Identity()
+        self.out = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.id(self.fold(x.mT).mT).mean(1))
+
+
+def halved(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    torch.manual_seed(0)
+    distiller = fxdistill.wrap(
+        Listener(), Listener(), {"id": "id"}, mesh=mesh, task="classification", compile=False
+    )
+    distiller(torch.randn(2, 12, 4)).loss.backward()
+
+
+@pytest.mark.slow
+def test_a_shorter_sequence_is_no_shard() -> None:
+    run(2, halved)
+
+
+def within(rank: int) -> None:
+    """In a plan of the user's own nothing tells that a value is a rank's own, but the values."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    plan = {
+        "model.layers.*.mlp.*_proj": ColwiseParallel(),
+        "model.layers.*.mlp.down_proj": RowwiseParallel(),
+    }
+    family = families.FAMILIES["llama"]()
+    act = {"model.layers.0.mlp.act_fn": "model.layers.0.mlp.act_fn"}
+    plans = {"student_plan": plan, "teacher_plan": plan}
+    distiller = fxdistill.wrap(
+        family.student, family.teacher, act, mesh=mesh, compile=False, **plans
+    )
+    with pytest.raises(errors.MeshError, match="act_fn differ between ranks"):
+        distiller(**family.batch)
+
+
+@pytest.mark.slow
+def test_values_within_sharded_layers() -> None:
+    run(2, within)
 
 
 def dying(rank: int) -> None:
