@@ -179,7 +179,8 @@ class Distiller(nn.Module):
 
     def _compiled(self, name: str, step: Callable[..., Any]) -> Callable[..., Any]:
         if name not in self._steps:
-            self._steps[name] = capture.one_graph(step, self._recipe(), self.plan.dynamic)
+            dynamic = self._towers.dynamic(self.student, self.plan.dynamic)
+            self._steps[name] = capture.one_graph(step, self._recipe(), dynamic)
         return self._steps[name]
 
     def _recipe(self) -> Recipe:

@@ -29,6 +29,18 @@ class Towers:
         weights = sharding.gathered(model)
         return torch.func.functional_call(model, weights, inputs.args, inputs.kwargs)
 
+    def dynamic(self, student: nn.Module, asked: bool | None) -> bool | None:
+        """What to tell dynamo: in torch 2.13 sizes of DTensors in a graph cannot be symbolic.
+
+        Parameters that are gathered before they are used leave none behind.
+        """
+        gathered = {sharding.leaves_dtensors for sharding in self.shardings.values()}
+        if asked is not None or gathered == {False}:
+            return asked
+        models = (student, self.teacher)
+        placed = any(is_placed(p) for model in models for p in model.parameters())
+        return False if placed else None
+
     def compare(self, terms: Mapping[str, Tensor], student: nn.Module) -> None:
         """On a mesh, once: MeshError unless all ranks have the same terms."""
         if self._compared or not terms:

@@ -49,7 +49,8 @@ def collectives(graph: fx.Graph) -> dict[tuple[str | None, str], Traffic]:
         name = str(node.target).removeprefix(_PREFIX).split(".")[0]
         if node.op != "call_function" or not str(node.target).startswith(_PREFIX) or name in _OTHER:
             continue
-        key = section_of(node), name
+        # What autograd adds behind the last operator has no section: it is what it reads from.
+        key = section_of(node) or next(map(section_of, node.all_input_nodes), None), name
         counts[key] += 1
         values = [v for v in tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
         sizes[key] += sum(int(v.numel()) * v.element_size() for v in values)

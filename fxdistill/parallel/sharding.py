@@ -79,6 +79,11 @@ class Sharding:
     axes: Axes
     weights: Mapping[str, Weight]
 
+    @property
+    def leaves_dtensors(self) -> bool:
+        """Whether the weights that a step uses are DTensors: those of ``tp``."""
+        return self.axes.tensor is not None
+
     def gathered(self, model: nn.Module) -> dict[str, Tensor]:
         """The weights that a step uses, of this rank's part of the tensor-parallel model."""
         found = {}
