@@ -208,6 +208,28 @@ def test_ranks_that_were_built_unlike() -> None:
     run(2, unlike)
 
 
+def lengths(rank: int, axis: str) -> None:
+    """Another length is another graph where values are DTensors, and the same numbers."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(axis,))
+    one, here = families.FAMILIES["llama"](), families.FAMILIES["llama"]()
+    alone = fxdistill.wrap(one.student, one.teacher, one.mapping, compile=False)
+    distiller = fxdistill.wrap(here.student, here.teacher, here.mapping, compile=AOT, mesh=mesh)
+    for length in (11, 7):
+        batch = {name: x[:, -length:] for name, x in one.batch.items()}
+        labels = one.labels[:, -length:]
+        alone.zero_grad()
+        distiller.zero_grad()
+        wanted = measured(alone, batch, labels)
+        own = {name: mine(mesh, x) for name, x in batch.items()}
+        compare(measured(distiller, own, mine(mesh, labels)), wanted, (axis, length))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["tp", "dp"])
+def test_a_second_length(axis: str) -> None:
+    run(2, lengths, axis)
+
+
 class Listener(nn.Module):
     """Halves its sequence, as speech models do: nothing is sharded by that."""
 
