@@ -65,9 +65,9 @@ def sharded_vocabularies(
 
 def mesh_sizes(model: nn.Module) -> frozenset[int]:
     """The sizes of the mesh dimensions that may shard a sequence: not those of samples."""
-    if any(_is_wrapper(type(module).__mro__) for module in model.modules()):
-        return frozenset()
     meshes = {p.device_mesh for p in model.parameters() if is_placed(p)}
+    if not meshes or any(_is_wrapper(type(module).__mro__) for module in model.modules()):
+        return frozenset()
     return frozenset(
         size
         for mesh in meshes
