@@ -70,7 +70,9 @@ def step(student: LM, teacher: LM, length: int, compile: Any, **options: Any) ->
     out = distiller(ids, **own)
     out.loss.backward()
     history = () if distiller.program is None else distiller.program.history
-    remark = " ".join(text for record in history for text in record.remarks)
+    remark = " ".join(
+        text for record in history if record.name == "FuseHead" for text in record.remarks
+    )
     return {"loss": out.loss.detach(), **out.losses}, gradients_of(distiller), remark
 
 
