@@ -80,7 +80,8 @@ def wrap(
             one path segment, ``**`` for any number of them, ``{i}`` for a number that the other
             side may compute with (``{2*i+1}``). ``fxdistill.match`` proposes one.
         feature_loss: Name or callable ``(student, teacher, weights) -> scalar`` for matches that
-            name none: mse, l2, smooth_l1, l1, cosine.
+            name none: mse, l2, smooth_l1, l1, cosine. One of your own returns Σ w·value / Σ w of
+            the weights it is given: ranks that have other samples are put together by that.
         feature_weight: λ above.
         logit_loss: Name or callable ``(student_logits, teacher_logits, *, temperature, weights)``:
             forward_kl, reverse_kl, jsd, soft_cross_entropy.
@@ -151,7 +152,7 @@ def wrap(
 
     models = {"student": student, "teacher": teacher}
     plans = {"student": student_plan, "teacher": teacher_plan}
-    with kept_on_error(student, teacher):
+    with kept_on_error(student, teacher), guards.buffers_kept_on_error(student, teacher):
         losses = [loss_name(loss) for loss in (logit_loss, label_loss, feature_loss) if loss]
         asked = f"{matches}\n{losses} {settings}\n{plan.mode} {plan.outputs} {found_task}"
         taps = [end for term in objective.features for end in term.taps]

@@ -144,34 +144,39 @@ def buffers_kept_on_error(*models: nn.Module) -> Iterator[None]:
         raise
 
 
-def drops(module: nn.Module) -> str | None:
-    """The probability with which ``module`` itself drops values in training, where it has one."""
+def _probabilities(module: nn.Module) -> dict[str, float]:
+    """The probabilities with which ``module`` itself drops, or shakes, values in training."""
     if isinstance(module, _DropoutNd):
-        return f"p={module.p}" if module.p > 0 else None
-    for name, value in vars(module).items():
-        if ("drop" in name or "jitter" in name) and isinstance(value, float) and value > 0:
-            return f"{name}={value}"
-    return None
+        return {"p": module.p}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if ("drop" in name or "jitter" in name) and isinstance(value, float)
+    }
+
+
+def drops(module: nn.Module) -> str | None:
+    """Name and value of the probability of ``module`` that is not 0; ``None`` without one."""
+    return next((f"{name}={p}" for name, p in _probabilities(module).items() if p > 0), None)
 
 
 def _mode_matters(module: nn.Module) -> str | None:
     """Why ``module`` computes something else in train mode; ``None`` if it does not seem to."""
-    if isinstance(module, _DropoutNd):
-        return drops(module)
     if isinstance(module, (_BatchNorm, _InstanceNorm)):
         return "batch statistics" if module.track_running_stats else None
     if isinstance(module, nn.RReLU):
         return "random slopes"
-    told = False
-    for name, value in vars(module).items():
-        if ("drop" in name or "jitter" in name) and isinstance(value, float):
-            told = True
-            if value > 0:
-                return f"{name}={value}"
+    if (dropped := drops(module)) is not None:
+        return dropped
     # A layer that asks for its mode, and has no probability that would say that it does not matter.
     leaf = next(module.children(), None) is None
     own = type(module).__module__.split(".")[0] != "torch"
-    if leaf and own and not told and "self.training" in _source(type(module).forward):
+    if (
+        leaf
+        and own
+        and not _probabilities(module)
+        and "self.training" in _source(type(module).forward)
+    ):
         return "its forward asks for self.training"
     return None
 

@@ -23,21 +23,26 @@ def require_alike(terms: Mapping[str, Tensor], models: Iterable[nn.Module]) -> N
         p.device_mesh for model in models for p in model.parameters() if isinstance(p, DTensor)
     }
     own = torch.stack([value.detach().float().reshape(()) for value in terms.values()])
-    for group in [group for mesh in meshes for group in mesh.get_all_groups()]:
+    # Of all ranks, one dimension after the other, before any raises: the others would wait for it.
+    # Sorted, because a set has another order on each rank.
+    low, high = own, own
+    for group in [g for mesh in sorted(meshes, key=str) for g in mesh.get_all_groups()]:
         if dist.get_backend(group) == "fake":
             continue
-        everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(everyone, own, group=group)
-        values = torch.stack(everyone)
-        spread = values.amax(0) - values.amin(0)
-        apart = spread > TOLERANCE * values.abs().amax(0) + 1e-12
-        if bool(apart.any()):
-            wrong = [name for name, differs in zip(terms, apart.tolist(), strict=True) if differs]
-            name = wrong[-1]
-            each = ", ".join(f"{v:.6g}" for v in values[:, list(terms).index(name)].tolist())
-            raise MeshError(
-                f"{', '.join(wrong)} differ between ranks that should agree ({name}: {each}). "
-                "Either those ranks were given different samples (along 'tp' all take the same), "
-                "or a matched value is one rank's part of a sharded layer in a plain tensor: match "
-                "the layer itself, or give its parallel style use_local_output=False."
-            )
+        bounds = torch.stack([low, high])
+        everyone = [torch.empty_like(bounds) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(everyone, bounds, group=group)
+        low, high = torch.stack(everyone).amin((0, 1)), torch.stack(everyone).amax((0, 1))
+    apart = (high - low > TOLERANCE * torch.maximum(low.abs(), high.abs()) + 1e-12).tolist()
+    wrong = [
+        f"{name} ({a:.6g} to {b:.6g})"
+        for name, a, b, differs in zip(terms, low.tolist(), high.tolist(), apart, strict=True)
+        if differs
+    ]
+    if wrong:
+        raise MeshError(
+            f"{', '.join(wrong)} differ between ranks that should agree. Either those ranks were "
+            "given different samples (along 'tp' all take the same), or a matched value is one "
+            "rank's part of a sharded layer in a plain tensor: match the layer itself, or give its "
+            "parallel style use_local_output=False."
+        )

@@ -1,6 +1,7 @@
 """``wrap(..., mesh=)``: what a mesh must be, each model's plan, and whether ranks agree."""
 
 import fnmatch
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -167,32 +168,37 @@ def _described(models: Mapping[str, nn.Module], plans: Mapping[str, TensorPlan])
 
 
 def _check_agreement(mesh: DeviceMesh, text: str) -> None:
-    """MeshError on every rank where ranks were asked for different things: later that is a hang."""
+    """MeshError on every rank where ranks were asked for different things: later that is a hang.
+
+    Every rank hears of all others, one dimension after the other, before any raises: one that left
+    early would leave the rest waiting.
+    """
+    heard = {dist.get_rank(): text}
     for group in mesh.get_all_groups():
         if dist.get_backend(group) == "fake":  # a plan without ranks: there is no one to ask
             continue
-        texts: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(texts, text, group=group)
-        for i, other in enumerate(texts):
-            if other != text:
-                lines = zip(text.splitlines(), other.splitlines(), strict=False)
-                mine, theirs = next(
-                    ((a, b) for a, b in lines if a != b), ("(no more lines)", "(no more lines)")
-                )
-                raise MeshError(
-                    f"ranks disagree on what to wrap: rank {dist.get_rank()} has {mine!r}, rank "
-                    f"{dist.get_global_rank(group, i)} has {theirs!r}. Build models, mapping and "
-                    "options alike on every rank."
-                )
+        told: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(told, heard, group=group)
+        heard = {rank: said for each in told for rank, said in each.items()}
+    first, *others = sorted(heard)
+    for rank in others:
+        if heard[rank] != heard[first]:
+            lines = itertools.zip_longest(heard[first].splitlines(), heard[rank].splitlines())
+            one, other = next((a, b) for a, b in lines if a != b)
+            raise MeshError(
+                f"ranks disagree on what to wrap: rank {first} has {one!r}, rank {rank} has "
+                f"{other!r}. Build models, mapping and options alike on every rank."
+            )
 
 
 def make_alike(modules: Iterable[nn.Module], meshes: Iterable[DeviceMesh]) -> None:
     """Give every rank the plain parameters and buffers of the first."""
-    for mesh in meshes:
+    for mesh in sorted(meshes, key=str):  # a set has another order on each rank
         for group in mesh.get_all_groups():
             source = dist.get_global_rank(group, 0)
             for module in modules:
                 for tensor in (*module.parameters(), *module.buffers()):
                     if not is_placed(tensor):
+                        value = torch.view_as_real(tensor) if tensor.is_complex() else tensor
                         with torch.no_grad():
-                            dist.broadcast(tensor, source, group=group)
+                            dist.broadcast(value, source, group=group)

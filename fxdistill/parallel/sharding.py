@@ -172,7 +172,8 @@ def _as_parameter(
     if axes.data is not None:
         x = distribute_tensor(x, axes.data, list(weight.data)).to_local()
     if axes.tensor is not None and (weight.tensor is None or weight.tensor.is_replicate()):
-        x = distribute_tensor(x, axes.tensor, [Replicate()]).to_local()
+        # A copy: the broadcast writes, and a wrap that fails must leave the parameter as it was.
+        x = distribute_tensor(x.clone(), axes.tensor, [Replicate()]).to_local()
     own = x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
     kinds = [*weight.data, *([] if axes.tensor is None else [weight.tensor or Replicate()])]
     names = axes.mesh.mesh_dim_names or ()
@@ -230,7 +231,7 @@ def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 @contextlib.contextmanager
 def kept_on_error(*models: nn.Module) -> Iterator[None]:
-    """Put parameters and hooks back if the body raises."""
+    """Put parameters, buffers and hooks back if the body raises."""
     undo = [_restorer(module) for model in models for module in model.modules()]
     try:
         yield

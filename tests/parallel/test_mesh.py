@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 import families
 import fxdistill
@@ -108,14 +108,17 @@ def test_options(axis: str) -> None:
     run(2, options, axis)
 
 
-def own_plan(rank: int) -> None:
-    """A plan of the user's: MLPs only, for the student; the teacher whole on every rank."""
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    plan = {
+def mlps() -> dict[str, ParallelStyle]:
+    return {
         "model.layers.*.mlp.*_proj": ColwiseParallel(),
         "model.layers.*.mlp.down_proj": RowwiseParallel(),
     }
-    given = {"student_plan": plan, "teacher_plan": {}}
+
+
+def own_plan(rank: int) -> None:
+    """A plan of the user's: MLPs only, for the student; the teacher whole on every rank."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    given = {"student_plan": mlps(), "teacher_plan": {}}
     check_one("llama", "eager", {}, mesh, **given)
 
 
@@ -230,6 +233,38 @@ def test_a_second_length(axis: str) -> None:
     run(2, lengths, axis)
 
 
+def one_of_four(rank: int) -> str:
+    """One rank was asked for something else: all four hear of it, and none waits for another."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    family = families.FAMILIES["llama"]()
+    start = time.monotonic()
+    with pytest.raises(errors.MeshError, match="rank 0 has .*, rank 3 has"):
+        fxdistill.wrap(
+            family.student,
+            family.teacher,
+            {f"model.layers.{rank // 3}.mlp": "model.layers.0.mlp"},
+            mesh=mesh,
+            compile=False,
+        )
+    assert time.monotonic() - start < 30
+    # And in the first step: one rank of a "tp" line has samples of its own.
+    distiller = fxdistill.wrap(
+        family.student, family.teacher, family.mapping, mesh=mesh, compile=False
+    )
+    batch = {name: mine(mesh, x) for name, x in family.batch.items()}
+    weights = torch.ones_like(batch["input_ids"], dtype=torch.float32)
+    if rank == 3:
+        weights[:, :4] = 0
+    with pytest.raises(errors.MeshError, match="differ between ranks"):
+        distiller(**batch, token_weights=weights)
+    return "told"
+
+
+@pytest.mark.slow
+def test_one_rank_of_four_disagrees() -> None:
+    assert run(4, one_of_four) == ["told"] * 4
+
+
 class Listener(nn.Module):
     """Halves its sequence, as speech models do: nothing is sharded by that."""
 
@@ -260,17 +295,13 @@ def test_a_shorter_sequence_is_no_shard() -> None:
 def within(rank: int) -> None:
     """In a plan of the user's own nothing tells that a value is a rank's own, but the values."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    plan = {
-        "model.layers.*.mlp.*_proj": ColwiseParallel(),
-        "model.layers.*.mlp.down_proj": RowwiseParallel(),
-    }
     family = families.FAMILIES["llama"]()
     act = {"model.layers.0.mlp.act_fn": "model.layers.0.mlp.act_fn"}
-    plans = {"student_plan": plan, "teacher_plan": plan}
+    plans = {"student_plan": mlps(), "teacher_plan": mlps()}
     distiller = fxdistill.wrap(
         family.student, family.teacher, act, mesh=mesh, compile=False, **plans
     )
-    with pytest.raises(errors.MeshError, match="act_fn differ between ranks"):
+    with pytest.raises(errors.MeshError, match=r"act_fn \(.* to .*\) differ between ranks"):
         distiller(**family.batch)
 
 
