@@ -238,7 +238,7 @@ def one_of_four(rank: int) -> str:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     family = families.FAMILIES["llama"]()
     start = time.monotonic()
-    with pytest.raises(errors.MeshError, match="rank 0 has .*, rank 3 has"):
+    with pytest.raises(errors.MeshError, match=r"rank 0 has .*, rank 3 has"):
         fxdistill.wrap(
             family.student,
             family.teacher,
