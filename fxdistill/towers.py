@@ -45,10 +45,10 @@ class Towers:
         """On a mesh, once: MeshError unless all ranks have the same terms."""
         if self._compared or not terms:
             return
-        self._compared = True
         models = (student, self.teacher)
         if any(is_placed(p) for model in models for p in model.parameters()):
             # What imports torch.distributed is imported where it is used.
             from fxdistill.parallel.agree import require_alike
 
             require_alike(terms, models)
+        self._compared = True

@@ -255,8 +255,9 @@ def one_of_four(rank: int) -> str:
     weights = torch.ones_like(batch["input_ids"], dtype=torch.float32)
     if rank == 3:
         weights[:, :4] = 0
-    with pytest.raises(errors.MeshError, match="differ between ranks"):
-        distiller(**batch, token_weights=weights)
+    for _ in range(2):  # until it is mended
+        with pytest.raises(errors.MeshError, match="differ between ranks"):
+            distiller(**batch, token_weights=weights)
     return "told"
 
 
