@@ -45,6 +45,9 @@ def run(program: P, passes: Sequence[Pass], between: Sequence[Observer] = ()) ->
             perf_counter() - start,
             program.gm is not before.gm,
             program.remarks[len(before.remarks) :],
+            program.level,
+            before.gm,
+            program.gm,
         )
         program = replace(program, history=(*before.history, record))
         for observer in between:

@@ -20,6 +20,10 @@ class PassRecord:
     seconds: float
     changed: bool
     remarks: tuple[str, ...] = ()
+    level: Level = "captured"
+    # The graph as the pass found it, and as it left it: for costs and differences.
+    before: fx.GraphModule | None = field(default=None, compare=False, repr=False)
+    after: fx.GraphModule | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         """One log line."""
