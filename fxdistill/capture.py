@@ -10,6 +10,7 @@ passes, composes and lowers. Private to torch and used here only: the exceptions
 import contextlib
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -107,7 +108,8 @@ def backend(
 def _why_again() -> str | None:
     """Which guards of the graphs before did not hold; ``None`` for the first graph of a step."""
     found = get_metrics_context()._metrics.get("recompile_reason")
-    return None if found is None else str(found)
+    # Behind the numbers of dynamo's frame and of its graph.
+    return None if found is None else re.sub(r"^\d+/\d+: ", "", str(found))
 
 
 def _note(recipe: Recipe, program: JointProgram) -> Observer:

@@ -80,7 +80,7 @@ class Dump:
         target = self.folder / f"{self.index:02d}_{name}.py"
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_suffix(".part")
-        part.write_text(str(program), encoding="utf-8")
+        part.write_text(program.code, encoding="utf-8")
         part.replace(target)
         self.index += 1
 
