@@ -10,7 +10,10 @@ that goes or changes its meaning a new major one; docs/report.md describes each.
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 SCHEMA = "1.0"
 
@@ -234,3 +237,9 @@ class Report:
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON, keys in the order of the fields."""
         return json.dumps(dataclasses.asdict(self), indent=indent)
+
+    def __rich__(self) -> "RenderableType":
+        """The report for a terminal: ``rich.print(report)``."""
+        from fxdistill.report.terminal import terminal  # faces know the data, it not them
+
+        return terminal(self)
