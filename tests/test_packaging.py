@@ -19,13 +19,15 @@ MAX_LINES = 400
 
 # Source folder → where it is installed.
 FOLDERS = {ROOT / "fxdistill": Path("fxdistill"), ROOT / "passes": Path("fxdistill/passes")}
+PAGE = ("*.css", "*.html", "*.js")  # of the HTML report
 
 
 def library_files():
     """Yield (file in the checkout, path in the wheel)."""
     for folder, target in FOLDERS.items():
-        for file in sorted(folder.rglob("*.py")):
-            yield file, target / file.relative_to(folder)
+        for pattern in ("*.py", *PAGE):
+            for file in sorted(folder.rglob(pattern)):
+                yield file, target / file.relative_to(folder)
 
 
 def test_passes_come_from_the_top_level_folder():
@@ -49,7 +51,7 @@ def test_backend_is_registered():
 def test_pyproject_lists_every_package():
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    found = {path.parent for _, path in library_files()}
+    found = {path.parent for _, path in library_files() if path.suffix == ".py"}
     assert sorted(listed) == sorted(".".join(path.parts) for path in found)
 
 

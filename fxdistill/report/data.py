@@ -10,6 +10,7 @@ that goes or changes its meaning a new major one; docs/report.md describes each.
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -238,8 +239,21 @@ class Report:
         """The report as JSON, keys in the order of the fields."""
         return json.dumps(dataclasses.asdict(self), indent=indent)
 
+    def to_html(self, path: str | Path) -> Path:
+        """Write the report as one HTML file that needs nothing else, whole or not at all.
+
+        Args:
+            path: Where to; a file that is there is replaced.
+
+        Returns:
+            ``path``.
+        """
+        from fxdistill.report.html import write  # the faces know the data, not the other way round
+
+        return write(self, Path(path))
+
     def __rich__(self) -> "RenderableType":
         """The report for a terminal: ``rich.print(report)``."""
-        from fxdistill.report.terminal import terminal  # faces know the data, it not them
+        from fxdistill.report.terminal import terminal
 
         return terminal(self)
