@@ -132,6 +132,12 @@ def _most_varied(numbers: Sequence[Sequence[int]]) -> int | None:
     return kinds.index(max(kinds)) if kinds and max(kinds) > 1 else None
 
 
+def models_of(report: Report) -> tuple[str, ...]:
+    """The classes of student and teacher, in this order."""
+    named = {tower.name: tower.model for tower in report.towers}
+    return tuple(named[name] for name in ("student", "teacher") if name in named)
+
+
 def blocks_of(report: Report, tower: str) -> tuple[Block, ...]:
     """The blocks of a tower by its name; none where it has none."""
     return next((t.blocks for t in report.towers if t.name == tower), ())
@@ -156,6 +162,24 @@ def folded(paths: Sequence[str]) -> str:
     spans = list(_NUMBER.finditer(paths[0]))[at].span()
     inside = ranges([row[at] for row in numbers])
     return f"{paths[0][: spans[0]]}{{{inside}}}{paths[0][spans[1] :]}"
+
+
+def gathered(paths: Iterable[str]) -> tuple[str, ...]:
+    """Paths in order of first appearance, those that differ by their numbers as one each."""
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        groups.setdefault(_form(path), []).append(path)
+    return tuple(
+        name
+        for group in groups.values()
+        for name in (group if _varied(group) > 1 else [folded(group)])
+    )
+
+
+def _varied(paths: Sequence[str]) -> int:
+    """In how many places paths of one form have different numbers."""
+    columns = zip(*(_numbers(path) for path in paths), strict=True)
+    return sum(len(set(column)) > 1 for column in columns)
 
 
 def ranges(numbers: Iterable[int]) -> str:

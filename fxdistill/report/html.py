@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fxdistill.report.data import Report
-from fxdistill.report.folding import block_index, blocks_of, folds, rows
+from fxdistill.report.folding import block_index, blocks_of, folds, gathered, models_of, rows
 
 _SCRIPTS = ("page.js", "page_towers.js", "page_charts.js", "page_sections.js")  # in this order
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
@@ -50,8 +50,7 @@ def write(report: Report, path: Path) -> Path:
 
 
 def _title(report: Report) -> str:
-    models = (t.model for t in report.towers if t.name in ("student", "teacher"))
-    return " ← ".join(models) or "fxdistill"
+    return " ← ".join(models_of(report)) or "fxdistill"
 
 
 def _file(name: str) -> str:
@@ -65,7 +64,7 @@ def _json(value: Any) -> str:
 
 
 def _folded(report: Report) -> dict[str, Any]:
-    """Runs of alike blocks by tower, folded pairs, and the blocks that each pair joins."""
+    """Runs of alike blocks, folded pairs and outputs, and the blocks that each pair joins."""
     students, teachers = blocks_of(report, "student"), blocks_of(report, "teacher")
     ends = [
         (block_index(students, pair.student), block_index(teachers, pair.teacher))
@@ -75,4 +74,5 @@ def _folded(report: Report) -> dict[str, Any]:
         "rows": {t.name: [dataclasses.asdict(r) for r in rows(t.blocks)] for t in report.towers},
         "folds": [dataclasses.asdict(fold) for fold in folds(report.pairs)],
         "ends": ends,
+        "exposed": [gathered(line.exposed) for line in report.passes],
     }

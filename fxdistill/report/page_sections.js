@@ -130,9 +130,9 @@ function memorySection() {
     ...Object.entries(memory.weights).map(([tower, count]) => line(`weights, ${tower}`, count)),
     line("gradients", memory.gradients),
     line("saved", memory.saved, "what the forward leaves for the backward"),
-    line("taps", memory.taps, "matched values"),
-    line("head", memory.head, "logits, or what is held in place of them"),
-    line("transient", memory.transient, "at the peak, beside the above"),
+    line("transient", memory.transient, "at the peak: nothing of the above"),
+    line("of these, taps", memory.taps, "matched values"),
+    line("of these, head", memory.head, "logits, or what is held in place of them"),
     el("tr", { class: "total" }, line("peak", memory.peak, `at ${memory.peak_at}`)),
   ];
   const optimizers = Object.entries(memory.optimizers).map(([name, states]) => [
@@ -192,9 +192,9 @@ function change(values, show, column) {
   return number(text, { "data-column": column });
 }
 
-function passRow(line) {
+function passRow(line, at) {
   const { exposed, remarks } = line;
-  const shown = `${plural(exposed.length, "output")} exposed: ${exposed.join(", ")}`;
+  const shown = `${plural(exposed.length, "output")} exposed: ${folded.exposed[at].join(", ")}`;
   const said = [...(exposed.length ? [shown] : []), ...remarks];
   const rest = said.length || line.changed ? said : ["nothing to do"];
   return [

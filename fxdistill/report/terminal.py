@@ -9,7 +9,7 @@ from rich.text import Text
 
 from fxdistill.report.data import Pair, PassLine, Report, Value
 from fxdistill.report.figures import amount, operations, ratio, size
-from fxdistill.report.folding import Fold, folds
+from fxdistill.report.folding import Fold, folds, gathered, models_of
 from fxdistill.report.terminal_costs import costs
 from fxdistill.report.terminal_sketch import sketch
 from fxdistill.report.terminal_tables import Cell, Part, row, table
@@ -28,8 +28,7 @@ def terminal(report: Report) -> Group:
 
 
 def _head(report: Report) -> list[Part]:
-    models = " ← ".join(t.model for t in report.towers if t.name in ("student", "teacher"))
-    head = Text(models, style="bold", overflow="fold")
+    head = Text(" ← ".join(models_of(report)), style="bold", overflow="fold")
     versions = f"fxdistill {report.fxdistill}, torch {report.torch}"
     made = f"{report.mode}, {report.backend}" if report.backend else report.mode
     head.append(f"\n{versions}; {made}", style="not bold dim")
@@ -135,7 +134,9 @@ def _passes(report: Report) -> list[Part]:
 
 def _pass(line: PassLine) -> Iterable[Cell]:
     """Name with remarks below; numbers before, and below them those after where they differ."""
-    exposed = _plural(len(line.exposed), "output") + " exposed: " + ", ".join(line.exposed)
+    exposed = (
+        _plural(len(line.exposed), "output") + " exposed: " + ", ".join(gathered(line.exposed))
+    )
     said = [*([exposed] if line.exposed else []), *line.remarks]
     if not line.changed and not said:
         said = ["nothing to do"]

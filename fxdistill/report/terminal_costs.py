@@ -41,9 +41,9 @@ def _memory(memory: Memory) -> list[Part]:
     parts |= {
         "gradients": memory.gradients,
         "saved for the backward": memory.saved,
-        "taps": memory.taps,
-        "head": memory.head,
         "transient, at the peak": memory.transient,
+        "of these, taps": memory.taps,
+        "of these, head": memory.head,
     }
     for name, count in parts.items():
         row(made, name, size(count), bar(count, memory.peak, _BAR))

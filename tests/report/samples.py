@@ -49,14 +49,14 @@ def towers(student, teacher, projections=0, dtype="torch.bfloat16", size=2):
     theirs = sum(block.parameters for block in teacher)
     both = (
         Tower("student", "LlamaForCausalLM", ours, ours, size * ours, (dtype,), True, student),
-        Tower("teacher", "LlamaForCausalLM", theirs, 0, size * theirs, (dtype,), False, teacher),
+        Tower("teacher", "Llama4ForCausalLM", theirs, 0, size * theirs, (dtype,), False, teacher),
     )
     if not projections:
         return both
     made = Tower(
         "projections", "2 × Linear", projections, projections, size * projections, (dtype,), True
     )
-    return (*both, made)
+    return (both[1], both[0], made)  # in the order that they are in the graph
 
 
 def pairs(layer_map, tokens, ours, theirs, dtype, *, between="", loss="mse", placements=((), ())):
@@ -135,10 +135,9 @@ def memory_of(both, moments, saved, taps, head, transient):
     )
 
 
+EXPOSED = tuple(f"model.layers.{i}.{part}" for i in (1, 3, 5) for part in ("self_attn", "mlp"))
 PASSES = (
-    PassLine(
-        "ExposeOutputs", "captured", True, Change(412, 418), None, None, ("values 6",), (), 0.012
-    ),
+    PassLine("ExposeOutputs", "captured", True, Change(412, 418), None, None, EXPOSED, (), 0.012),
     PassLine(
         "FuseHead",
         "captured",
@@ -228,7 +227,7 @@ def large():
         nodes={"teacher": 3264, "student": 2211, "objective": 418},
         flops=flops,
         memory=memory_of(both, moments, 43 * GiB, 6 * GiB, 2 * GiB, 3 * GiB),
-        plain=Plain(3 * flops.forward, 2 * both[0].bytes + 45 * GiB),
+        plain=Plain(3 * flops.forward, 2 * both[1].bytes + 45 * GiB),
         casts=(Cast("student", "torch.bfloat16", "torch.float32", 65),),
         warnings=(
             "The teacher's config asks for dropout 0.1: under freeze_teacher it is ignored.",

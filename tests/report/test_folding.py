@@ -6,7 +6,7 @@ import pytest
 
 from fxdistill.report.data import Block
 from fxdistill.report.figures import amount, bar, operations, ratio, share, size, sparkline
-from fxdistill.report.folding import block_index, folded, folds, ranges, rows
+from fxdistill.report.folding import block_index, folded, folds, gathered, ranges, rows
 from report import samples
 
 
@@ -62,6 +62,13 @@ def test_ranges():
     assert folded(["a.b"]) == "a.b"
 
 
+def test_outputs_are_gathered_by_layer():
+    names = [f"layers.{i}.{part}" for i in range(4) for part in ("attn", "mlp")]
+    assert gathered([*names, ":logits"]) == ("layers.{0..3}.attn", "layers.{0..3}.mlp", ":logits")
+    assert gathered(["a.0.b.0", "a.1.b.1"]) == ("a.0.b.0", "a.1.b.1")
+    assert gathered([]) == ()
+
+
 def test_pairs_of_every_layer_are_two_folds():
     report = samples.large()
     attention, mlp = folds(report.pairs)
@@ -91,7 +98,7 @@ def test_pairs_with_two_numbers_fold_by_the_one_that_varies_most():
 
 
 def test_runs_of_alike_blocks():
-    blocks = samples.large().towers[1].blocks
+    blocks = samples.large().towers[0].blocks
     assert [(row.label, row.count) for row in rows(blocks)] == [
         ("model.embed_tokens", 1),
         ("model.layers.{0..79}", 80),
@@ -117,7 +124,7 @@ def test_blocks_that_do_something_else_end_a_run():
 
 
 def test_the_block_of_a_path():
-    blocks = samples.small().towers[0].blocks
+    blocks = samples.small().towers[1].blocks
     assert block_index(blocks, "model.layers.1.mlp:input@1") == 2
     assert block_index(blocks, "model.layers.1") == 2
     assert block_index(blocks, "model.layers.10.mlp") is None

@@ -56,6 +56,8 @@ def test_names_cannot_end_what_they_stand_in():
     page = html(samples.nasty())
     parsed = Scripts(page)
     assert samples.NASTY in parsed.found["title"]
+    small = Scripts(html(samples.small()))
+    assert small.found["title"].startswith("LlamaForCausalLM ← Llama4ForCausalLM")
     assert [tag for tag, _ in parsed.tags].count("script") == 3
     assert page.count("</script>") == 3
     assert "{{" not in parsed.found["script"]

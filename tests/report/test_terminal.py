@@ -25,7 +25,7 @@ def test_every_report_fits(name, width):
 
 def test_what_matters_comes_first():
     lines = shown(samples.large()).splitlines()
-    assert lines[0].startswith("LlamaForCausalLM ← LlamaForCausalLM")
+    assert lines[0].startswith("LlamaForCausalLM ← Llama4ForCausalLM")
     top = "\n".join(lines[:8])
     assert re.search(r"peak memory 2\d\d GiB, \d\.\d\d × plain training", top)
     assert re.search(r"\d+ TFLOP a step", top)
@@ -70,6 +70,8 @@ def test_passes_and_what_crosses_ranks():
     assert re.search(r"FuseHead +436 +2\.41 GFLOP +96\.0 MiB +34", text)
     assert "→ 31.0 MiB" in text
     assert "nothing to do" in text
+    assert "6 outputs exposed:" in text
+    assert "model.layers.{1, 3, 5}.mlp" in text
     assert re.search(r"terms +all_reduce +1 +32 B", text)
     assert "recompile: L['input_ids'].size()[1] is 96" in text
     assert "Partial(sum)" in text
