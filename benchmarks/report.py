@@ -79,7 +79,7 @@ class Case:
         ours, theirs = self.layers
         student, teacher = (self.build(n).to(device) for n in self.layers)
         if self.checkpoint:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
+            student.activation_checkpointing_enable({"use_reentrant": False})
         matches = [
             Match(self.mapping.format(i), self.mapping.format(i * theirs // ours))
             for i in range(ours)
@@ -146,6 +146,7 @@ def t5(layers: int) -> nn.Module:
             d_kv=64,
             num_heads=8,
             num_layers=layers,
+            decoder_start_token_id=0,
             use_cache=False,
         )
     )
