@@ -46,6 +46,7 @@ def run(program: P, passes: Sequence[Pass], between: Sequence[Observer] = ()) ->
             program.gm is not before.gm,
             program.remarks[len(before.remarks) :],
             program.level,
+            program.title,
             before.gm,
             program.gm,
         )

@@ -24,6 +24,7 @@ class PassRecord:
     changed: bool
     remarks: tuple[str, ...] = ()
     level: Level = "captured"
+    graph: str = ""  # the title of the program
     # The graph as the pass found it, and as it left it: for costs and differences.
     before: fx.GraphModule | None = field(default=None, compare=False, repr=False)
     after: fx.GraphModule | None = field(default=None, compare=False, repr=False)

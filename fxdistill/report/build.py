@@ -91,6 +91,7 @@ def _known(distiller: "Distiller", call: Call) -> Report:
         torch=torch.__version__,
         mode=plan.mode,
         backend=backend if isinstance(backend, str) else _name(backend),
+        mesh=_mesh(distiller),
         inputs=dict(_inputs(call)),
         towers=towers_of(
             distiller.student, distiller.teacher, distiller.projections, frozen=frozen
@@ -101,6 +102,17 @@ def _known(distiller: "Distiller", call: Call) -> Report:
         warnings=warnings_of(distiller, call),
         notes=(*distiller.matches.notes, *distiller._notes, *_of_mode(distiller)),
     )
+
+
+def _mesh(distiller: "Distiller") -> dict[str, int]:
+    """The mesh that parameters lie on, by dimension."""
+    models = (distiller.student, distiller.teacher)
+    placed: Any = next((p for m in models for p in m.parameters() if is_placed(p)), None)
+    if placed is None:
+        return {}
+    mesh = placed.device_mesh
+    names = mesh.mesh_dim_names or tuple(map(str, range(mesh.ndim)))
+    return dict(zip(names, mesh.shape, strict=True))
 
 
 def _name(value: Any) -> str:

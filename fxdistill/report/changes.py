@@ -23,6 +23,7 @@ def _line(record: PassRecord, costs: Costs) -> PassLine:
     sizes = [_bytes(gm) for gm in (record.before, record.after)]
     return PassLine(
         record.name,
+        record.graph,
         record.level,
         record.changed,
         Change(record.nodes_before, record.nodes_after),

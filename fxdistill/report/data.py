@@ -53,7 +53,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Term:
-    """A term of the total: its weight is λ of the formula, ``divides`` what it is a mean over."""
+    """A term of the total; its weight is λ of the formula."""
 
     name: str
     loss: str
@@ -70,9 +70,14 @@ class Change:
 
 @dataclass(frozen=True)
 class PassLine:
-    """What one pass did to the graph; ``flops`` and ``bytes`` are those of all its nodes."""
+    """What one pass did to a graph; ``flops`` and ``bytes`` are those of all its nodes.
+
+    ``graph`` is what it worked on: "teacher" or "student" alone, "joint" for both with all terms,
+    "backward" for that with its gradients, "terms" where the models run as they are.
+    """
 
     name: str
+    graph: str
     level: str  # "captured": one forward; "joint": forward and backward
     changed: bool
     nodes: Change
@@ -214,6 +219,7 @@ class Report:
     torch: str
     mode: str
     backend: str
+    mesh: dict[str, int]  # ranks by dimension; empty on one device
     inputs: dict[str, Value]
     towers: tuple[Tower, ...]
     pairs: tuple[Pair, ...]

@@ -2,6 +2,9 @@
 
 By torch's own formulas (``torch.utils.flop_counter``), which count a multiplication and an addition
 as two and all else as nothing; attention on a CPU, which torch leaves out, by the same ones.
+
+Private to torch and used here only: the operators that repeat random numbers. If they move,
+importing this fails.
 """
 
 from collections.abc import Callable
@@ -9,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
 from torch.utils.flop_counter import (
     flop_registry,
     sdpa_backward_flop_count,
@@ -16,6 +20,7 @@ from torch.utils.flop_counter import (
 )
 
 aten = torch.ops.aten
+_WITH_RANDOM_STATE = (run_with_rng_state, run_and_save_rng_state)
 HEAD = torch.ops.fxdistill.vocab_loss.default
 
 
@@ -25,13 +30,16 @@ def flops_of(node: fx.Node) -> int:
         return 0
     if node.target is HEAD:
         return head_flops(*_values(node)[0])
-    packet = getattr(node.target, "overloadpacket", None)
-    known = packet in flop_registry or packet in ATTENTION_ON_CPU
-    if not known:
-        return 0
     args, kwargs = _values(node)
+    target: Any = node.target
+    if target in _WITH_RANDOM_STATE:  # how a checkpoint repeats attention that may drop values
+        first = 1 if target is run_with_rng_state else 0
+        target, args = args[first], args[first + 1 :]
+    packet = getattr(target, "overloadpacket", None)
     if packet in ATTENTION_ON_CPU:
         return int(ATTENTION_ON_CPU[packet](*args))
+    if packet not in flop_registry:
+        return 0
     formula: Any = flop_registry[packet]
     return int(formula(*args, **kwargs, out_val=node.meta["val"]))
 

@@ -138,6 +138,11 @@ def models_of(report: Report) -> tuple[str, ...]:
     return tuple(named[name] for name in ("student", "teacher") if name in named)
 
 
+def mesh_of(report: Report) -> str:
+    """``dp=4, tp=8``."""
+    return ", ".join(f"{name}={count}" for name, count in report.mesh.items())
+
+
 def blocks_of(report: Report, tower: str) -> tuple[Block, ...]:
     """The blocks of a tower by its name; none where it has none."""
     return next((t.blocks for t in report.towers if t.name == tower), ())

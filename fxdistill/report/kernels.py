@@ -66,7 +66,8 @@ def _merged(kernels: list[Kernel]) -> list[Kernel]:
         made = dict.fromkeys(kernel.node for _, kernel in members)
         reads = dict.fromkeys(n for _, k in members for n in k.reads if n not in made)
         writes = tuple(n for n in made if last.get(n, -1) > end or _is_returned(n))
-        in_place = all(kernel.in_place for _, kernel in members)
+        # Seen in Inductor's code: what several loops read is not written over by one of them.
+        in_place = len(writes) == 1 and all(kernel.in_place for _, kernel in members)
         named = writes[-1] if writes else members[-1][1].node
         found.append(Kernel(named, tuple(reads), writes, in_place))
     return found

@@ -30,7 +30,9 @@ function head() {
   const arrow = () => el("span", { class: "arrow" }, " ← ");
   const title = names.flatMap((name, i) => (i ? [arrow(), name] : [name]));
   const versions = `fxdistill ${report.fxdistill}, torch ${report.torch}`;
-  const made = [report.mode, report.backend].filter(Boolean).join(", ");
+  const how = [report.mode, report.backend].filter(Boolean).join(", ");
+  const ranks = Object.entries(report.mesh).map(([name, size]) => `${name}=${size}`).join(", ");
+  const made = ranks ? `${how}; one rank of ${ranks}` : how;
   const about = el("p", { class: "muted" }, `${versions}; ${made}`);
   return el("div", { class: "top" }, el("div", {}, el("h1", {}, title), about), themeButton());
 }
@@ -199,7 +201,7 @@ function passRow(line, at) {
   const rest = said.length || line.changed ? said : ["nothing to do"];
   return [
     rowHead(line.name, rest.map(sub)),
-    cell(line.level, { class: "short", "data-column": "level" }),
+    cell(line.graph, { class: "short", "data-column": "graph" }),
     change(line.nodes, String, "nodes"),
     change(line.flops, operations, "FLOPs"),
     change(line.bytes, size, "bytes"),
@@ -211,7 +213,7 @@ function passesSection() {
   const { passes, nodes } = report;
   const counts = Object.entries(nodes).map(([name, count]) => `${name} ${count}`).join(", ");
   if (!passes.length && !counts) return null;
-  const columns = ["pass", "level", "#nodes", "#FLOPs", "#bytes", "#ms"];
+  const columns = ["pass", "graph", "#nodes", "#FLOPs", "#bytes", "#ms"];
   const list = passes.length ? table(columns, passes.map(passRow), "full stack") : null;
   const about = counts ? el("p", { class: "muted" }, `One graph; its nodes: ${counts}.`) : null;
   return section("passes", "Passes", about, list);

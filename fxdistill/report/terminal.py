@@ -9,7 +9,7 @@ from rich.text import Text
 
 from fxdistill.report.data import Pair, PassLine, Report, Value
 from fxdistill.report.figures import amount, operations, ratio, size
-from fxdistill.report.folding import Fold, folds, gathered, models_of
+from fxdistill.report.folding import Fold, folds, gathered, mesh_of, models_of
 from fxdistill.report.terminal_costs import costs
 from fxdistill.report.terminal_sketch import sketch
 from fxdistill.report.terminal_tables import Cell, Part, row, table
@@ -31,6 +31,8 @@ def _head(report: Report) -> list[Part]:
     head = Text(" ← ".join(models_of(report)), style="bold", overflow="fold")
     versions = f"fxdistill {report.fxdistill}, torch {report.torch}"
     made = f"{report.mode}, {report.backend}" if report.backend else report.mode
+    if report.mesh:
+        made += f"; one rank of {mesh_of(report)}"
     head.append(f"\n{versions}; {made}", style="not bold dim")
     facts = Text("\n".join(_facts(report)), overflow="fold")
     if report.stopped is None:
@@ -140,7 +142,9 @@ def _pass(line: PassLine) -> Iterable[Cell]:
     said = [*([exposed] if line.exposed else []), *line.remarks]
     if not line.changed and not said:
         said = ["nothing to do"]
-    yield Text.assemble(line.name, *((f"\n  {text}", "dim") for text in said))
+    yield Text.assemble(
+        line.name, (f"  {line.graph}", "dim"), *((f"\n  {text}", "dim") for text in said)
+    )
     for change, show in ((line.nodes, str), (line.flops, operations), (line.bytes, size)):
         if change is None:
             yield ""

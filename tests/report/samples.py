@@ -137,9 +137,21 @@ def memory_of(both, moments, saved, taps, head, transient):
 
 EXPOSED = tuple(f"model.layers.{i}.{part}" for i in (1, 3, 5) for part in ("self_attn", "mlp"))
 PASSES = (
-    PassLine("ExposeOutputs", "captured", True, Change(412, 418), None, None, EXPOSED, (), 0.012),
+    PassLine(
+        "ExposeOutputs",
+        "teacher",
+        "captured",
+        True,
+        Change(412, 418),
+        None,
+        None,
+        EXPOSED,
+        (),
+        0.012,
+    ),
     PassLine(
         "FuseHead",
+        "joint",
         "captured",
         True,
         Change(436, 421),
@@ -151,6 +163,7 @@ PASSES = (
     ),
     PassLine(
         "PruneTeacher",
+        "joint",
         "captured",
         True,
         Change(421, 389),
@@ -160,7 +173,9 @@ PASSES = (
         ("32 nodes removed: model.layers.5 and model.norm of the teacher",),
         0.008,
     ),
-    PassLine("ShareFrozen", "captured", False, Change(389, 389), None, None, (), (), 0.004),
+    PassLine(
+        "ShareFrozen", "joint", "captured", False, Change(389, 389), None, None, (), (), 0.004
+    ),
 )
 
 
@@ -179,6 +194,7 @@ def small():
         torch="2.13.0",
         mode="one graph",
         backend="inductor",
+        mesh={},
         inputs={
             "input_ids": Value(tokens, "torch.int64"),
             "attention_mask": Value(tokens, "torch.int64"),
@@ -216,6 +232,7 @@ def large():
     report = small()
     return replace(
         report,
+        mesh={},
         inputs={"input_ids": Value(tokens, "torch.int64"), "labels": Value(tokens, "torch.int64")},
         towers=both,
         pairs=pairs(layer_map, tokens, 4096, 8192, "torch.bfloat16", between="Linear 4096 → 8192"),
@@ -242,6 +259,7 @@ def mesh():
     sharded = (("Replicate()", "Shard(dim=1)"), ("Replicate()", "Partial(sum)"))
     return replace(
         report,
+        mesh={"dp": 4, "tp": 8},
         pairs=pairs([(0, 1), (1, 3), (2, 5)], (8, 128), 128, 128, "torch.float32", loss="cosine",
                     placements=sharded),
         collectives=(
@@ -287,6 +305,7 @@ def nasty():
     return replace(
         report,
         towers=towers,
+        mesh={},
         inputs={NASTY: Value((1,), NASTY)},
         pairs=(),
         terms=(Term(NASTY, NASTY, 1.0),),

@@ -67,7 +67,7 @@ def test_costs():
 
 def test_passes_and_what_crosses_ranks():
     text = shown(samples.mesh())
-    assert re.search(r"FuseHead +436 +2\.41 GFLOP +96\.0 MiB +34", text)
+    assert re.search(r"FuseHead  joint +436 +2\.41 GFLOP +96\.0 MiB +34", text)
     assert "→ 31.0 MiB" in text
     assert "nothing to do" in text
     assert "6 outputs exposed:" in text
