@@ -21,6 +21,8 @@ _HOMES = {
     "Distiller": "distiller",
     "FxDistillError": "errors",
     "JointProgram": "program",
+    "LossLog": "live",
+    "LossRow": "live",
     "Match": "matching",
     "Matches": "matching",
     "PassRecord": "program",
@@ -32,14 +34,15 @@ _HOMES = {
     "trace": "capture",
     "wrap": "api",
 }
-_MODULES = ("errors", "losses", "passes")
+_MODULES = ("errors", "live", "losses", "passes")
 
 if TYPE_CHECKING:
-    from fxdistill import errors, losses
+    from fxdistill import errors, live, losses
     from fxdistill.api import wrap
     from fxdistill.capture import trace
     from fxdistill.distiller import Distiller
     from fxdistill.errors import FxDistillError
+    from fxdistill.live import LossLog, LossRow
     from fxdistill.matching import Match, Matches, module_names
     from fxdistill.output import DistillOutput
     from fxdistill.pipeline import run
@@ -68,11 +71,14 @@ __all__ = [
     "Distiller",
     "FxDistillError",
     "JointProgram",
+    "LossLog",
+    "LossRow",
     "Match",
     "Matches",
     "PassRecord",
     "Program",
     "errors",
+    "live",
     "losses",
     "match",
     "module_names",

@@ -67,6 +67,10 @@ class MappingFileError(FxDistillError, ValueError):
     """A file with a mapping cannot be read, or a mapping cannot be written to one."""
 
 
+class LogError(FxDistillError, ValueError):
+    """Losses cannot be added to a file."""
+
+
 class TapError(FxDistillError, RuntimeError):
     """A matched module was not run, or its value cannot be reached."""
 
