@@ -275,6 +275,20 @@ def test_models_without_values_get_projections_without_values(kind: str) -> None
         assert all(isinstance(p, FakeTensor) for p in parameters)
 
 
+def test_a_step_of_models_without_weights_is_checked() -> None:
+    with torch.device("meta"):
+        student, teacher = build("LlamaForCausalLM", 2, 16), build("LlamaForCausalLM", 4, 32)
+    inputs = {name: tensor.to("meta") for name, tensor in batch().items()}
+    inputs["labels"] = inputs["input_ids"]
+    distiller = fxdistill.wrap(student, teacher, fxdistill.match(student, teacher))
+    program = distiller.check(**inputs)
+    assert program.history[-1].name == "PruneTeacher"
+    for projection in distiller.projections:
+        projection.to(torch.float64)
+    with pytest.raises(errors.DtypeError, match=r"is torch\.float64, and the student's value"):
+        distiller.check(**inputs)
+
+
 def test_unknown_widths_ask_for_examples_and_take_them(llamas: Any) -> None:
     student, teacher = llamas
     mapping = {
