@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -160,6 +161,18 @@ class TestStart:
         assert (done.code, done.out) == (2, "")
         assert says in done.err
         assert done.err.count("\n") == 1
+
+    def test_the_guide_shows_commands_that_exist(self) -> None:
+        page = Path(__file__).parents[1] / "docs" / "cli.md"
+        lines = [line.removeprefix("$ ") for line in page.read_text("utf-8").splitlines()]
+        shown = [shlex.split(line)[1:] for line in lines if line.startswith("fxdistill ")]
+        told = [argv for argv in shown if not argv[0].endswith(":")]
+        assert len(told) == 7
+        assert {fxdistill.cli.parser().parse_args(argv).command for argv in told} == {
+            "report",
+            "match",
+            "modules",
+        }
 
 
 class TestModels:
