@@ -7,6 +7,7 @@ progress and messages, to standard error.
 
 import argparse
 import contextlib
+import io
 import os
 import sys
 import traceback
@@ -85,7 +86,7 @@ def _report(commands: Any) -> None:
     command.add_argument(
         "--mapping", metavar="FILE", help="a .toml or .json; default: what `match` proposes"
     )
-    command.add_argument("--batch", type=_positive, default=4, help="samples (4)")
+    command.add_argument("--batch", type=_positive, help="samples (4)")
     command.add_argument(
         "--length", type=_positive, help="tokens a sample (2048, or as many as both models take)"
     )
@@ -148,6 +149,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as done:  # argparse has said why
         return int(done.code or 0)
     out = sys.stdout
+    if isinstance(
+        out, io.TextIOWrapper
+    ):  # what an encoding lacks (arrows, α) is escaped, as in JSON
+        out.reconfigure(errors="backslashreplace")
     try:
         with contextlib.redirect_stdout(sys.stderr), _warnings_on_one_line(), _path_kept():
             code = _run(args, out)

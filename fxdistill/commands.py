@@ -31,6 +31,10 @@ def report(args: argparse.Namespace, out: TextIO) -> int:
     """``fxdistill report``."""
     _check_target(args.json, "--json")
     _check_target(args.html, "--html")
+    if args.inputs is not None and (args.batch or args.length):
+        raise CommandError(
+            "--batch and --length are for inputs that are made; --inputs brings its own"
+        )
     mapping = None if args.mapping is None else Matches.load(args.mapping)
     student, teacher = _towers(args, args.task)
     if mapping is None:

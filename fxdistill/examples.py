@@ -9,18 +9,18 @@ from fxdistill.errors import CommandError
 from fxdistill.guards import device_of
 from fxdistill.roles import find_task, input_names
 
-LENGTH = 2048
+BATCH, LENGTH = 4, 2048
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def example_inputs(
-    student: nn.Module, teacher: nn.Module, batch: int, length: int | None, task: str
+    student: nn.Module, teacher: nn.Module, batch: int | None, length: int | None, task: str
 ) -> dict[str, Tensor]:
     """Keyword arguments of a call, with labels where the student's task is known.
 
     Nothing is computed from them: zeros stand for tokens, images and labels.
     """
-    device, names = device_of(student), input_names(student)
+    device, names, batch = device_of(student), input_names(student), batch or BATCH
     kind = find_task(student, task)
     inputs: dict[str, Tensor] = {}
 
@@ -33,6 +33,8 @@ def example_inputs(
         if all("attention_mask" in input_names(model) for model in (student, teacher)):
             inputs["attention_mask"] = tokens(1)
     elif "pixel_values" in names:
+        if length is not None:
+            raise CommandError(f"--length {length}: {type(student).__name__} takes images")
         dtype = next((p.dtype for p in student.parameters()), None)
         inputs["pixel_values"] = torch.zeros(_image(student, batch), dtype=dtype, device=device)
     else:
@@ -80,6 +82,8 @@ def _length(student: nn.Module, teacher: nn.Module, asked: int | None) -> int:
 def _limit(model: nn.Module) -> int | None:
     """How many positions the configuration has, if it says so."""
     config = getattr(model, "config", None)
+    if callable(of_text := getattr(config, "get_text_config", None)):
+        config = of_text()
     found = (getattr(config, name, None) for name in _LIMITS)
     return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
 

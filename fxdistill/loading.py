@@ -77,10 +77,10 @@ def _called(factory: Callable[..., Any], asked: str) -> Any:
 
 @contextlib.contextmanager
 def _told(what: str) -> Iterator[None]:
-    """What code of the user's raises, on one line."""
+    """What code of the user's raises, on one line; its sys.exit() is not ours."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = " ".join(str(error).split())
         raise CommandError(f"{what} {type(error).__name__}: {text} (--debug: where)") from error
 
@@ -164,8 +164,10 @@ def from_config(path: Path, dtype: torch.dtype, task: str) -> nn.Module:
         # Read once more, by those who wrote it: infinite numbers have a form of their own.
         data, _ = transformers.PreTrainedConfig.get_config_dict(str(file), local_files_only=True)
         config = known[kind].from_dict(_without_types(data))
-    if hasattr(config, "use_cache"):
-        config.use_cache = False
+    inner = (c for c in vars(config).values() if isinstance(c, transformers.PreTrainedConfig))
+    for each in (config, *inner):
+        if hasattr(each, "use_cache"):
+            each.use_cache = False
     make = _class_of(config, path, task)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -80,6 +80,7 @@ def number(): return 3
 def needs(width): pass
 def broken(): raise ValueError("no\\nway")
 def stopped(): raise KeyboardInterrupt
+def leaving(): raise SystemExit(0)
 def wordless(): return nn.Linear(2, 2)
 def frozen(): return Tower().requires_grad_(False)
 def warning():
@@ -187,6 +188,7 @@ class TestModels:
             ("towers.py:number", "returns a int, not an nn.Module"),
             ("towers.py:needs", "needs width: a factory is called without arguments"),
             ("towers.py:broken", "towers.py:broken raised ValueError: no way (--debug: where)"),
+            ("towers.py:leaving", "towers.py:leaving raised SystemExit: 0"),
             ("towers.py:text", "is a str, not a function"),
             ("nowhere.towers:student", "no module 'nowhere'"),
             ("json.nowhere:student", "no module 'json.nowhere'"),
@@ -282,6 +284,14 @@ class TestInputs:
         done = run("report", "small", "large", "--hf-config", "--length", "65")
         assert done.code == 2
         assert "--length 65: the student's configuration says 64 positions at most" in done.err
+
+    def test_sizes_that_say_nothing_are_wrong_arguments(self, run: Any, here: Path) -> None:
+        given = ("--inputs", "towers.py:inputs", "--batch", "2")
+        done = run("report", "towers.py:student", "towers.py:teacher", *given)
+        assert (done.code, "--inputs brings its own" in done.err) == (2, True)
+        FAMILIES["vit"]().student.config.save_pretrained(here)
+        done = run("report", ".", ".", "--hf-config", "--length", "2")
+        assert (done.code, "--length 2: ViTForImage" in done.err) == (2, True)
 
     def test_unknown_inputs_are_asked_for(self, run: Any) -> None:
         # A mapping, since there is nothing to propose.
@@ -547,6 +557,13 @@ class TestProcesses:
         done = process("match", "towers.py:student", "towers.py:teacher", "--json", "-")
         assert len(json.loads(done.stdout)["match"]) == 2
         assert "printed by a factory" in done.stderr
+
+    def test_what_an_encoding_lacks_is_escaped(self) -> None:
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        argv = ("match", "small", "large", "--hf-config", "--roles", "norm")
+        assert "\\u2190" in process(*argv, env=environment).stdout
+        read = json.loads(process(*argv, "--json", "-", env=environment).stdout)
+        assert "←" in read["match"][0]["reason"]
 
     def test_a_reader_that_leaves_is_no_error(self) -> None:
         command = [sys.executable, "-m", "fxdistill", "modules", "small", "--hf-config"]
