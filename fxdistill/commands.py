@@ -161,7 +161,8 @@ def _towers(args: argparse.Namespace, task: str) -> tuple[nn.Module, nn.Module]:
     with working("making the student"):
         student = load_model(args.student, args.hf_config, args.dtype, task)
     with working("making the teacher"):
-        return student, load_model(args.teacher, args.hf_config, args.dtype, task)
+        teacher = load_model(args.teacher, args.hf_config, args.dtype, task, train=False)
+    return student, teacher
 
 
 def _check_target(target: str | None, option: str) -> None:

@@ -24,10 +24,15 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 _FORM = "file.py:factory or package.module:factory"
 
 
-def load_model(asked: str, is_config: bool, dtype: str | None, task: str) -> nn.Module:
-    """The model that an argument names; see the help of ``fxdistill``."""
+def load_model(
+    asked: str, is_config: bool, dtype: str | None, task: str, *, train: bool = True
+) -> nn.Module:
+    """The model that an argument names; see the help of ``fxdistill``.
+
+    One of a configuration is put in train or eval mode, one of a factory is as it comes.
+    """
     if is_config and ":" not in asked:
-        return from_config(Path(asked), DTYPES[dtype or "bfloat16"], task)
+        return from_config(Path(asked), DTYPES[dtype or "bfloat16"], task).train(train)
     if ":" not in asked and (asked.endswith(".json") or Path(asked).is_dir()):
         raise CommandError(f"{asked} names no factory ({_FORM}): for a configuration, --hf-config")
     found = call_factory(asked)
@@ -142,7 +147,8 @@ def _from_package(name: str) -> ModuleType:
 def from_config(path: Path, dtype: torch.dtype, task: str) -> nn.Module:
     """The model of a Hugging Face configuration, without weights. No network, no code of others.
 
-    Its class is what ``architectures`` names, else by ``task``. It trains, so it keeps no cache.
+    Its class is what ``architectures`` names, else by ``task``. It keeps no cache: who distills
+    does not generate.
     """
     try:
         import transformers
@@ -176,7 +182,7 @@ def from_config(path: Path, dtype: torch.dtype, task: str) -> nn.Module:
             model: nn.Module = make(config)
     finally:
         torch.set_default_dtype(before)
-    return model.train()
+    return model
 
 
 def _read(path: Path) -> dict[str, Any]:
