@@ -21,6 +21,7 @@ from fxdistill.landmarks import embedding_of, logits_of, norms_of
 from fxdistill.loading import call_factory, load_model
 from fxdistill.matching import Matches, module_names, text
 from fxdistill.patterns import Pattern
+from fxdistill.report.data import Report
 from fxdistill.structure import stacks_of
 
 MODULES_SCHEMA = "1.0"
@@ -58,7 +59,7 @@ def report(args: argparse.Namespace, out: TextIO) -> int:
     return PARTIAL
 
 
-def _reported(distiller: Any, inputs: Any) -> Any:
+def _reported(distiller: fxdistill.Distiller, inputs: Any) -> Report:
     """The report of a distiller: the only place that asks for it."""
     args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
     return distiller.report(*args, **kwargs)
