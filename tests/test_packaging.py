@@ -1,5 +1,6 @@
 """The package as it is installed: names, metadata, and the files of the wheel."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -40,6 +41,29 @@ def test_no_module_is_imported_under_the_name_of_its_folder():
 
 def test_version_is_the_one_in_the_metadata():
     assert metadata.version("fxdistill") == fxdistill.__version__, "reinstall: touch pyproject.toml"
+
+
+def test_public_names_are_imported_when_asked_for():
+    """Every one is there, is what type checkers are told, and is hidden by no submodule."""
+    tree = ast.parse((ROOT / "fxdistill" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (n for n in tree.body if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n))
+    imports = [n for n in block.body if isinstance(n, ast.ImportFrom)]
+    told = {alias.name: node.module for node in imports for alias in node.names}
+    homes = {name: f"fxdistill.{home}" for name, home in fxdistill._HOMES.items()}
+    assert told == {**homes, **dict.fromkeys(("errors", "live", "losses"), "fxdistill")}
+    assert set(told) == set(fxdistill.__all__)
+    submodules = {file.stem for file, _ in library_files() if file.parent.name == "fxdistill"}
+    assert not submodules & set(homes), "importing the submodule would replace the public name"
+    assert set(fxdistill.__all__) <= set(dir(fxdistill))
+    for name in fxdistill.__all__:
+        assert getattr(fxdistill, name).__name__.split(".")[-1] == name
+    with pytest.raises(AttributeError, match="no attribute 'wrapp'"):
+        fxdistill.wrapp  # noqa: B018 - what is asked for is the point
+
+
+def test_the_package_alone_imports_no_torch():
+    program = "import sys, fxdistill.errors; sys.exit('torch' in sys.modules)"
+    run(sys.executable, "-c", program)
 
 
 def test_backend_is_registered():
