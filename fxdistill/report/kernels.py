@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+WINDOW = 16  # kernels: how far apart loops are joined
 READS = 4  # an elementwise value of more than this many others is written if it is read twice
 
 
@@ -47,7 +48,7 @@ def _fused(nodes: list[fx.Node]) -> list[Kernel]:
             kernels.append(Kernel(node, tuple(reads), (node,), is_elementwise(node)))
         else:
             sources[node] = tuple(reads)
-    return _merged(kernels)
+    return _joined(_merged(kernels))
 
 
 def _merged(kernels: list[Kernel]) -> list[Kernel]:
@@ -70,6 +71,57 @@ def _merged(kernels: list[Kernel]) -> list[Kernel]:
         in_place = len(writes) == 1 and all(kernel.in_place for _, kernel in members)
         named = writes[-1] if writes else members[-1][1].node
         found.append(Kernel(named, tuple(reads), writes, in_place))
+    return found
+
+
+def _joined(kernels: list[Kernel]) -> list[Kernel]:
+    """Loops over the same values are one kernel too, where nothing between must come first.
+
+    It runs where the later one was; what reads the earlier one's values moves behind it.
+    """
+    order, at = list(kernels), 0
+    while at < len(order):
+        kernel = order[at]
+        for first in range(at - 1, max(-1, at - WINDOW), -1) if _is_loop(kernel) else ():
+            earlier, between = order[first], order[first + 1 : at]
+            if not _is_loop(earlier) or not _shares(earlier, kernel):
+                continue
+            behind = _dependent(earlier, between)
+            if any(n in other.writes for other in behind for n in kernel.reads):
+                continue
+            before = [other for other in between if other not in behind]
+            order[first : at + 1] = [*before, _one(earlier, kernel), *behind]
+            at = first + len(before)
+            break
+        at += 1
+    return order
+
+
+def _one(first: Kernel, second: Kernel) -> Kernel:
+    reads = dict.fromkeys(n for n in (*first.reads, *second.reads) if n not in first.writes)
+    return Kernel(second.node, tuple(reads), (*first.writes, *second.writes), False)
+
+
+def _shares(a: Kernel, b: Kernel) -> bool:
+    """Whether both loop over a value that is as large as what either writes."""
+    if not a.writes or not b.writes:
+        return False
+    largest = max(map(_count, (*a.writes, *b.writes)))
+    return largest > 1 and any(_count(n) >= largest for n in a.reads if n in b.reads)
+
+
+def _count(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return int(value.numel()) if isinstance(value, torch.Tensor) else 0
+
+
+def _dependent(kernel: Kernel, later: list[Kernel]) -> list[Kernel]:
+    """Those of ``later`` that need what ``kernel`` writes, or need one that does."""
+    made, found = set(kernel.writes), []
+    for other in later:
+        if made.intersection(other.reads):
+            found.append(other)
+            made.update(other.writes)
     return found
 
 
