@@ -87,6 +87,7 @@ class Lesson:
     settings: Settings
     text: Text
     progress: Progress
+    folder: Path
 
     def train(self, name: str, run: nn.Module, model: nn.Module, steps: int, seed: int) -> Run:
         """A plain training loop: ``run`` is ``model`` itself, or a distiller around it."""
@@ -120,8 +121,8 @@ class Lesson:
         model.train()
         return torch.stack(losses).mean().item()
 
-    def teacher(self, folder: Path) -> tuple[nn.Module, Run]:
-        """The teacher, from ``folder`` if one with the same settings was trained before."""
+    def teacher(self) -> tuple[nn.Module, Run]:
+        """The teacher, from the folder if one with the same settings was trained before."""
         s = self.settings
         model = llama(s, s.teacher_layers, s.seed)
 
@@ -131,7 +132,7 @@ class Lesson:
 
         own = {key: value for key, value in asdict(s).items() if "student" not in key}
         name = hashlib.sha256(f"{own} {model.config} {self.text.digest}".encode()).hexdigest()[:12]
-        saved = cached(folder / f"teacher-{name}.pt", make)
+        saved = cached(self.folder / f"teacher-{name}.pt", make)
         model.load_state_dict(saved["weights"])
         return model, Run(**saved["run"])
 
@@ -141,11 +142,13 @@ class Lesson:
         model = llama(s, s.student_layers, s.seed + 1)
         distiller = fxdistill.wrap(model, teacher, **recipe, compile=compile)
         ids = windows(self.text.train, s.batch, s.length)
+        if "mapping" in recipe:  # what it will need, before it runs
+            report = distiller.report(input_ids=ids, labels=ids)
+            self.progress.console.print(report)
+            report.to_html(self.folder / "report.html")
         start = perf_counter()
         distiller.warmup(input_ids=ids, labels=ids)  # or the first step would compile
         compile_seconds = perf_counter() - start
-        if compile and "mapping" in recipe:
-            self.progress.console.print(distiller.summary())
         run = self.train(name, distiller, model, s.student_steps, s.seed + 1)
         return replace(run, compile_seconds=compile_seconds)
 
@@ -173,8 +176,8 @@ def main() -> None:
         TimeElapsedColumn(),
     )
     with Progress(*columns) as progress:
-        lesson = Lesson(settings, text, progress)
-        teacher, teacher_run = lesson.teacher(options.out)
+        lesson = Lesson(settings, text, progress, options.out)
+        teacher, teacher_run = lesson.teacher()
         runs = {
             name: lesson.student(name, teacher, recipe, compile)
             for name, recipe in recipes(settings).items()
@@ -188,7 +191,7 @@ def main() -> None:
     save_plot(options.out / "distill_language_model.png", runs, teacher_run)
     progress.console.print(table(runs, teacher_run))
     progress.console.print(
-        f"{about['seconds']:.0f} s in all; plot and numbers are in {options.out}/"
+        f"{about['seconds']:.0f} s in all; report, plot and numbers are in {options.out}/"
     )
 
 

@@ -30,6 +30,7 @@ class TestDistillLanguageModel:
         run_example("distill_language_model.py", "--smoke", "--out", str(tmp_path))
 
         assert (tmp_path / "distill_language_model.png").read_bytes().startswith(b"\x89PNG")
+        assert "<html" in (tmp_path / "report.html").read_text()
         saved = json.loads((tmp_path / "distill_language_model.json").read_text())
         heldout = {name: run["heldout"] for name, run in saved["results"].items()}
         assert set(heldout) == {

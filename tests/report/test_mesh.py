@@ -6,11 +6,12 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import families
 import fxdistill
+from fxdistill.report.data import Report
 from parallel.processes import run
 from parallel.test_tensor_parallel import AOT
 
 
-def reported(rank: int, axis: str) -> fxdistill.report.Report:
+def reported(rank: int, axis: str) -> Report:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(axis,))
     family = families.llama()
     distiller = fxdistill.wrap(
