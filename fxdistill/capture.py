@@ -42,13 +42,14 @@ class Recipe:
     passes: tuple[Pass, ...] = ()
     fuse_head: bool = True
     keep: Callable[[JointProgram], None] = lambda program: None
+    logits_made: Callable[[], str] = lambda: ""  # why the models made theirs in this call
     dry: bool = False
 
     @property
     def fusing(self) -> tuple[Pass, ...]:
         """The pass that fuses the head, if it is wanted."""
         compiled = self.lowering.backend == "inductor"
-        return (FuseHead(compiled=compiled),) if self.fuse_head else ()
+        return (FuseHead(compiled, self.logits_made()),) if self.fuse_head else ()
 
 
 class _Captured(Exception):
