@@ -29,7 +29,7 @@ from fxdistill.objective import Objective, require_padding_only
 from fxdistill.passes import CountCollectives, GatherLate, KeepTeacher, PackReductions
 from fxdistill.plan import Mode, Plan
 from fxdistill.program import Pass
-from fxdistill.resolve import resolve as resolve_matches
+from fxdistill.resolution import resolve as resolve_matches
 from fxdistill.roles import find_task
 from fxdistill.terms import (
     Shapes,

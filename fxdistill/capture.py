@@ -3,12 +3,14 @@
 The step is traced by ``torch.compile`` with a backend of our own: guards, recompilation, dynamic
 shapes, autocast and mutation are dynamo's. The backend cuts the graph into programs, runs the
 passes, composes and lowers. Private to torch and used here only: the exceptions of
-``torch._dynamo.exc``, which become ours.
+``torch._dynamo.exc``, which become ours; and dynamo's metrics, which say why a graph is made anew
+(if they move, a report tells no recompiles).
 """
 
 import contextlib
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,13 +18,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._dynamo import exc
+from torch._dynamo.utils import get_metrics_context
+from torch._functorch import config as functorch_config
 
 from fxdistill import pipeline
 from fxdistill.capture_errors import explained
 from fxdistill.compose import compose
 from fxdistill.errors import FxDistillError, OptionError
 from fxdistill.hooks import hooked
-from fxdistill.lower import Lowering, lower
+from fxdistill.lower import Halves, Lowering, lower
 from fxdistill.nodes import own_code
 from fxdistill.passes import ExposeOutputs, FuseHead, PackReductions, PruneTeacher
 from fxdistill.pipeline import Dump, Observer
@@ -43,7 +47,9 @@ class Recipe:
     fuse_head: bool = True
     keep: Callable[[JointProgram], None] = lambda program: None
     logits_made: Callable[[], str] = lambda: ""  # why the models made theirs in this call
+    started: Callable[[str | None], None] = lambda why: None  # why there is one more graph
     dry: bool = False
+    watch: Callable[[Halves], None] | None = None  # a dry run goes on until it has been called
 
     @property
     def fusing(self) -> tuple[Pass, ...]:
@@ -81,17 +87,30 @@ def backend(
         dump.write("terms", terms)
         if given is None:
             return lower(terms.gm, example_inputs, recipe.lowering)
+        recipe.started(_why_again())
         _erase_checks(gm)
         terms = pipeline.run(terms, recipe.fusing, [dump])
         recipe.keep(terms)
         # There is no teacher in it to be kept.
         lowering = replace(recipe.lowering, joint_passes=(PackReductions(),))
         return lower(terms.gm, example_inputs, lowering, (dump, _note(recipe, terms)))
+    recipe.started(_why_again())
     joint = joint_program(gm, (*recipe.passes, *recipe.fusing, PruneTeacher()), dump)
     recipe.keep(joint)
-    if recipe.dry:
+    if recipe.dry and recipe.watch is None:
         raise _Captured
-    return lower(joint.gm, example_inputs, recipe.lowering, (dump, _note(recipe, joint)))
+    observers = (dump, _note(recipe, joint))
+    compiled = lower(joint.gm, example_inputs, recipe.lowering, observers, recipe.watch)
+    if recipe.dry:  # nothing had to be cut: no gradient is wanted
+        raise _Captured
+    return compiled
+
+
+def _why_again() -> str | None:
+    """Which guards of the graphs before did not hold; ``None`` for the first graph of a step."""
+    found = get_metrics_context()._metrics.get("recompile_reason")
+    # Behind the numbers of dynamo's frame and of its graph.
+    return None if found is None else re.sub(r"^\d+/\d+: ", "", str(found))
 
 
 def _note(recipe: Recipe, program: JointProgram) -> Observer:
@@ -180,14 +199,42 @@ def _dynamo_settings() -> Iterator[None]:
         yield
 
 
-def dry_run(step: Step, recipe: Recipe, table: TapTable, *args: Any) -> JointProgram:
+def dry_run(step: Step, recipe: Recipe, table: TapTable, *args: Any) -> tuple[JointProgram, None]:
     """Capture ``step`` on the shapes of ``args`` and return the program; nothing is executed."""
     kept: list[JointProgram] = []
-    compiled = one_graph(step, replace(recipe, keep=kept.append, dry=True))
+    compiled = one_graph(step, _dry(recipe, kept, None))
     try:
         compiled(table, *args)
     except _Captured:
-        return kept[-1]
+        return kept[-1], None
+    raise AssertionError("a dry run ends in the backend")
+
+
+def _dry(
+    recipe: Recipe, kept: list[JointProgram], watch: Callable[[Halves], None] | None
+) -> Recipe:
+    nothing = Recipe().started
+    return replace(recipe, keep=kept.append, started=nothing, dry=True, watch=watch)
+
+
+def dry_halves(
+    step: Step, recipe: Recipe, table: TapTable, *args: Any
+) -> tuple[JointProgram, Halves | None]:
+    """As ``dry_run``, on to where AOTAutograd has cut the step; ``None`` if nothing learns."""
+    kept: list[JointProgram] = []
+    cut: list[Halves] = []
+
+    def stop(halves: Halves) -> None:
+        cut.append(halves)
+        raise _Captured
+
+    compiled = one_graph(step, _dry(recipe, kept, stop))
+    try:
+        # A cached graph would not be cut again.
+        with functorch_config.patch(enable_autograd_cache=False):
+            compiled(table, *args)
+    except _Captured:
+        return kept[-1], cut[0] if cut else None
     raise AssertionError("a dry run ends in the backend")
 
 

@@ -160,7 +160,9 @@ def _shapes(
 def _dtype_problem(name: str, value: Tensor, projection: nn.Module) -> DtypeError | None:
     first = next(projection.parameters(), None)
     kind = value.device.type
-    if first is None or first.dtype == value.dtype or torch.is_autocast_enabled(kind):
+    # "meta" has no autocast, and may not be asked.
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if first is None or first.dtype == value.dtype or casts:
         return None
     return DtypeError(
         f"the projection of {name!r} is {first.dtype}, and the student's value {value.dtype}: "

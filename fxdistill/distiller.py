@@ -19,13 +19,15 @@ from fxdistill.deferred import deferring
 from fxdistill.errors import CaptureError, MatchWarning, OptionError, did_you_mean
 from fxdistill.head_module import Found, deferrable, head_path, mesh_sizes, sharded_vocabularies
 from fxdistill.hooks import hooked
+from fxdistill.lower import Halves
 from fxdistill.matching import Matches
 from fxdistill.objective import GLOBAL_SETTINGS, Losses, Objective
 from fxdistill.output import DistillOutput
+from fxdistill.past import Past
 from fxdistill.plan import Plan
 from fxdistill.program import JointProgram
 from fxdistill.ranks import averaging_ranks
-from fxdistill.report import summary
+from fxdistill.report import Report, notes, summary
 from fxdistill.step import collect, run_towers, step, terms_of
 from fxdistill.taps import Tap, TapTable, recording
 from fxdistill.tokens import TOKEN_FIELDS, Batch
@@ -68,13 +70,15 @@ class Distiller(nn.Module):
         self.program: JointProgram | None = None
         self._passed = False  # whether a step has run to its end outside of one graph
         self._warnings: dict[str, bool] = {}  # text, and whether it was given
+        self.past = Past()
         # Not self.train(): parts of the student may be in a mode of their own.
         self.training = student.training
         self.projections.train(student.training)
         training = sum(module.training for module in teacher.modules())
         self._settle_modes()
         settled = training - sum(module.training for module in teacher.modules())
-        self._notes = (*plan.notes, *_notes(objective, settings), *_settled(settled))
+        own = notes.notes_of(objective, settings), notes.settled(settled)
+        self._notes = (*plan.notes, *own[0], *own[1])
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("student", "teacher") and "_towers" in self.__dict__:
@@ -105,11 +109,10 @@ class Distiller(nn.Module):
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DistillOutput:
+        self.past.called(args, kwargs)
         call = self._sort(args, kwargs)
         self._guard(call)
-        objective = self.objective.on(averaging_ranks(self))
-        if call.batch.labels is None:
-            objective = objective.without_labels()
+        objective = self._objective_of(call)
         settings = self._settings_on(guards.device_of(self.student))
         try:
             losses, logits = self._run(objective, call, settings)
@@ -124,6 +127,10 @@ class Distiller(nn.Module):
             out["logits"] = logits
         return out
 
+    def _objective_of(self, call: Call) -> Objective:
+        objective = self.objective.on(averaging_ranks(self))
+        return objective if call.batch.labels is not None else objective.without_labels()
+
     def _fall_back(
         self, error: CaptureError, objective: Objective, call: Call, settings: Tensor
     ) -> tuple[Losses, Tensor | None]:
@@ -135,6 +142,7 @@ class Distiller(nn.Module):
         except Exception:
             self.plan = before
             raise
+        self.past.fell_back(str(error))
         lost = ", without your passes" if before.passes else ""
         warnings.warn(f'falling back to compile="regional"{lost}: {error}', stacklevel=5)
         return result
@@ -172,9 +180,8 @@ class Distiller(nn.Module):
         """The heads whose logits only the losses read."""
         if not self.plan.fuse_head or not objective.can_fuse or "logits" in self.plan.outputs:
             return Found()
-        models = {"student": self.student, "teacher": self.teacher}
-        needed = ["student"] if objective.logit_loss is None else list(models)
-        return deferrable(models, self._paths_of_heads(), needed)
+        both = objective.logit_loss is not None
+        return deferrable(self.student, self.teacher, self._paths_of_heads(), both=both)
 
     def _paths_of_heads(self) -> tuple[str | None, ...]:
         if self._head_paths is None:
@@ -188,9 +195,8 @@ class Distiller(nn.Module):
         return self._steps[name]
 
     def _recipe(self) -> Recipe:
-        plan = self.plan
-        fuse_head, keep = plan.fuse_head, self._keep
-        return Recipe(plan.lowering, plan.passes, fuse_head, keep, lambda: self._logits_made)
+        plan, made, started = self.plan, lambda: self._logits_made, self.past.made_graph
+        return Recipe(plan.lowering, plan.passes, plan.fuse_head, self._keep, made, started)
 
     def _keep(self, program: JointProgram) -> None:
         self.program = program
@@ -336,14 +342,34 @@ class Distiller(nn.Module):
         """Capture the step on these inputs' shapes, raising what would go wrong; runs nothing."""
         call = self._sort(args, kwargs)
         self._guard(call)
-        labelled = call.batch.labels is not None
-        objective = self.objective if labelled else self.objective.without_labels()
-        settings = self._settings_on(guards.device_of(self.student))
-        inputs = (self, objective, call.student, call.teacher, call.batch, settings)
-        with self._taps(objective, call.batch, capturing=True) as table:
-            program = capture.dry_run(step, self._recipe(), table, *inputs)
+        program, *_ = self.dry(call, self._objective_of(call), self._recipe(), cut=False)
         self._announce()
         return program
+
+    def dry(
+        self, call: Call, objective: Objective, recipe: Recipe, *, cut: bool
+    ) -> tuple[JointProgram, Halves | None, TapTable]:
+        """Capture a step, and with ``cut`` go on to its two halves; runs nothing."""
+        settings = self._settings_on(guards.device_of(self.student))
+        inputs = (self, objective, call.student, call.teacher, call.batch, settings)
+        run = capture.dry_halves if cut else capture.dry_run
+        with self._taps(objective, call.batch, capturing=True) as table:
+            return *run(step, recipe, table, *inputs), table
+
+    def report(self, *args: Any, **kwargs: Any) -> Report:
+        """What a step on these inputs will need and do; runs nothing, and changes nothing.
+
+        Inputs are those of a call, or none: then those of the last call. Models may lie on the meta
+        device, or be fake: no weight is needed. ``print`` it by ``rich``; ``to_json()`` and
+        ``to_html(path)``. What cannot be captured makes it partial, and ``stopped`` says why.
+
+        Raises:
+            StepError: Without inputs, before any call.
+        """
+        # It reads what this module makes.
+        from fxdistill.report.build import build
+
+        return build(self, args, kwargs)
 
     def tapped_shapes(self, *args: Any, **kwargs: Any) -> dict[tuple[str, Tap], Tensor]:
         """The shapes of all matched values for these inputs, as meta tensors; runs nothing.
@@ -372,24 +398,3 @@ class Distiller(nn.Module):
     def extra_repr(self) -> str:
         """The terms, for ``print(distiller)``."""
         return f"mode={self.plan.mode}, matches={len(self.objective.features)}"
-
-
-def _settled(count: int) -> list[str]:
-    return [f"{count} modules of the teacher were in training mode: eval now"] if count > 0 else []
-
-
-def _notes(objective: Objective, settings: Mapping[str, float | Tensor]) -> list[str]:
-    """What works and may surprise."""
-    weightless = [
-        term.name
-        for term in objective.features
-        if not term.keeps_tokens and not any(term.pools_tokens)
-    ]
-    notes = []
-    if weightless and objective.task != "classification":
-        names = ", ".join(weightless)
-        notes.append(f"token weights and masks do not apply to {names}: no axes [B, L] in front")
-    zero = settings["feature_weight"]
-    if objective.features and not isinstance(zero, Tensor) and zero == 0:
-        notes.append("feature_weight is 0: matches teach nothing until set(feature_weight=...)")
-    return notes

@@ -67,6 +67,14 @@ class MappingFileError(FxDistillError, ValueError):
     """A file with a mapping cannot be read, or a mapping cannot be written to one."""
 
 
+class LogError(FxDistillError, ValueError):
+    """Losses cannot be added to a file."""
+
+
+class CommandError(FxDistillError, ValueError):
+    """An argument of the command line, or what it names, is not what is needed."""
+
+
 class TapError(FxDistillError, RuntimeError):
     """A matched module was not run, or its value cannot be reached."""
 

@@ -5,7 +5,7 @@ fails in the first call.
 """
 
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -43,14 +43,14 @@ class Found:
 
 
 def deferrable(
-    models: Mapping[str, nn.Module], paths: Iterable[str | None], needed: Collection[str]
+    student: nn.Module, teacher: nn.Module, paths: Iterable[str | None], *, both: bool
 ) -> Found:
-    """The heads of ``models``, by tower: of the towers that are ``needed`` all or none."""
-    asked = zip(models.items(), paths, strict=True)
-    found = {tower: _asked(tower, model, path) for (tower, model), path in asked}
-    reasons = [found[tower] for tower in needed]
-    why_not = next((reason for reason in reasons if isinstance(reason, str)), "")
-    heads = [head for head in found.values() if isinstance(head, DeferrableHead)]
+    """The heads of two models, by their paths; unless ``both``, the teacher's is not needed."""
+    towers = ("student", student), ("teacher", teacher)
+    found = [_asked(*tower, path) for tower, path in zip(towers, paths, strict=True)]
+    needed = found if both else found[:1]
+    why_not = next((reason for reason in needed if isinstance(reason, str)), "")
+    heads = [head for head in found if isinstance(head, DeferrableHead)]
     return Found(why_not=why_not) if why_not else Found(tuple(heads))
 
 

@@ -41,17 +41,33 @@ class Lowering:
     joint_passes: tuple[Pass, ...] = ()
 
 
+@dataclass(frozen=True)
+class Halves:
+    """A step as it was cut: what runs forward, and what runs backward.
+
+    The first ``outputs`` values that ``forward`` returns are the caller's, the rest is saved for
+    ``backward``, whose placeholders bear the names of the values.
+    """
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    outputs: int
+    fuses: bool  # whether what runs is these operators one by one, or kernels of several
+
+
 def lower(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     lowering: Lowering,
     observers: Sequence[Observer] = (),
+    watch: Callable[[Halves], None] | None = None,
 ) -> Compiled:
     """Compile ``gm``.
 
     ``"inductor"`` and ``"aot_eager"`` run the joint passes; other backends are called as they are.
+    ``watch`` is handed both halves of what AOTAutograd has cut.
     """
-    partition = _Partition(lowering.joint_passes, observers)
+    partition = _Partition(lowering, observers, watch)
     if lowering.backend == "inductor":
         inputs = list(example_inputs)
         careful = _UNFUSED if _crosses_cpu_ranks(gm, inputs) else {}
@@ -112,8 +128,14 @@ def mode_options(mode: str, dynamic: bool | None) -> dict[str, Any]:
 class _Partition(CustomPartitionerFn):
     """Run the joint passes, then torch's own partitioner."""
 
-    def __init__(self, passes: tuple[Pass, ...], observers: Sequence[Observer]) -> None:
-        self.passes, self.observers = passes, observers
+    def __init__(
+        self,
+        lowering: Lowering,
+        observers: Sequence[Observer],
+        watch: Callable[[Halves], None] | None,
+    ) -> None:
+        self.passes, self.observers, self.watch = lowering.joint_passes, observers, watch
+        self.fuses = lowering.backend == "inductor"
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
         count = len(tree_leaves(gm.graph.output_node().args))
@@ -124,11 +146,15 @@ class _Partition(CustomPartitionerFn):
         budget = max(functorch_config.activation_memory_budget, SMALLEST_BUDGET)
         with functorch_config.patch(activation_memory_budget=budget):
             parts = min_cut_rematerialization_partition(program.gm, joint_inputs, **kwargs)
-        return _meshes_last(parts[0], parts[1], kwargs["num_fwd_outputs"])
+        outputs = kwargs["num_fwd_outputs"]
+        forward, backward = _meshes_last(parts[0], parts[1], outputs)
+        if self.watch is not None:
+            self.watch(Halves(forward, backward, outputs, self.fuses))
+        return forward, backward
 
     def __getstate__(self) -> dict[str, Any]:
         """Inductor pickles its configuration to key its caches; observers change no code."""
-        return {"passes": self.passes, "observers": ()}
+        return {"passes": self.passes, "observers": (), "watch": None, "fuses": self.fuses}
 
     def uuid(self) -> str:
         """Part of the key of Inductor's caches: a changed pass must not be served old code."""

@@ -34,12 +34,20 @@ _DEFAULTS = {
 def save(matches: Matches, path: str | os.PathLike[str]) -> None:
     """Write ``matches``; the ending of ``path`` says as what."""
     target = Path(path)
+    write_whole(target, text_of(matches, kind_of(target)))
+
+
+def text_of(matches: Matches, kind: str) -> str:
+    """What a file of that kind, "toml" or "json", holds."""
     entries = [_entry(match) for match in matches]
-    if _kind(target) == "json":
-        content = {"format": FORMAT, "notes": list(matches.notes), "match": entries}
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    else:
-        text = _toml(matches.notes, entries)
+    if kind == "toml":
+        return _toml(matches.notes, entries)
+    content = {"format": FORMAT, "notes": list(matches.notes), "match": entries}
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_whole(target: Path, text: str) -> None:
+    """Write a file, or leave what is there as it is."""
     part = target.with_name(target.name + f".{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8")
@@ -55,7 +63,7 @@ def save(matches: Matches, path: str | os.PathLike[str]) -> None:
 def load(path: str | os.PathLike[str]) -> Matches:
     """Read a mapping; everything in the file must be known."""
     source = Path(path)
-    kind = _kind(source)
+    kind = kind_of(source)
     try:
         content = source.read_text(encoding="utf-8")
         data = json.loads(content) if kind == "json" else tomllib.loads(content)
@@ -78,7 +86,8 @@ def load(path: str | os.PathLike[str]) -> Matches:
     return Matches(read, notes)
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """As what a file is read and written."""
     kind = path.suffix.removeprefix(".").lower()
     if kind not in ("toml", "json"):
         raise MappingFileError(f"{path}: a mapping is kept in a .toml or a .json file")

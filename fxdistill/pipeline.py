@@ -45,6 +45,10 @@ def run(program: P, passes: Sequence[Pass], between: Sequence[Observer] = ()) ->
             perf_counter() - start,
             program.gm is not before.gm,
             program.remarks[len(before.remarks) :],
+            program.level,
+            program.title,
+            before.gm,
+            program.gm,
         )
         program = replace(program, history=(*before.history, record))
         for observer in between:
@@ -77,7 +81,7 @@ class Dump:
         target = self.folder / f"{self.index:02d}_{name}.py"
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_suffix(".part")
-        part.write_text(str(program), encoding="utf-8")
+        part.write_text(program.code, encoding="utf-8")
         part.replace(target)
         self.index += 1
 

@@ -1,10 +1,13 @@
 """Programs: a graph, the names of its outputs, and how it came to be."""
 
 import copy
+import difflib
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeVar
 
 from torch import fx
+
+from fxdistill.errors import OptionError, did_you_mean
 
 Level = Literal["captured", "joint"]
 
@@ -20,6 +23,11 @@ class PassRecord:
     seconds: float
     changed: bool
     remarks: tuple[str, ...] = ()
+    level: Level = "captured"
+    graph: str = ""  # the title of the program
+    # The graph as the pass found it, and as it left it: for costs and differences.
+    before: fx.GraphModule | None = field(default=None, compare=False, repr=False)
+    after: fx.GraphModule | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         """One log line."""
@@ -27,6 +35,18 @@ class PassRecord:
         added = f", outputs + {len(self.added)}" if self.added else ""
         said = f"; {'; '.join(self.remarks)}" if self.remarks else ""
         return f"{self.name}: {what}{added}{said} ({self.seconds * 1e3:.0f} ms)"
+
+    def diff(self, context: int = 3) -> str:
+        """The graph before and after, as a unified diff; empty where nothing changed."""
+        before, after = (
+            "" if gm is None else gm.print_readable(print_output=False, include_stride=False)
+            for gm in (self.before, self.after)
+        )
+        names = f"before {self.name}", f"after {self.name}"
+        lines = difflib.unified_diff(
+            before.splitlines(), after.splitlines(), *names, n=context, lineterm=""
+        )
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -55,14 +75,40 @@ class Program:
         """Copy the graph; share the weights."""
         return replace(self, gm=fork_module(self.gm))
 
-    def __str__(self) -> str:
-        """The program as text."""
+    @property
+    def code(self) -> str:
+        """The graph as Python, an operator a line."""
         text: str = self.gm.print_readable(print_output=False, include_stride=False)
         return f"# {self.title or self.level} -> {', '.join(self.outputs)}\n{text}"
+
+    def __str__(self) -> str:
+        """The program as text."""
+        return self.code
+
+    def diff(self, name: str, context: int = 3) -> str:
+        """What the pass ``name`` did, as a unified diff of the code before and after.
+
+        Of a pass that ran on several programs: all its diffs, one after the other.
+
+        Raises:
+            OptionError: No pass of this name has run.
+        """
+        records = [record for record in self.history if record.name == name]
+        if not records:
+            known = list(dict.fromkeys(record.name for record in self.history))
+            raise OptionError(f"no pass {name!r} has run. Nearest: {did_you_mean(name, known)}.")
+        return "\n".join(record.diff(context) for record in records)
 
 
 class JointProgram(Program):
     """Student, teacher and objective in one graph. The first output is the total."""
+
+    def __str__(self) -> str:
+        """One line for each call of a module or a loss: what it returns, FLOPs and bytes."""
+        # A face of the report, which reads programs.
+        from fxdistill.report.listing import listing
+
+        return listing(self)
 
 
 P = TypeVar("P", bound=Program)

@@ -71,10 +71,11 @@ def made(
     if match.project == "auto" and student.size == teacher.size:
         return None
     first = next(like.parameters(), None)
-    layer: nn.Module = nn.Linear(student.size, teacher.size)
+    device, dtype = (None, None) if first is None else (first.device, first.dtype)
+    # Made in place: a layer that is moved is written anew, which fake tensors do not take.
     if student.is_map:
-        layer = nn.Conv2d(student.size, teacher.size, 1)
-    return layer if first is None else layer.to(first.device, first.dtype)
+        return nn.Conv2d(student.size, teacher.size, 1, device=device, dtype=dtype)
+    return nn.Linear(student.size, teacher.size, device=device, dtype=dtype)
 
 
 def widths_by_shape(

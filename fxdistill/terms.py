@@ -13,7 +13,7 @@ from fxdistill.losses import FEATURE_LOSSES, Loss, resolve
 from fxdistill.matching import Match, Matches
 from fxdistill.objective import GLOBAL_SETTINGS, Term
 from fxdistill.projections import Width, structural_widths
-from fxdistill.resolve import tap_of
+from fxdistill.resolution import tap_of
 from fxdistill.roles import stream_of
 from fxdistill.taps import Tap
 from fxdistill.tokens import Task

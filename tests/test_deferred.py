@@ -160,9 +160,9 @@ def test_which_heads_can_be_deferred() -> None:
         head_of(model, "lm_head")
     teacher = Model(1)
     paths = ["lm_head", "lm_head"]
-    found = deferrable({"student": teacher, "teacher": model}, paths, ["student"])
+    found = deferrable(teacher, model, paths, both=False)
     assert [head.module for head in found.heads] == [teacher.lm_head]
-    found = deferrable({"student": teacher, "teacher": model}, paths, ["student", "teacher"])
+    found = deferrable(teacher, model, paths, both=True)
     assert not found.heads
     assert found.why_not == "the teacher's head 'lm_head' is compiled by itself"
 

@@ -1,5 +1,6 @@
 """The package as it is installed: names, metadata, and the files of the wheel."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -19,13 +20,15 @@ MAX_LINES = 400
 
 # Source folder → where it is installed.
 FOLDERS = {ROOT / "fxdistill": Path("fxdistill"), ROOT / "passes": Path("fxdistill/passes")}
+PAGE = ("*.css", "*.html", "*.js")  # of the HTML report
 
 
 def library_files():
     """Yield (file in the checkout, path in the wheel)."""
     for folder, target in FOLDERS.items():
-        for file in sorted(folder.rglob("*.py")):
-            yield file, target / file.relative_to(folder)
+        for pattern in ("*.py", *PAGE):
+            for file in sorted(folder.rglob(pattern)):
+                yield file, target / file.relative_to(folder)
 
 
 def test_passes_come_from_the_top_level_folder():
@@ -40,6 +43,29 @@ def test_version_is_the_one_in_the_metadata():
     assert metadata.version("fxdistill") == fxdistill.__version__, "reinstall: touch pyproject.toml"
 
 
+def test_public_names_are_imported_when_asked_for():
+    """Every one is there, is what type checkers are told, and is hidden by no submodule."""
+    tree = ast.parse((ROOT / "fxdistill" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (n for n in tree.body if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n))
+    imports = [n for n in block.body if isinstance(n, ast.ImportFrom)]
+    told = {alias.name: node.module for node in imports for alias in node.names}
+    homes = {name: f"fxdistill.{home}" for name, home in fxdistill._HOMES.items()}
+    assert told == {**homes, **dict.fromkeys(("errors", "live", "losses"), "fxdistill")}
+    assert set(told) == set(fxdistill.__all__)
+    submodules = {file.stem for file, _ in library_files() if file.parent.name == "fxdistill"}
+    assert not submodules & set(homes), "importing the submodule would replace the public name"
+    assert set(fxdistill.__all__) <= set(dir(fxdistill))
+    for name in fxdistill.__all__:
+        assert getattr(fxdistill, name).__name__.split(".")[-1] == name
+    with pytest.raises(AttributeError, match="no attribute 'wrapp'"):
+        fxdistill.wrapp  # noqa: B018 - what is asked for is the point
+
+
+def test_the_package_alone_imports_no_torch():
+    program = "import sys, fxdistill.errors; sys.exit('torch' in sys.modules)"
+    run(sys.executable, "-c", program)
+
+
 def test_backend_is_registered():
     (entry,) = metadata.entry_points(group="torch_dynamo_backends", name="fxdistill")
     assert callable(entry.load())
@@ -49,7 +75,7 @@ def test_backend_is_registered():
 def test_pyproject_lists_every_package():
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    found = {path.parent for _, path in library_files()}
+    found = {path.parent for _, path in library_files() if path.suffix == ".py"}
     assert sorted(listed) == sorted(".".join(path.parts) for path in found)
 
 

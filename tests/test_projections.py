@@ -1,7 +1,7 @@
 """Projections and layouts in a whole step: value and gradient against plain hooks and einsum."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import fxdistill
 from architectures import ARCHITECTURES
@@ -252,6 +253,40 @@ def test_a_projection_takes_dtype_and_device_of_what_it_projects(llamas: Any) ->
     assert {p.dtype for p in half.projections.parameters()} == {torch.bfloat16}
     meta = fxdistill.wrap(student.to("meta"), teacher.to("meta"), mapping)
     assert {p.device.type for p in meta.projections.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_models_without_values_get_projections_without_values(kind: str) -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta") if kind == "meta" else FakeTensorMode():
+            student, teacher = build("LlamaForCausalLM", 2, 16), build("LlamaForCausalLM", 4, 32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    weight = next(student.parameters())
+    with weight.fake_mode if isinstance(weight, FakeTensor) else nullcontext():
+        distiller = fxdistill.wrap(student, teacher, fxdistill.match(student, teacher))
+    parameters = list(distiller.projections.parameters())
+    assert parameters
+    assert {p.dtype for p in parameters} == {torch.bfloat16}
+    if kind == "meta":
+        assert all(p.is_meta for p in parameters)
+    else:
+        assert all(isinstance(p, FakeTensor) for p in parameters)
+
+
+def test_a_step_of_models_without_weights_is_checked() -> None:
+    with torch.device("meta"):
+        student, teacher = build("LlamaForCausalLM", 2, 16), build("LlamaForCausalLM", 4, 32)
+    inputs = {name: tensor.to("meta") for name, tensor in batch().items()}
+    inputs["labels"] = inputs["input_ids"]
+    distiller = fxdistill.wrap(student, teacher, fxdistill.match(student, teacher))
+    program = distiller.check(**inputs)
+    assert program.history[-1].name == "PruneTeacher"
+    for projection in distiller.projections:
+        projection.to(torch.float64)
+    with pytest.raises(errors.DtypeError, match=r"is torch\.float64, and the student's value"):
+        distiller.check(**inputs)
 
 
 def test_unknown_widths_ask_for_examples_and_take_them(llamas: Any) -> None:

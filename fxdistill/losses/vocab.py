@@ -314,7 +314,8 @@ def _autocast(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What a linear layer would do to its operands under autocast; OptionError in float16."""
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
+    # Some devices have none, "meta" among them, and then may not be asked.
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         if hidden.dtype != torch.float64:
             hidden, weight = hidden.to(dtype), weight.to(dtype)

@@ -1,5 +1,6 @@
 """What a distiller says about itself."""
 
+from fxdistill.report.data import Report
 from fxdistill.report.summary import summary
 
-__all__ = ["summary"]
+__all__ = ["Report", "summary"]

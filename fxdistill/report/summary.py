@@ -37,11 +37,11 @@ def _terms(objective: Objective, projections: nn.ModuleList) -> Table:
     table = Table(title="Terms", title_justify="left")
     for column in ("student", "teacher", "loss"):
         table.add_column(column, overflow="fold")
-    if any(_between(term, projections) for term in objective.features):
+    if any(between(term, projections) for term in objective.features):
         table.add_column("between", overflow="fold")
     for term in objective.features:
         cells = [str(term.student), str(term.teacher), loss_name(term.loss)]
-        table.add_row(*cells, *([_between(term, projections)] if len(table.columns) > 3 else []))
+        table.add_row(*cells, *([between(term, projections)] if len(table.columns) > 3 else []))
     if objective.logit_loss is not None:
         table.add_row("logits", "logits", loss_name(objective.logit_loss))
     if objective.label_loss is not None:
@@ -49,7 +49,7 @@ def _terms(objective: Objective, projections: nn.ModuleList) -> Table:
     return table
 
 
-def _between(term: Term, projections: nn.ModuleList) -> str:
+def between(term: Term, projections: nn.ModuleList) -> str:
     """What is done to the student's value, then to the teacher's, before they are compared."""
     ours, theirs = (
         "; ".join(f"{pattern} {reduction}".strip() for pattern, reduction in layout)

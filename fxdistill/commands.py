@@ -1,0 +1,194 @@
+"""What the commands do. Each takes its arguments and the stream for its result, returns a code."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+import fxdistill
+from fxdistill import matching_file
+from fxdistill.cli import FINE, PARTIAL, working
+from fxdistill.errors import CommandError, PathError, ProjectionError, did_you_mean
+from fxdistill.examples import example_inputs, on_device_of
+from fxdistill.landmarks import embedding_of, logits_of, norms_of
+from fxdistill.loading import call_factory, load_model
+from fxdistill.matching import Matches, module_names, text
+from fxdistill.patterns import Pattern
+from fxdistill.report.data import Report
+from fxdistill.structure import stacks_of
+
+MODULES_SCHEMA = "1.0"
+_WIDE = 1000  # columns of what is read line by line
+
+
+def report(args: argparse.Namespace, out: TextIO) -> int:
+    """``fxdistill report``."""
+    _check_target(args.json, "--json")
+    _check_target(args.html, "--html")
+    if args.inputs is not None and (args.batch or args.length):
+        raise CommandError(
+            "--batch and --length are for inputs that are made; --inputs brings its own"
+        )
+    mapping = None if args.mapping is None else Matches.load(args.mapping)
+    student, teacher = _towers(args, args.task)
+    if mapping is None:
+        with working("matching"):
+            mapping = fxdistill.match(student, teacher)
+    if args.inputs is None:
+        inputs = example_inputs(student, teacher, args.batch, args.length, args.task)
+    else:
+        inputs = on_device_of(student, call_factory(args.inputs))
+    with working("capturing the step"):
+        found = _reported(_wrapped(args, student, teacher, mapping, inputs), inputs)
+    if args.html is not None:
+        found.to_html(args.html)
+    if args.json is not None:
+        _write(found.to_json() + "\n", args.json, out)
+    if args.json != "-":
+        _show(found, out)
+    if found.stopped is None:
+        return FINE
+    print(f"fxdistill report: partial: {found.stopped.splitlines()[0]}", file=sys.stderr)
+    return PARTIAL
+
+
+def _reported(distiller: fxdistill.Distiller, inputs: Any) -> Report:
+    """The report of a distiller: the only place that asks for it."""
+    args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
+    return distiller.report(*args, **kwargs)
+
+
+def _wrapped(
+    args: argparse.Namespace, student: nn.Module, teacher: nn.Module, mapping: Matches, inputs: Any
+) -> fxdistill.Distiller:
+    compile: Any = {"backend": args.backend} if args.backend else not args.eager
+    compile = "regional" if args.regional else compile
+    try:
+        return fxdistill.wrap(student, teacher, mapping, task=args.task, compile=compile)
+    except ProjectionError:
+        # Widths that structure does not tell are read from a capture, which then must succeed.
+        return fxdistill.wrap(
+            student, teacher, mapping, task=args.task, compile=compile, example_inputs=inputs
+        )
+
+
+def match(args: argparse.Namespace, out: TextIO) -> int:
+    """``fxdistill match``."""
+    _check_target(args.json, "--json")
+    if args.output is not None:
+        matching_file.kind_of(Path(args.output))
+        _check_target(args.output, "--output")
+        if Path(args.output).exists() and not args.force:
+            raise CommandError(f"{args.output} exists: --force replaces it")
+    student, teacher = _towers(args, "auto")
+    roles = [role.strip() for role in args.roles.split(",") if role.strip()]
+    with working("matching"):
+        found = fxdistill.match(student, teacher, roles=roles, layers=args.layers)
+    if args.output is not None:
+        found.save(args.output)
+    if args.json is not None:
+        _write(matching_file.text_of(found, "json"), args.json, out)
+    if args.json != "-":
+        _show(found, out, wide=True)
+    return FINE
+
+
+def modules(args: argparse.Namespace, out: TextIO) -> int:
+    """``fxdistill modules``."""
+    _check_target(args.json, "--json")
+    with working("making the model"):
+        model = load_model(args.model, args.hf_config, args.dtype, "auto")
+    paths = module_names(model)
+    found = Pattern.parse(args.pattern, "model").found(paths, {})
+    chosen = {path for group in found.values() for path in group}
+    if not chosen:
+        near = did_you_mean(args.pattern, paths)
+        raise PathError(f"no module of {args.model} is called {args.pattern!r}. Nearest: {near}.")
+    roles = _roles(model)
+    rows = [_module(model, path, roles) for path in paths if path in chosen]
+    if args.json is not None:
+        name = type(model).__name__
+        data = {"schema": MODULES_SCHEMA, "model": name, "modules": rows}
+        _write(json.dumps(data, indent=2, ensure_ascii=False) + "\n", args.json, out)
+    if args.json != "-":
+        _show(_table(rows), out, wide=True)
+    return FINE
+
+
+def _module(model: nn.Module, path: str, roles: dict[str, tuple[str, str]]) -> dict[str, Any]:
+    module = model.get_submodule(path)
+    role, kind = roles.get(path, ("", ""))
+    parameters = sum(p.numel() for p in module.parameters())
+    name = type(module).__name__
+    return {"path": path, "class": name, "parameters": parameters, "role": role, "kind": kind}
+
+
+def _roles(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """The role of each module that structure knows, by its path, and what it was recognised as."""
+    stacks = stacks_of(model)
+    ends = {"embedding": embedding_of(model, stacks), "logits": logits_of(model, stacks)}
+    roles = {path: (role, "") for role, path in ends.items() if path is not None}
+    roles |= {path: ("norm", "") for path in norms_of(model, stacks) if path is not None}
+    for block in (block for stack in stacks for block in stack.blocks):
+        roles[block.path] = ("block", "")
+        roles |= {part.path: (part.role, f"{part.kind} ({part.why})") for part in block.parts}
+    return roles
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("path", no_wrap=True)
+    table.add_column("class", overflow="fold")
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("role", overflow="fold")
+    for row in rows:
+        role = ": ".join(part for part in (row["role"], row["kind"]) if part)
+        cells = (row["path"], row["class"], f"{row['parameters']:,}", role)
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+# ---- what commands share
+
+
+def _towers(args: argparse.Namespace, task: str) -> tuple[nn.Module, nn.Module]:
+    with working("making the student"):
+        student = load_model(args.student, args.hf_config, args.dtype, task)
+    with working("making the teacher"):
+        teacher = load_model(args.teacher, args.hf_config, args.dtype, task, train=False)
+    return student, teacher
+
+
+def _check_target(target: str | None, option: str) -> None:
+    """Say before the work, and not after it, that a file cannot be written."""
+    if target is None or target == "-":
+        return
+    folder = Path(target).parent
+    if not folder.is_dir():
+        raise CommandError(f"{option} {target}: there is no folder {folder}")
+    if Path(target).is_dir() or not os.access(folder, os.W_OK):
+        raise CommandError(f"{option} {target}: cannot be written")
+
+
+def _show(what: Any, out: TextIO, *, wide: bool = False) -> None:
+    """Print for a terminal; for a pipe or a file as plain text, whose lines may be ``wide``."""
+    console = Console(file=out)
+    if console.is_terminal:
+        console.print(what)
+    else:
+        out.write(text(what, _WIDE if wide else console.width) + "\n")
+
+
+def _write(content: str, target: str, out: TextIO) -> None:
+    """Write to standard output, or to a file, whole or not at all."""
+    if target == "-":
+        out.write(content)
+    else:
+        matching_file.write_whole(Path(target), content)

@@ -1,0 +1,56 @@
+"""What a distiller remembers of its calls, for a report: shapes, and why graphs were made."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Like:
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        if type(value) is not Tensor:  # a DTensor is remembered as it is
+            return value
+        return cls(tuple(value.shape), value.dtype, value.device)
+
+    def made(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+
+class Past:
+    """The last call, and what happened while graphs were made."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, str]] = []
+        self._last: Any = None
+
+    def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember the shapes of a call."""
+        self._last = tree_map(_Like.of, (args, kwargs))
+
+    @property
+    def last(self) -> Inputs | None:
+        """Inputs like those of the last call; their numbers are 0."""
+        if self._last is None:
+            return None
+        inputs: Inputs = tree_map(lambda x: x.made() if isinstance(x, _Like) else x, self._last)
+        return inputs
+
+    def made_graph(self, why: str | None) -> None:
+        """A graph is being made: the first one, or another because of ``why``."""
+        self.events.append(("capture", "first call") if why is None else ("recompile", why))
+
+    def fell_back(self, why: str) -> None:
+        """One graph could not be made."""
+        self.events.append(("fallback", why))

@@ -1,0 +1,264 @@
+"""Make a report: capture a step without running it, and read what it costs."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import fxdistill
+from fxdistill.call import Call
+from fxdistill.compose import section_of
+from fxdistill.errors import FxDistillError, StepError
+from fxdistill.head_module import head_path
+from fxdistill.losses.reduce import is_placed
+from fxdistill.lower import Halves, Lowering
+from fxdistill.matching import loss_name
+from fxdistill.program import output_values
+from fxdistill.report import costs, memory
+from fxdistill.report.changes import pass_lines
+from fxdistill.report.data import SCHEMA, Event, Memory, Pair, Plain, Report, Term, Tower, Value
+from fxdistill.report.fakes import faked, standing_in
+from fxdistill.report.summary import between
+from fxdistill.report.towers import bytes_here, dtype_name, towers_of
+from fxdistill.report.warn import warnings_of
+from fxdistill.taps import TapTable
+from fxdistill.tokens import TOKEN_FIELDS
+
+if TYPE_CHECKING:
+    from fxdistill.distiller import Distiller
+
+
+def build(distiller: "Distiller", args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Report:
+    """The report of a step on these inputs; without any, on those of the last call."""
+    inputs = (args, dict(kwargs)) if args or kwargs else distiller.past.last
+    if inputs is None:
+        raise StepError(
+            "a report needs to know what a step is called with, and nothing was called yet: "
+            "distiller.report(input_ids=ids, labels=ids), as the distiller itself would be called"
+        )
+    models = (distiller.student, distiller.teacher, distiller.projections)
+    with standing_in(models) as mode, torch.enable_grad():
+        # The vector of weights may be fake then, and must not be kept.
+        vector, distiller._vector = distiller._vector, None
+        try:
+            if mode is not None:
+                inputs = faked(inputs, mode)
+            return _report(distiller, *inputs)
+        finally:
+            distiller._vector = vector
+
+
+def _report(distiller: "Distiller", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
+    call = distiller._sort(args, kwargs)
+    distiller._guard(call)
+    objective = distiller._objective_of(call)
+    known = _known(distiller, call)
+    recipe = dataclasses.replace(distiller._recipe(), lowering=_lowering(distiller))
+    try:
+        program, halves, table = distiller.dry(call, objective, recipe, cut=True)
+    except FxDistillError as error:
+        return dataclasses.replace(known, stopped=f"{type(error).__name__}: {error}")
+    found = dataclasses.replace(
+        known,
+        pairs=tuple(_pairs(distiller, table)),
+        passes=pass_lines(program.history),
+        nodes=dict(Counter(section_of(n) or "inputs" for n in program.gm.graph.nodes)),
+        warnings=tuple(dict.fromkeys((*known.warnings, *table.warnings))),
+    )
+    return found if halves is None else _with_costs(found, distiller, call, halves)
+
+
+def _lowering(distiller: "Distiller") -> Lowering:
+    """What a step is lowered by, as far as it is known what that allocates."""
+    lowering = distiller.plan.lowering
+    known = distiller.plan.mode == "one_graph" and lowering.backend in ("inductor", "aot_eager")
+    return lowering if known else dataclasses.replace(lowering, backend="aot_eager", options={})
+
+
+# ---------------------------------------------------------------------- what needs no capture
+
+
+def _known(distiller: "Distiller", call: Call) -> Report:
+    plan, objective = distiller.plan, distiller.objective
+    frozen = plan.freeze_teacher
+    backend = plan.lowering.backend
+    return Report(
+        schema=SCHEMA,
+        fxdistill=fxdistill.__version__,
+        torch=torch.__version__,
+        mode=plan.mode,
+        backend=backend if isinstance(backend, str) else _name(backend),
+        mesh=_mesh(distiller),
+        inputs=dict(_inputs(call)),
+        towers=towers_of(
+            distiller.student, distiller.teacher, distiller.projections, frozen=frozen
+        ),
+        pairs=tuple(_pairs(distiller, None)),
+        terms=tuple(_terms(distiller, objective.label_loss if _labelled(call) else None)),
+        events=tuple(Event(*event) for event in distiller.past.events),
+        warnings=warnings_of(distiller, call),
+        notes=(*distiller.matches.notes, *distiller._notes, *_of_mode(distiller)),
+    )
+
+
+def _mesh(distiller: "Distiller") -> dict[str, int]:
+    """The mesh that parameters lie on, by dimension."""
+    models = (distiller.student, distiller.teacher)
+    placed: Any = next((p for m in models for p in m.parameters() if is_placed(p)), None)
+    if placed is None:
+        return {}
+    mesh = placed.device_mesh
+    names = mesh.mesh_dim_names or tuple(map(str, range(mesh.ndim)))
+    return dict(zip(names, mesh.shape, strict=True))
+
+
+def _name(value: Any) -> str:
+    return str(getattr(value, "__name__", type(value).__name__))
+
+
+def _labelled(call: Call) -> bool:
+    return call.batch.labels is not None
+
+
+def _of_mode(distiller: "Distiller") -> Iterator[str]:
+    mode, backend = distiller.plan.mode, distiller.plan.lowering.backend
+    if mode != "one_graph":
+        yield (
+            f"costs are those of one graph whose operators run one by one; this distiller runs "
+            f"{mode}, where the models keep what autograd keeps"
+        )
+    elif backend not in ("inductor", "aot_eager"):
+        yield "costs are those of operators that run one by one: what the backend does is unknown"
+
+
+def _inputs(call: Call) -> Iterator[tuple[str, Value]]:
+    given: dict[str, Any] = {f"argument {i}": x for i, x in enumerate(call.student.args)}
+    given.update(call.student.kwargs)
+    given.update({name: getattr(call.batch, name) for name in TOKEN_FIELDS})
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            yield name, value_of(value)
+
+
+def value_of(tensor: Tensor) -> Value:
+    """Shape, type and placements."""
+    placed = tuple(map(str, tensor.placements)) if is_placed(tensor) else ()
+    return Value(tuple(int(size) for size in tensor.shape), dtype_name(tensor), placed)
+
+
+def _pairs(distiller: "Distiller", table: TapTable | None) -> Iterator[Pair]:
+    values = {} if table is None else table.values
+    for term in distiller.objective.features:
+        student, teacher = (values.get(key) for key in term.taps)
+        yield Pair(
+            term.name,
+            str(term.student),
+            str(term.teacher),
+            loss_name(term.loss),
+            _number(distiller._settings[term.name]),
+            between(term, distiller.projections),
+            None if student is None else value_of(student),
+            None if teacher is None else value_of(teacher),
+        )
+
+
+def _terms(distiller: "Distiller", label_loss: Any) -> Iterator[Term]:
+    objective, settings = distiller.objective, distiller._settings
+    if objective.logit_loss is not None:
+        yield Term("logits", loss_name(objective.logit_loss), _number(settings["logit_weight"]))
+    if label_loss is not None:
+        yield Term("labels", loss_name(label_loss), _number(settings["label_weight"]))
+    if objective.features:
+        names = sorted({loss_name(term.loss) for term in objective.features})
+        yield Term("features", ", ".join(names), _number(settings["feature_weight"]))
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value)
+
+
+# ---------------------------------------------------------------------- what a capture tells
+
+
+def _with_costs(report: Report, distiller: "Distiller", call: Call, halves: Halves) -> Report:
+    paths = {tower.name: [block.path for block in tower.blocks] for tower in report.towers}
+    blocks = costs.by_block(halves, paths)
+    return dataclasses.replace(
+        report,
+        towers=tuple(_with_blocks(tower, blocks) for tower in report.towers),
+        flops=costs.flops(halves),
+        memory=_memory(report, distiller, halves, paths),
+        plain=_plain(report, distiller, call, paths),
+        collectives=costs.traffic(halves),
+        casts=costs.casts(halves),
+        warnings=(*report.warnings, *_unreached(distiller, halves)),
+    )
+
+
+def _with_blocks(tower: Tower, found: dict[tuple[str, str, str], int]) -> Tower:
+    def counted(block: Any) -> Any:
+        forward, backward = (
+            found.get((tower.name, block.path, half), 0) for half in ("forward", "backward")
+        )
+        return dataclasses.replace(block, forward=forward, backward=backward)
+
+    return dataclasses.replace(tower, blocks=tuple(map(counted, tower.blocks)))
+
+
+def _memory(report: Report, distiller: "Distiller", halves: Halves, paths: costs.Paths) -> Memory:
+    weights = _weights(distiller)
+    trained = [p for g in distiller.param_groups() for p in g["params"] if p.requires_grad]
+    gradients = bytes_here(trained)
+    # torch's optimizers keep their states in the type of the parameter.
+    states = {"SGD": 0, "SGD with momentum": gradients, "Adam, AdamW": 2 * gradients}
+    return memory.memory(halves, weights, gradients, states, _vocabularies(distiller), paths)
+
+
+def _weights(distiller: "Distiller") -> dict[str, int]:
+    """Bytes of parameters and buffers here; what towers share is the student's."""
+    seen: set[int] = set()
+    found = {}
+    for name in ("student", "teacher", "projections"):
+        module: nn.Module = getattr(distiller, name)
+        own = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in seen]
+        seen.update(map(id, own))
+        found[name] = bytes_here(own)
+    return found
+
+
+def _vocabularies(distiller: "Distiller") -> set[int]:
+    """How wide logits are."""
+    found = set()
+    for model in (distiller.student, distiller.teacher):
+        if (path := head_path(model)) is not None:
+            found.add(int(model.get_submodule(path).out_features))  # type: ignore[arg-type]
+    return found
+
+
+def _plain(report: Report, distiller: "Distiller", call: Call, paths: costs.Paths) -> Plain | None:
+    """The student alone on the same labels."""
+    objective = distiller._objective_of(call)
+    if objective.label_loss is None:
+        return None
+    alone = dataclasses.replace(objective, features=(), logit_loss=None)
+    recipe = dataclasses.replace(
+        distiller._recipe(), lowering=_lowering(distiller), passes=(), fuse_head=False
+    )
+    _, halves, _ = distiller.dry(call, alone, recipe, cut=True)
+    assert halves is not None  # the whole step has learnt something by the same labels
+    weights = {"student": _weights(distiller)["student"]}
+    found = memory.memory(halves, weights, 0, {}, _vocabularies(distiller), paths)
+    return Plain(costs.flops(halves).total, found.peak)
+
+
+def _unreached(distiller: "Distiller", halves: Halves) -> Iterator[str]:
+    """Trainable parameters of the student that no term reaches."""
+    reached = sum(
+        isinstance(value, torch.fx.Node) for value in output_values(halves.backward.graph)
+    )
+    trained = [p for g in distiller.param_groups() for p in g["params"] if p.requires_grad]
+    if missing := len(trained) - reached:
+        yield f"{missing} of {len(trained)} trainable parameters get no gradient in this step"

@@ -1,0 +1,63 @@
+"""What passes did, in numbers: nodes, FLOPs and bytes before and after."""
+
+from collections.abc import Iterable
+
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from fxdistill.program import PassRecord
+from fxdistill.report.captured import Costs
+from fxdistill.report.data import Change, PassLine
+from fxdistill.report.flops import flops_of
+
+
+def pass_lines(history: Iterable[PassRecord]) -> tuple[PassLine, ...]:
+    """One line for every record."""
+    costs = Costs()
+    return tuple(_line(record, costs) for record in history)
+
+
+def _line(record: PassRecord, costs: Costs) -> PassLine:
+    captured = record.level == "captured"
+    flops = [_flops(gm, costs if captured else None) for gm in (record.before, record.after)]
+    sizes = [_bytes(gm) for gm in (record.before, record.after)]
+    return PassLine(
+        record.name,
+        record.graph,
+        record.level,
+        record.changed,
+        Change(record.nodes_before, record.nodes_after),
+        _change(flops),
+        _change(sizes),
+        record.added,
+        record.remarks,
+        record.seconds,
+    )
+
+
+def _change(values: list[int | None]) -> Change | None:
+    before, after = values
+    return None if before is None or after is None else Change(before, after)
+
+
+def _flops(gm: fx.GraphModule | None, costs: Costs | None) -> int | None:
+    """Of all nodes; ``None`` where one of them could not be costed."""
+    if gm is None:
+        return None
+    if costs is None:
+        return sum(map(flops_of, gm.graph.nodes))
+    found = [costs.flops(node, gm) for node in gm.graph.nodes]
+    return None if None in found else sum(n for n in found if n is not None)
+
+
+def _bytes(gm: fx.GraphModule | None) -> int | None:
+    if gm is None:
+        return None
+    return sum(bytes_of(n) for n in gm.graph.nodes if n.op not in ("placeholder", "output"))
+
+
+def bytes_of(node: fx.Node) -> int:
+    """Bytes of what ``node`` returns; views count as what they show."""
+    value = node.meta.get("val", node.meta.get("example_value"))
+    tensors = [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+    return sum(int(x.numel()) * x.element_size() for x in tensors)

@@ -1,0 +1,123 @@
+"""What the two halves of a step cost: FLOPs by part and block, traffic between ranks, casts."""
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping
+
+import torch
+from torch import fx
+
+from fxdistill.compose import section_of
+from fxdistill.lower import Halves
+from fxdistill.passes.count_collectives import collectives
+from fxdistill.report.data import Cast, Collective, Flops
+from fxdistill.report.flops import flops_of
+
+Paths = Mapping[str, Collection[str]]  # of blocks, by tower
+_TOWERS = (
+    ("teacher", "L['distiller']._towers.teacher"),
+    ("teacher", "L['distiller'].teacher"),
+    ("student", "L['distiller'].student"),
+    ("projections", "L['distiller'].projections"),
+)
+
+
+def place_of(node: fx.Node) -> tuple[str, str]:
+    """The tower and the module path that ``node`` was called in; ``("", "")`` outside of models."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if stack:
+        path = str(next(reversed(stack.values()))[0])
+        for tower, prefix in _TOWERS:
+            if path == prefix or path.startswith(f"{prefix}."):
+                return tower, path[len(prefix) + 1 :]
+    return "", ""
+
+
+def part_of(node: fx.Node) -> str:
+    """Teacher, student or objective; what autograd adds between is its first input's."""
+    section = section_of(node)
+    while section is None and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        section = section_of(node)
+    return section or "student"
+
+
+def both(halves: Halves) -> Iterator[tuple[str, fx.Node]]:
+    """All nodes of the step with their half."""
+    for phase, gm in (("forward", halves.forward), ("backward", halves.backward)):
+        for node in gm.graph.nodes:
+            yield phase, node
+
+
+# ---------------------------------------------------------------------- floating point operations
+
+
+def flops(halves: Halves) -> Flops:
+    """By what they are for."""
+    found: Counter[str] = Counter()
+    forward = {node.name for node in halves.forward.graph.nodes if node.op == "call_function"}
+    for phase, node in both(halves):
+        count = flops_of(node)
+        if count:
+            again = phase == "backward" and node.name in forward
+            found["again" if again else _purpose(phase, node)] += count
+    parts = ("teacher", "forward", "backward", "losses", "projections", "again")
+    return Flops(**{part: found[part] for part in parts}, total=sum(found.values()))
+
+
+def _purpose(phase: str, node: fx.Node) -> str:
+    part = part_of(node)
+    if part == "objective":
+        return "projections" if place_of(node)[0] == "projections" else "losses"
+    return "teacher" if part == "teacher" else phase
+
+
+def by_block(halves: Halves, paths: Paths) -> dict[tuple[str, str, str], int]:
+    """FLOPs by tower, block and half, for the blocks of either tower."""
+    found: Counter[tuple[str, str, str]] = Counter()
+    for phase, node in both(halves):
+        if count := flops_of(node):
+            tower, path = place_of(node)
+            block = holding(path, paths.get(tower, ()))
+            if block is not None:
+                found[tower, block, phase] += count
+    return dict(found)
+
+
+def holding(path: str, blocks: Collection[str]) -> str | None:
+    """The block that the module at ``path`` is in."""
+    while path:
+        if path in blocks:
+            return path
+        path = path.rpartition(".")[0]
+    return None
+
+
+# ---------------------------------------------------------------------- traffic and casts
+
+
+def traffic(halves: Halves) -> tuple[Collective, ...]:
+    """What crosses ranks in both halves."""
+    found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    for gm in (halves.forward, halves.backward):
+        for (section, kind), (times, size) in collectives(gm.graph).items():
+            owner = {"objective": "terms", None: "student"}.get(section, section)
+            entry = found[str(owner), kind]
+            entry[0] += times
+            entry[1] += size
+    return tuple(Collective(*key, *entry) for key, entry in sorted(found.items()))
+
+
+_CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+
+
+def casts(halves: Halves) -> tuple[Cast, ...]:
+    """Floating point values that change their type in the forward."""
+    found: Counter[tuple[str, str, str]] = Counter()
+    for node in halves.forward.graph.nodes:
+        if node.target in _CASTS:
+            before, after = node.all_input_nodes[0].meta["val"].dtype, node.meta["val"].dtype
+            if before != after and before.is_floating_point and after.is_floating_point:
+                old, new = (str(d).removeprefix("torch.") for d in (before, after))
+                part = part_of(node)
+                found["losses" if part == "objective" else part, old, new] += 1
+    return tuple(Cast(*key, times) for key, times in sorted(found.items()))

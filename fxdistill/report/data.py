@@ -1,0 +1,265 @@
+"""What a report says, as data: every face of it (terminal, JSON, HTML) shows these values.
+
+Sizes are bytes, costs are floating point operations (a multiplication and an addition are two), of
+one step (forward and backward of one batch) on one device; on a mesh, on one rank.
+
+``SCHEMA`` is the version of the JSON form. A field that is added makes it a new minor version, one
+that goes or changes its meaning a new major one; docs/report.md describes each.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+SCHEMA = "1.0"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the step."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    placements: tuple[str, ...] = ()  # of a DTensor, one for each dimension of its mesh
+
+    def __str__(self) -> str:
+        """Shape, type and placements on one line."""
+        placed = f" {', '.join(self.placements)}" if self.placements else ""
+        return f"[{', '.join(map(str, self.shape))}] {self.dtype}{placed}"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A student's value and the teacher's that it is to be like.
+
+    ``student`` and ``teacher`` are module paths with their ports; their values are ``None`` where
+    the step was not captured.
+    """
+
+    name: str
+    student: str
+    teacher: str
+    loss: str
+    weight: float
+    between: str = ""  # projection and layouts
+    student_value: Value | None = None
+    teacher_value: Value | None = None
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term of the total; its weight is λ of the formula."""
+
+    name: str
+    loss: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """A number before and after a pass."""
+
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class PassLine:
+    """What one pass did to a graph; ``flops`` and ``bytes`` are those of all its nodes.
+
+    ``graph`` is what it worked on: "teacher" or "student" alone, "joint" for both with all terms,
+    "backward" for that with its gradients, "terms" where the models run as they are.
+    """
+
+    name: str
+    graph: str
+    level: str  # "captured": one forward; "joint": forward and backward
+    changed: bool
+    nodes: Change
+    flops: Change | None
+    bytes: Change | None
+    exposed: tuple[str, ...]
+    remarks: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a tower, in the order of the model: a repeated block, or what is beside those.
+
+    ``kinds`` are the mixers and MLPs that structure shows, with their paths. ``backward`` is 0 in a
+    frozen teacher.
+    """
+
+    path: str
+    kinds: tuple[tuple[str, str], ...]
+    parameters: int
+    forward: int = 0
+    backward: int = 0
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One of the models, or the projections."""
+
+    name: str
+    model: str
+    parameters: int
+    trainable: int
+    bytes: int  # of parameters and buffers, on this device
+    dtypes: tuple[str, ...]
+    training: bool
+    blocks: tuple[Block, ...] = ()
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating point operations of a step, by what they are for.
+
+    ``losses`` are the terms', forward and backward, with the heads where those are fused with them;
+    ``again`` is what the backward does a second time.
+    """
+
+    teacher: int
+    forward: int
+    backward: int
+    losses: int
+    projections: int
+    again: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is allocated while one operator runs: bytes by owner.
+
+    The owners are "weights", "teacher", "student", "taps", "head", "losses", "gradients".
+    """
+
+    phase: str  # "forward" or "backward"
+    at: str  # the block that runs, or the part of the step
+    held: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All owners together."""
+        return sum(self.held.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a step needs, before it is run.
+
+    ``peak`` is weights, and all that is alive with them at the worst moment; an optimizer's states
+    come on top of it. ``timeline`` is thinned, and holds the worst moment.
+    """
+
+    weights: dict[str, int]  # by tower, buffers with them
+    gradients: int
+    optimizers: dict[str, int]  # states, by optimizer
+    saved: int  # what the forward leaves for the backward, with no parameters or inputs
+    taps: int  # of that and of what lives with it: matched values
+    head: int  # logits, or what is held in place of them
+    transient: int  # at the peak: neither weights, nor gradients, nor saved
+    peak: int
+    peak_at: str
+    timeline: tuple[Moment, ...]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The same student trained on labels alone, its logits made: what distillation adds to."""
+
+    flops: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Collective:
+    """What crosses ranks: whose, which, how often in a step, and the bytes it returns on a rank."""
+
+    owner: str  # "student", "teacher", or "terms"
+    kind: str
+    times: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened while graphs were made: "capture", "recompile", "fallback"."""
+
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Values that change their type within a tower."""
+
+    owner: str
+    before: str
+    after: str
+    times: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What will happen in a step, or what stood in the way of knowing it (``stopped``).
+
+    A part that could not be known is ``None``, or empty.
+    """
+
+    schema: str
+    fxdistill: str
+    torch: str
+    mode: str
+    backend: str
+    mesh: dict[str, int]  # ranks by dimension; empty on one device
+    inputs: dict[str, Value]
+    towers: tuple[Tower, ...]
+    pairs: tuple[Pair, ...]
+    terms: tuple[Term, ...]
+    passes: tuple[PassLine, ...] = ()
+    nodes: dict[str, int] = dataclasses.field(default_factory=dict)  # of the one graph, by section
+    flops: Flops | None = None
+    memory: Memory | None = None
+    plain: Plain | None = None
+    collectives: tuple[Collective, ...] = ()
+    events: tuple[Event, ...] = ()
+    casts: tuple[Cast, ...] = ()
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    stopped: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists and numbers."""
+        found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return found
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The report as JSON, keys in the order of the fields."""
+        return json.dumps(dataclasses.asdict(self), indent=indent)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the report as one HTML file that needs nothing else, whole or not at all.
+
+        Args:
+            path: Where to; a file that is there is replaced.
+
+        Returns:
+            ``path``.
+        """
+        from fxdistill.report.html import write  # the faces know the data, not the other way round
+
+        return write(self, Path(path))
+
+    def __rich__(self) -> "RenderableType":
+        """The report for a terminal: ``rich.print(report)``."""
+        from fxdistill.report.terminal import terminal
+
+        return terminal(self)

@@ -1,0 +1,67 @@
+"""Models without weights: what lies on the meta device stands in as fake tensors for a while.
+
+On the meta device operators have no kind: attention falls back to products that no real device
+makes. A fake tensor has the device that it stands for.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map
+
+STANDS_FOR = torch.device("cpu")
+
+
+@contextlib.contextmanager
+def standing_in(models: Iterable[nn.Module]) -> Iterator[FakeTensorMode | None]:
+    """Parameters and buffers on the meta device are fake while this lasts.
+
+    Yields the mode they are fake in; ``None`` where all are real (then nothing is done). Models
+    that are fake already keep the mode they have.
+    """
+    modules = {id(m): m for model in models for m in model.modules()}.values()
+    held = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
+    fake = next((t for t in held if isinstance(t, FakeTensor)), None)
+    if fake is None and not any(t is not None and t.is_meta for t in held):
+        yield None
+        return
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if fake is None else fake.fake_mode
+    made: dict[int, Tensor] = {}
+    put: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for module in modules:
+            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+            for table in tables:
+                for name, value in table.items():
+                    if value is not None and value.is_meta and not isinstance(value, FakeTensor):
+                        put.append((table, name, value))
+                        table[name] = made.setdefault(id(value), _stand_in(value, mode))
+        with mode:
+            yield mode
+    finally:
+        for table, name, value in put:
+            table[name] = value
+
+
+def _stand_in(value: Tensor, mode: FakeTensorMode) -> Tensor:
+    with mode:
+        empty = torch.empty_like(value, device=STANDS_FOR)
+        if isinstance(value, nn.Parameter):
+            return nn.Parameter(empty, requires_grad=value.requires_grad)
+        return empty
+
+
+def faked(inputs: Any, mode: FakeTensorMode) -> Any:
+    """``inputs`` as fake tensors of ``mode``."""
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
+            return value
+        with mode:
+            return torch.empty_like(value, device=STANDS_FOR if value.is_meta else value.device)
+
+    return tree_map(one, inputs)

@@ -1,0 +1,75 @@
+"""Floating point operations of a graph's nodes: products of matrices, attention, the fused head.
+
+By torch's own formulas (``torch.utils.flop_counter``), which count a multiplication and an addition
+as two and all else as nothing; attention on a CPU, which torch leaves out, by the same ones.
+
+Private to torch and used here only: the operators that repeat random numbers. If they move,
+importing this fails.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
+from torch.utils.flop_counter import (
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+aten = torch.ops.aten
+_WITH_RANDOM_STATE = (run_with_rng_state, run_and_save_rng_state)
+HEAD = torch.ops.fxdistill.vocab_loss.default
+
+
+def flops_of(node: fx.Node) -> int:
+    """Of one node of the joint level."""
+    if node.op != "call_function":
+        return 0
+    if node.target is HEAD:
+        return head_flops(*_values(node)[0])
+    args, kwargs = _values(node)
+    target: Any = node.target
+    if target in _WITH_RANDOM_STATE:  # how a checkpoint repeats attention that may drop values
+        first = 1 if target is run_with_rng_state else 0
+        target, args = args[first], args[first + 1 :]
+    packet = getattr(target, "overloadpacket", None)
+    if packet in ATTENTION_ON_CPU:
+        return int(ATTENTION_ON_CPU[packet](*args))
+    if packet not in flop_registry:
+        return 0
+    formula: Any = flop_registry[packet]
+    return int(formula(*args, **kwargs, out_val=node.meta["val"]))
+
+
+def _values(node: fx.Node) -> tuple[Any, Any]:
+    found: tuple[Any, Any] = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    return found
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> int:
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+
+
+ATTENTION_ON_CPU: dict[Any, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def head_flops(h: Tensor, w: Tensor, _: Any, t: Any, t_weight: Any, *rest: Any) -> int:
+    """What the operator hides: the student's logits and the gradients asked for, the teacher's."""
+    needs = rest[8]
+    products = 1 + ("h" in needs) + ("w" in needs)
+    flops = products * 2 * h.numel() * w.shape[0]
+    if t_weight is not None:
+        flops += 2 * t.numel() * t_weight.shape[0]
+    return int(flops)

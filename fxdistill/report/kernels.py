@@ -1,0 +1,136 @@
+"""Which values of a graph are written to memory, one by one or fused into kernels.
+
+Run one by one, every operator writes its value. Inductor writes what products, reductions and other
+code of its own kind read or make, what the graph returns, and little else: an elementwise operator
+is computed where it is read. That is told here from the kinds of operators alone, before anything
+is compiled.
+"""
+
+import itertools
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+READS = 4  # an elementwise value of more than this many others is written if it is read twice
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What runs at once: the values that it reads and writes.
+
+    ``in_place``: it may write over what it is the last to read.
+    """
+
+    node: fx.Node
+    reads: tuple[fx.Node, ...]
+    writes: tuple[fx.Node, ...]
+    in_place: bool
+
+
+def kernels_of(graph: fx.Graph, fuses: bool) -> list[Kernel]:
+    """The kernels of ``graph`` in order."""
+    nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+    if not fuses:
+        return [Kernel(n, tuple(n.all_input_nodes), (n,), False) for n in nodes]
+    return _fused(nodes)
+
+
+def _fused(nodes: list[fx.Node]) -> list[Kernel]:
+    # What stands for a value that is not written: the written ones it is computed from.
+    sources: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    kernels = []
+    for node in nodes:
+        reads = dict.fromkeys(s for n in node.all_input_nodes for s in sources.get(n, (n,)))
+        if _is_written(node, len(reads)):
+            kernels.append(Kernel(node, tuple(reads), (node,), is_elementwise(node)))
+        else:
+            sources[node] = tuple(reads)
+    return _merged(kernels)
+
+
+def _merged(kernels: list[Kernel]) -> list[Kernel]:
+    """Loops that follow one another are one kernel: all it reads stays until all is written.
+
+    What only the kernel itself reads again is not written.
+    """
+    last = {node: i for i, kernel in enumerate(kernels) for node in kernel.reads}
+    found: list[Kernel] = []
+    for loops, run in itertools.groupby(enumerate(kernels), lambda item: _is_loop(item[1])):
+        members = list(run)
+        if not loops:
+            found += [kernel for _, kernel in members]
+            continue
+        end, _ = members[-1]
+        made = dict.fromkeys(kernel.node for _, kernel in members)
+        reads = dict.fromkeys(n for _, k in members for n in k.reads if n not in made)
+        writes = tuple(n for n in made if last.get(n, -1) > end or _is_returned(n))
+        # Seen in Inductor's code: what several loops read is not written over by one of them.
+        in_place = len(writes) == 1 and all(kernel.in_place for _, kernel in members)
+        named = writes[-1] if writes else members[-1][1].node
+        found.append(Kernel(named, tuple(reads), writes, in_place))
+    return found
+
+
+def _is_loop(kernel: Kernel) -> bool:
+    return is_elementwise(kernel.node) or is_reduction(kernel.node)
+
+
+def _is_returned(node: fx.Node) -> bool:
+    return any(u.op == "output" or (is_view(u) and _is_returned(u)) for u in node.users)
+
+
+def _is_written(node: fx.Node, reads: int) -> bool:
+    if is_view(node):
+        return any(user.op == "output" for user in node.users)
+    if not is_elementwise(node):
+        return True
+    return _is_needed(node) or (len(node.users) > 1 and reads > READS)
+
+
+def _is_needed(node: fx.Node) -> bool:
+    """Whether ``node``, or a view of it, is returned or read by what is not fused."""
+    for user in node.users:
+        if user.op == "output" or not (is_elementwise(user) or is_reduction(user) or is_view(user)):
+            return True
+        if is_view(user) and _is_needed(user):
+            return True
+    return False
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether ``node`` is another way to look at its input."""
+    if node.target in (torch.ops.aten._unsafe_view.default, operator.getitem):
+        return True
+    return bool(getattr(node.target, "is_view", False))
+
+
+_REDUCTIONS = {
+    *("sum", "mean", "amax", "amin", "argmax", "argmin", "prod", "any", "all"),
+    *("var", "var_mean", "std", "logsumexp", "norm"),
+}
+_CODE_OF_ITS_OWN = {
+    *("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"),
+    *("sort", "topk", "index_put", "_fft_r2c"),
+}
+
+
+def is_reduction(node: fx.Node) -> bool:
+    """Whether ``node`` is small and made of something large."""
+    return _name(node) in _REDUCTIONS
+
+
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether Inductor computes ``node`` where it is read."""
+    name = _name(node)
+    if name in _REDUCTIONS or name in _CODE_OF_ITS_OWN or not name:
+        return False
+    return not name.startswith(("_scaled_dot_product", "max_pool", "_cudnn", "cumsum"))
+
+
+def _name(node: fx.Node) -> str:
+    """The name of an operator of torch; "" for what is none, or one of somebody else."""
+    packet = getattr(node.target, "overloadpacket", None)
+    namespace, _, name = str(packet or "").partition(".")
+    return name if namespace in ("aten", "prims") else ""

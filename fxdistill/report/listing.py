@@ -1,0 +1,99 @@
+"""A program as text, at the level of modules and losses: one line a call, with what it returns."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from fxdistill.compose import section_of
+from fxdistill.losses.reduce import is_placed
+from fxdistill.program import Program
+from fxdistill.report.captured import Costs
+from fxdistill.report.costs import place_of
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one module, or one function outside of modules, returns and costs."""
+
+    section: str
+    name: str
+    kind: str
+    value: str
+    flops: int | None
+    bytes: int
+
+
+def listing(program: Program) -> str:
+    """The joint program, a line for each call: path, class, value, FLOPs, bytes of the value."""
+    found = list(lines(program))
+    names = max((len(line.name) for line in found), default=0)
+    kinds = max((len(line.kind) for line in found), default=0)
+    values = max((len(line.value) for line in found), default=0)
+    text = [f"{program.title or program.level} -> {', '.join(program.outputs)}"]
+    for section, members in itertools.groupby(found, lambda line: line.section):
+        text.append(section)
+        for line in members:
+            flops = "?" if line.flops is None else _short(line.flops, "FLOP", 1000)
+            parts = f"  {line.name:<{names}}  {line.kind:<{kinds}}  {line.value:<{values}}"
+            text.append(f"{parts}  {flops:>11}  {_short(line.bytes, 'B', 1024):>9}".rstrip())
+    return "\n".join(text)
+
+
+def lines(program: Program) -> Iterator[Line]:
+    """Nodes that follow one another in one module make one line."""
+    costs = Costs()
+    gm = program.gm
+    nodes = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
+    for (section, path, kind), run in itertools.groupby(nodes, _key):
+        members = list(run)
+        flops = [costs.flops(node, gm) for node in members]
+        shown = next((n for n in reversed(members) if _tensors(n)), members[-1])
+        if not path or not _tensors(shown):  # glue: sizes, masks, weights of terms
+            continue
+        yield Line(
+            section,
+            path,
+            kind,
+            ", ".join(map(_value, _tensors(shown)[:2])),
+            None if None in flops else sum(n for n in flops if n is not None),
+            sum(int(x.numel()) * x.element_size() for x in _tensors(shown)),
+        )
+
+
+def _key(node: fx.Node) -> tuple[str, str, str]:
+    section = section_of(node) or ""
+    tower, path = place_of(node)
+    stack = node.meta.get("nn_module_stack")
+    if path and stack:
+        kind = next(reversed(stack.values()))[1]
+        path = f"{tower}.{path}" if tower == "projections" else path
+        return section, path, getattr(kind, "__name__", str(kind).rpartition(".")[2])
+    module = getattr(node.target, "__module__", None) or "torch"
+    if section == "objective" and not module.startswith(("torch", "_operator", "builtins")):
+        return section, node.name, getattr(node.target, "__name__", str(node.target))
+    return section, "", ""
+
+
+def _tensors(node: fx.Node) -> list[Tensor]:
+    value: Any = node.meta.get("example_value", node.meta.get("val"))
+    return [x for x in tree_leaves(value) if isinstance(x, Tensor)]
+
+
+def _value(x: Tensor) -> str:
+    placed = f" {', '.join(map(str, x.placements))}" if is_placed(x) else ""
+    kind = str(x.dtype).removeprefix("torch.")
+    return f"{kind}[{', '.join(str(int(size)) for size in x.shape)}]{placed}"
+
+
+def _short(number: float, unit: str, step: int) -> str:
+    if not number:
+        return ""
+    for prefix in ("", "k", "M", "G"):
+        if number < step:
+            return f"{number:.3g} {prefix}{unit}"
+        number /= step
+    return f"{number:.3g} T{unit}"

@@ -1,0 +1,73 @@
+"""What the models of a distiller are made of, by their structure alone."""
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from fxdistill.losses.reduce import is_placed
+from fxdistill.report.data import Block, Tower
+from fxdistill.structure import Block as Structure
+from fxdistill.structure import stacks_of
+
+
+def towers_of(
+    student: nn.Module, teacher: nn.Module, projections: nn.ModuleList, *, frozen: bool
+) -> tuple[Tower, ...]:
+    """Teacher, student and, where there are any, projections."""
+    found = [
+        tower("teacher", teacher, trains=not frozen),
+        tower("student", student, trains=True),
+    ]
+    if len(projections):
+        found.append(tower("projections", projections, trains=True))
+    return tuple(found)
+
+
+def tower(name: str, model: nn.Module, *, trains: bool) -> Tower:
+    """Count ``model``; what is shared within it is counted once."""
+    parameters = list(model.parameters())
+    return Tower(
+        name,
+        type(model).__name__,
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters if trains and p.requires_grad),
+        bytes_here((*parameters, *model.buffers())),
+        tuple(sorted({dtype_name(p) for p in parameters})),
+        any(module.training for module in model.modules()),
+        tuple(_blocks(model)),
+    )
+
+
+def bytes_here(values: Iterable[Tensor]) -> int:
+    """Bytes on this device: of a DTensor its own shard; what shares storage counts once."""
+    sizes = {}
+    for value in values:
+        local = value.to_local() if is_placed(value) else value
+        sizes[id(value)] = local.numel() * local.element_size()
+    return sum(sizes.values())
+
+
+def dtype_name(value: Tensor) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(value.dtype).removeprefix("torch.")
+
+
+def _blocks(model: nn.Module) -> Iterator[Block]:
+    inside = {block.path: block for stack in stacks_of(model) for block in stack.blocks}
+    yield from _under(model, "", inside)
+
+
+def _under(module: nn.Module, path: str, inside: dict[str, Structure]) -> Iterator[Block]:
+    """Repeated blocks, and modules beside them that hold parameters, in order."""
+    holds = any(found.startswith(f"{path}.") or not path for found in inside)
+    if path in inside or not holds or not list(module.children()):
+        if any(True for _ in module.parameters()):
+            kinds = (
+                tuple((part.path, part.kind) for part in inside[path].parts)
+                if path in inside
+                else ()
+            )
+            yield Block(path, kinds, sum(p.numel() for p in module.parameters()))
+        return
+    for name, child in module.named_children():
+        yield from _under(child, f"{path}.{name}" if path else name, inside)

@@ -1,0 +1,49 @@
+"""A report of models on a mesh: one rank's bytes, placements, and what crosses ranks."""
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+import families
+import fxdistill
+from parallel.processes import run
+from parallel.test_tensor_parallel import AOT
+
+
+def reported(rank: int, axis: str) -> fxdistill.report.Report:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(axis,))
+    family = families.llama()
+    distiller = fxdistill.wrap(
+        family.student, family.teacher, family.mapping, mesh=mesh, compile=AOT
+    )
+    inputs = {**family.batch, "labels": family.labels}
+    report = distiller.report(**inputs)
+    distiller(**inputs)
+    distiller(**{name: value[:, :-2] for name, value in inputs.items()})
+    events = distiller.report().events
+    assert [event.kind for event in events] == ["capture", "recompile"]
+    assert "size mismatch" in events[1].reason
+    return report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["tp", "dp"])
+def test_one_ranks_step(axis: str) -> None:
+    family = families.llama()
+    alone = fxdistill.wrap(family.student, family.teacher, family.mapping, compile=AOT)
+    whole = alone.report(**family.batch, labels=family.labels)
+    first, second = run(2, reported, axis)
+    assert first.stopped is None
+    assert first.memory == second.memory
+    assert first.flops.total < whole.flops.total if axis == "tp" else True
+    assert first.memory.weights["teacher"] < 0.7 * whole.memory.weights["teacher"]
+    assert first.memory.gradients < 0.7 * whole.memory.gradients
+    terms = {c.kind: c for c in first.collectives if c.owner == "terms"}
+    assert terms["all_reduce"].times == (1 if axis == "tp" else 2)
+    assert terms["all_reduce"].bytes < 100
+    assert {c.owner for c in first.collectives} == {"student", "teacher", "terms"}
+    assert first.collectives == second.collectives
+    placed = first.pairs[0].student_value.placements
+    assert placed == (("S(1)",) if axis == "tp" else ())
+    assert first.pairs[0].student_value.shape == whole.pairs[0].student_value.shape
+    torch.testing.assert_close(first.memory.saved, second.memory.saved)
