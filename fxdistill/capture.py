@@ -46,6 +46,7 @@ class Recipe:
     passes: tuple[Pass, ...] = ()
     fuse_head: bool = True
     keep: Callable[[JointProgram], None] = lambda program: None
+    logits_made: Callable[[], str] = lambda: ""  # why the models made theirs in this call
     started: Callable[[str | None], None] = lambda why: None  # why there is one more graph
     dry: bool = False
     watch: Callable[[Halves], None] | None = None  # a dry run goes on until it has been called
@@ -54,7 +55,7 @@ class Recipe:
     def fusing(self) -> tuple[Pass, ...]:
         """The pass that fuses the head, if it is wanted."""
         compiled = self.lowering.backend == "inductor"
-        return (FuseHead(compiled=compiled),) if self.fuse_head else ()
+        return (FuseHead(compiled, self.logits_made()),) if self.fuse_head else ()
 
 
 class _Captured(Exception):

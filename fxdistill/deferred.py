@@ -11,6 +11,7 @@ Private to torch and used here only: ``_make_wrapper_subclass`` and
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -18,8 +19,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
+from fxdistill.deferrable import DeferrableHead, Waiting
 from fxdistill.errors import StepError
 from fxdistill.head import Curve, Unreadable, split_index
 from fxdistill.taps import current_section
@@ -45,10 +48,17 @@ class _Origin:
     curve: Curve
     columns: int | None
     make: Callable[[], Tensor]
+    head: DeferrableHead
+    waiting: Waiting
     family: "list[Deferred]" = field(default_factory=list)
 
     def require_unwritten(self) -> None:
-        """StepError where the hidden state is not what the head took any more."""
+        """StepError where hidden state or weight are not what the head took any more."""
+        if self.head.gathered and self.weight.untyped_storage().nbytes() < self.weight.nbytes:
+            raise StepError(
+                "the weight of a model's head was sharded again before its logits were made. "
+                'outputs=("logits",) makes them where the model does.'
+            )
         if self.source is not None and self.source[0]._version != self.source[1]:
             raise StepError(
                 "a model has written, in place, the hidden state that its head had taken, and its "
@@ -90,6 +100,8 @@ class Deferred(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in _QUESTIONS:
                 return func(*args, **kwargs)
+            if func is Tensor.register_hook and _is_awaited(*args):
+                return args[0].origin.waiting.add(*args)  # nobody reads the handle
             unmade = [x for x in args[:2] if isinstance(x, Deferred) and x.made is None]
             one = unmade[0] if len(unmade) == 1 and unmade[0].modes == _modes() else None
             followed = None if one is None else _followed(func, one, args, kwargs)
@@ -138,7 +150,13 @@ def _settled(value: Any) -> Any:
             member.origin.require_unwritten()
             with _under(member.modes):
                 member.made = member.origin.make()
+            member.origin.waiting.move(member)
     return value.made
+
+
+def _is_awaited(logits: Tensor, hook: Any) -> bool:
+    """Whether a hook on logits that are not made waits for the backward of all that reads them."""
+    return isinstance(logits, Deferred) and logits.made is None and logits.origin.head.awaits(hook)
 
 
 def _lost(gradient: Tensor) -> None:
@@ -152,9 +170,10 @@ def _lost(gradient: Tensor) -> None:
 
 _QUESTIONS = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout")),
-    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_cuda", "is_meta")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_cuda", "is_meta", "_base")),
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "__len__")),
     *(getattr(Tensor, name) for name in ("element_size", "__repr__", "__hash__", "__format__")),
+    torch.is_floating_point,
 }
 _TIMES = {"mul", "__mul__", "__rmul__"}
 _DIVIDED = {"div", "__truediv__", "true_divide"}
@@ -261,31 +280,32 @@ def _is_plain_index(others: Any) -> bool:
 
 
 @contextlib.contextmanager
-def deferring(heads: Iterable[nn.Linear]) -> Iterator[None]:
+def deferring(heads: Iterable[DeferrableHead]) -> Iterator[Waiting]:
     """While the context lasts the heads return stand-ins; one head may be both towers'."""
-    modes = _modes()
+    modes, waiting = _modes(), Waiting()
     changed: list[nn.Linear] = []
 
-    def put(head: nn.Linear) -> None:
+    def put(head: DeferrableHead) -> None:
         def forward(x: Tensor) -> Tensor:
             here = _modes()
             # A frozen teacher runs without gradients, as its values are taken.
             same = here[1:] == modes[1:] and (here[0] == modes[0] or current_section() == "teacher")
-            if x.ndim < 2 or not same or _saves_elsewhere():
-                return nn.Linear.forward(head, x)
-            return _defer(x, head.weight, head.bias)
+            own = is_traceable_wrapper_subclass(head.module.weight)
+            if x.ndim < 2 or not same or own or _saves_elsewhere():
+                return nn.Linear.forward(head.module, x)
+            return _defer(x, head, waiting)
 
-        head.__dict__["forward"] = forward
-        changed.append(head)
+        head.module.__dict__["forward"] = forward
+        changed.append(head.module)
 
     try:
         for head in heads:
-            if head not in changed:
+            if head.module not in changed:
                 put(head)
-        yield
+        yield waiting
     finally:
-        for head in changed:
-            del head.__dict__["forward"]
+        for module in changed:
+            del module.__dict__["forward"]
 
 
 _Modes = tuple[Any, ...]
@@ -319,12 +339,19 @@ def _saves_elsewhere() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
-def _defer(x: Tensor, weight: Tensor, bias: Tensor | None) -> Deferred:
+def _defer(x: Tensor, head: DeferrableHead, waiting: Waiting) -> Deferred:
+    weights: list[Tensor | None] = [head.module.weight, head.module.bias]
+    if head.freed():
+        # A copy costs what keeping the weights would, and no second gathering.
+        weights = [None if value is None else value.clone() for value in weights]
+    weight, bias = weights
+    assert weight is not None
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     like = torch.empty(*x.shape[:-1], weight.shape[0], dtype=dtype, device="meta")
     inference = x.is_inference()  # then nobody counts how often it is written
     source = None if inference else (x, x._version)
     x = x.clone() if inference else x
-    origin = _Origin(source, x, weight, bias, Curve(), None, lambda: F.linear(x, weight, bias))
+    made = functools.partial(F.linear, x, weight, bias)
+    origin = _Origin(source, x, weight, bias, Curve(), None, made, head, waiting)
     return Deferred(origin, like)

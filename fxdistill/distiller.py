@@ -17,7 +17,7 @@ from fxdistill.capture import Recipe
 from fxdistill.checks import verify
 from fxdistill.deferred import deferring
 from fxdistill.errors import CaptureError, MatchWarning, OptionError, did_you_mean
-from fxdistill.head_module import head_of, head_path, mesh_sizes, sharded_vocabularies
+from fxdistill.head_module import Found, deferrable, head_path, mesh_sizes, sharded_vocabularies
 from fxdistill.hooks import hooked
 from fxdistill.lower import Halves
 from fxdistill.matching import Matches
@@ -66,6 +66,7 @@ class Distiller(nn.Module):
         self._vector: Tensor | None = None
         self._steps: dict[str, Callable[..., Any]] = {}
         self._head_paths: tuple[str | None, ...] | None = None  # looked for once, when needed
+        self._logits_made = ""  # why regional mode makes them
         self.program: JointProgram | None = None
         self._passed = False  # whether a step has run to its end outside of one graph
         self._warnings: dict[str, bool] = {}  # text, and whether it was given
@@ -161,7 +162,9 @@ class Distiller(nn.Module):
                 if mode == "eager":
                     result = step(*inputs, call.batch, settings)
                 else:
-                    with deferring(self._heads(objective)):
+                    found = self._heads(objective)
+                    self._logits_made = found.why_not
+                    with deferring(found.heads) as waiting:
                         anchor = run_towers(*inputs)
                     values = collect(objective, "logits" in self.plan.outputs)
             self._passed = True
@@ -169,16 +172,16 @@ class Distiller(nn.Module):
                 return result
         with recording(TapTable(capturing=True)) as table:
             terms = self._compiled("terms", terms_of)
-            return terms(table, self, objective, values, call.batch, settings, anchor)  # type: ignore[no-any-return]
+            losses, logits = terms(table, self, objective, values, call.batch, settings, anchor)
+        waiting.hand_to(losses.total)
+        return losses, logits
 
-    def _heads(self, objective: Objective) -> list[nn.Linear]:
+    def _heads(self, objective: Objective) -> Found:
         """The heads whose logits only the losses read."""
         if not self.plan.fuse_head or not objective.can_fuse or "logits" in self.plan.outputs:
-            return []
-        student, teacher = map(head_of, (self.student, self.teacher), self._paths_of_heads())
-        if student is None or (objective.logit_loss is not None and teacher is None):
-            return []
-        return [student, *([] if teacher is None else [teacher])]
+            return Found()
+        both = objective.logit_loss is not None
+        return deferrable(self.student, self.teacher, self._paths_of_heads(), both=both)
 
     def _paths_of_heads(self) -> tuple[str | None, ...]:
         if self._head_paths is None:
@@ -192,9 +195,8 @@ class Distiller(nn.Module):
         return self._steps[name]
 
     def _recipe(self) -> Recipe:
-        plan = self.plan
-        started = self.past.made_graph
-        return Recipe(plan.lowering, plan.passes, plan.fuse_head, keep=self._keep, started=started)
+        plan, made, started = self.plan, lambda: self._logits_made, self.past.made_graph
+        return Recipe(plan.lowering, plan.passes, plan.fuse_head, self._keep, made, started)
 
     def _keep(self, program: JointProgram) -> None:
         self.program = program

@@ -6,11 +6,15 @@ fails in the first call.
 
 import functools
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fxdistill.deferrable import DeferrableHead
+from fxdistill.head import Unreadable
 from fxdistill.hooks import compiles_itself
 from fxdistill.landmarks import asked
 from fxdistill.losses.reduce import is_placed
@@ -30,25 +34,69 @@ def head_path(model: nn.Module) -> str | None:
     return next((n for n, m in reversed(outside) if m.out_features in entries), None)
 
 
-def head_of(model: nn.Module, path: str | None) -> nn.Linear | None:
+@dataclass(frozen=True)
+class Found:
+    """The heads whose logits only losses read, or why they are made where the models make them."""
+
+    heads: tuple[DeferrableHead, ...] = ()
+    why_not: str = ""
+
+
+def deferrable(
+    student: nn.Module, teacher: nn.Module, paths: Iterable[str | None], *, both: bool
+) -> Found:
+    """The heads of two models, by their paths; unless ``both``, the teacher's is not needed."""
+    towers = ("student", student), ("teacher", teacher)
+    found = [_asked(*tower, path) for tower, path in zip(towers, paths, strict=True)]
+    needed = found if both else found[:1]
+    why_not = next((reason for reason in needed if isinstance(reason, str)), "")
+    heads = [head for head in found if isinstance(head, DeferrableHead)]
+    return Found(why_not=why_not) if why_not else Found(tuple(heads))
+
+
+def _asked(tower: str, model: nn.Module, path: str | None) -> DeferrableHead | str:
+    try:
+        return head_of(model, path)
+    except Unreadable as why:
+        return f"the {tower}'s {why}"
+
+
+def head_of(model: nn.Module, path: str | None) -> DeferrableHead:
     """The module at ``path``, if it is a linear layer that nothing has changed or compiled.
 
-    ``None`` too in wrappers that shard a model, or wait for its outputs in the backward: those must
-    see its logits.
+    Unreadable otherwise, and in wrappers that shard a model in ways unknown here, or wait for its
+    outputs in the backward: those must see its logits.
     """
-    if path is None or any(_is_wrapper(type(module).__mro__) for module in model.modules()):
-        return None
+    if path is None:
+        raise Unreadable("head is no module that could be found")
     head = model.get_submodule(path)
-    if any(is_traceable_wrapper_subclass(parameter) for parameter in head.parameters()):
-        return None
+    found, linear = _in_wrappers(model, head)
     names = path.split(".")
     around = [model.get_submodule(".".join(names[:end])) for end in range(len(names) + 1)]
+    if linear is not nn.Linear or "forward" in head.__dict__:
+        raise Unreadable(f"head {path!r} is no plain linear layer")
+    if any(compiles_itself(module) for module in around):
+        raise Unreadable(f"head {path!r} is compiled by itself")
     # What waits for gradients, of these or of all modules, must see the logits that have them.
-    if any(compiles_itself(m) or _waits(m) for m in around):
-        return None
-    if type(head) is not nn.Linear or "forward" in head.__dict__ or _any_waits():
-        return None
-    return head
+    if any(map(_waits, around)) or _any_waits():
+        raise Unreadable(f"head {path!r} has backward hooks around it")
+    return found
+
+
+def _in_wrappers(model: nn.Module, head: nn.Module) -> tuple[DeferrableHead, type]:
+    """The head, and of what class it was before ``fully_shard``; Unreadable in other wrappers."""
+    wrappers = [m for m in model.modules() if _is_wrapper(type(m).__mro__)]
+    if others := [type(m).__name__ for m in wrappers if not _is_fsdp2(type(m).__mro__)]:
+        raise Unreadable(f"logits are for {others[0]} to see, which wraps the model")
+    found, linear = DeferrableHead(cast(nn.Linear, head)), type(head)
+    if wrappers:
+        # What imports torch.distributed is imported where it is used.
+        from fxdistill.parallel.wrappers import class_behind, head_in_fsdp
+
+        found, linear = head_in_fsdp(wrappers, found.module), class_behind(head)
+    if not found.gathered and any(map(is_traceable_wrapper_subclass, head.parameters())):
+        raise Unreadable("head is sharded, and not by fully_shard alone")
+    return found, linear
 
 
 def sharded_vocabularies(
@@ -79,7 +127,16 @@ def mesh_sizes(model: nn.Module) -> frozenset[int]:
 @functools.cache
 def _is_wrapper(bases: tuple[type, ...]) -> bool:
     wrappers = ("torch.distributed", "torch.nn.parallel", "deepspeed")
-    return any(base.__module__.startswith(wrappers) for base in bases)
+    # Checkpoints neither shard nor wait; a head inside of one is told when it runs.
+    checkpoints = "torch.distributed.algorithms._checkpoint"
+    modules = [b.__module__ for b in bases if not b.__module__.startswith(checkpoints)]
+    return any(name.startswith(wrappers) for name in modules)
+
+
+def _is_fsdp2(bases: tuple[type, ...]) -> bool:
+    """Whether ``fully_shard`` was called on such a module."""
+    modules = [base.__module__ for base in bases if base.__name__ == "FSDPModule"]
+    return any(module.startswith("torch.distributed.fsdp") for module in modules)
 
 
 def _waits(module: nn.Module) -> bool:

@@ -145,11 +145,12 @@ class _Partition(CustomPartitionerFn):
         # At a budget of exactly 0 torch saves the inputs only, whatever a pass has marked.
         budget = max(functorch_config.activation_memory_budget, SMALLEST_BUDGET)
         with functorch_config.patch(activation_memory_budget=budget):
-            halves = min_cut_rematerialization_partition(program.gm, joint_inputs, **kwargs)
+            parts = min_cut_rematerialization_partition(program.gm, joint_inputs, **kwargs)
+        outputs = kwargs["num_fwd_outputs"]
+        forward, backward = _meshes_last(parts[0], parts[1], outputs)
         if self.watch is not None:
-            forward, backward = halves
-            self.watch(Halves(forward, backward, kwargs["num_fwd_outputs"], self.fuses))
-        return halves
+            self.watch(Halves(forward, backward, outputs, self.fuses))
+        return forward, backward
 
     def __getstate__(self) -> dict[str, Any]:
         """Inductor pickles its configuration to key its caches; observers change no code."""
@@ -158,3 +159,35 @@ class _Partition(CustomPartitionerFn):
     def uuid(self) -> str:
         """Part of the key of Inductor's caches: a changed pass must not be served old code."""
         return f"{get_hash_for_files((__file__,))!r} {self.passes!r} {torch.__version__}"
+
+
+def _meshes_last(
+    forward: fx.GraphModule, backward: fx.GraphModule, outputs: int
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Put what is neither tensor nor number (a device mesh) behind all tensors that are saved.
+
+    AOTAutograd expects them there. torch's partitioner (2.13) puts the states of random operators
+    that a checkpoint runs again behind the meshes, as if these were tensors.
+    """
+    last = forward.graph.output_node()
+    values = list(last.args[0])  # type: ignore[arg-type]
+    saved = sorted(values[outputs:], key=_place)
+    if saved == values[outputs:]:
+        return forward, backward
+    last.args = ([*values[:outputs], *saved],)
+    inputs = backward.graph.find_nodes(op="placeholder")
+    names = {node.name for node in saved if _place(node) == 1}
+    tangent = next(node for node in inputs if node.name.startswith("tangents"))
+    for node in [node for node in inputs if node.name in names]:
+        tangent.prepend(node)
+    for part in (forward, backward):
+        part.recompile()
+    return forward, backward
+
+
+def _place(saved: fx.Node) -> int:
+    """Tensors first, then what is no number either, then numbers."""
+    value = saved.meta.get("val")
+    if value is None or isinstance(value, torch.Tensor):
+        return 0
+    return 2 if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)) else 1

@@ -26,6 +26,11 @@ class Towers:
         sharding = self.shardings.get(tower)
         if sharding is None:
             return model(*inputs.args, **inputs.kwargs)
+        if not torch.compiler.is_compiling():
+            # What imports torch.distributed is imported where it is used.
+            from fxdistill.parallel.recompute import gather_again
+
+            gather_again(model, sharding)
         weights = sharding.gathered(model)
         return torch.func.functional_call(model, weights, inputs.args, inputs.kwargs)
 

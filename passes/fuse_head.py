@@ -39,10 +39,12 @@ class FuseHead:
     3. What a model makes of its logits and nobody reads goes.
     4. Logits ``[B, C]`` are left alone: classes are few.
 
-    Works on the captured level. ``compiled``: whether the body of a chunk is compiled.
+    Works on the captured level. ``compiled``: whether the body of a chunk is compiled. ``made``:
+    why the models made their logits before this graph, for the remark.
     """
 
     compiled: bool = True
+    made: str = ""
 
     def __call__(self, program: P) -> P:
         """Fuse; a program without losses on logits is returned as it is."""
@@ -54,7 +56,8 @@ class FuseHead:
         try:
             remark = _Fusion.read(gm).write(self.compiled)
         except Unreadable as why:
-            return replace(program, remarks=(*program.remarks, f"logits are made: {why}"))
+            said = f"logits are made: {why}" + (f"; {self.made}" if self.made else "")
+            return replace(program, remarks=(*program.remarks, said))
         return replace(program, gm=gm, remarks=(*program.remarks, remark))
 
 

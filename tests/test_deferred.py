@@ -11,9 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fxdistill
 import heads
+from fxdistill.deferrable import DeferrableHead
 from fxdistill.deferred import Deferred, deferring
 from fxdistill.errors import StepError
-from fxdistill.head_module import head_of, head_path
+from fxdistill.head import Unreadable
+from fxdistill.head_module import deferrable, head_of, head_path
 from fxdistill.lower import Lowering
 from heads import LEFT, READ, Model, batch, run, variant
 
@@ -148,17 +150,27 @@ def test_a_failing_model_gets_its_head_back() -> None:
 def test_which_heads_can_be_deferred() -> None:
     model = Model(0)
     assert head_path(model) == "lm_head"
-    assert head_of(model, "lm_head") is model.lm_head
-    assert head_of(nn.DataParallel(model), "module.lm_head") is None
-    assert head_of(model, "embed") is None
+    assert head_of(model, "lm_head").module is model.lm_head
+    with pytest.raises(Unreadable, match="DataParallel"):
+        head_of(nn.DataParallel(model), "module.lm_head")
+    with pytest.raises(Unreadable, match="no plain linear layer"):
+        head_of(model, "embed")
     model.lm_head.compile(backend="eager")
-    assert head_of(model, "lm_head") is None
+    with pytest.raises(Unreadable, match="compiled by itself"):
+        head_of(model, "lm_head")
+    teacher = Model(1)
+    paths = ["lm_head", "lm_head"]
+    found = deferrable(teacher, model, paths, both=False)
+    assert [head.module for head in found.heads] == [teacher.lm_head]
+    found = deferrable(teacher, model, paths, both=True)
+    assert not found.heads
+    assert found.why_not == "the teacher's head 'lm_head' is compiled by itself"
 
 
 def test_a_stand_in_answers_without_being_made() -> None:
     model = Model(0)
     x = torch.randn(2, 5, 16)
-    with deferring([model.lm_head]):
+    with deferring([DeferrableHead(model.lm_head)]):
         logits = model.lm_head(x)
         assert isinstance(logits, Deferred)
         assert (logits.shape, logits.dtype, logits.ndim) == ((2, 5, 61), torch.float32, 3)

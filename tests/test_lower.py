@@ -3,6 +3,7 @@
 import functorch.compile
 import pytest
 import torch
+from torch import fx
 
 import fxdistill
 from fxdistill import lower
@@ -74,3 +75,24 @@ def test_inductor_runs_the_joint_passes_and_takes_its_options():
     reference = toy_pair()
     fxdistill.wrap(*reference, MAPPING, compile=False)(tokens()).loss.backward()
     assert_same_gradients(gradients(student), gradients(reference[0]))
+
+
+def test_meshes_are_saved_behind_tensors_and_before_numbers():
+    values = {"loss": torch.ones(()), "a": torch.ones(2), "mesh": object(), "state": torch.ones(3)}
+    made = fx.Graph()
+    nodes = {name: made.placeholder(name) for name in [*values, "size"]}
+    for name, node in nodes.items():
+        node.meta["val"] = values.get(name, 4)
+    made.output(tuple(nodes.values()))
+    used = fx.Graph()
+    for name in ("size", "a", "mesh", "state", "tangents_1", "seed"):
+        used.placeholder(name)
+    used.output(())
+    parts = [fx.GraphModule({}, graph) for graph in (made, used)]
+    forward, backward = lower._meshes_last(*parts, 1)
+    saved = [node.name for node in forward.graph.output_node().args[0]]
+    assert saved == ["loss", "a", "state", "mesh", "size"]
+    taken = [node.name for node in backward.graph.find_nodes(op="placeholder")]
+    assert taken == ["size", "a", "state", "mesh", "tangents_1", "seed"]
+    forward.graph.lint()
+    backward.graph.lint()

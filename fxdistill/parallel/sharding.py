@@ -90,11 +90,12 @@ class Sharding:
         for name, parameter in model.named_parameters():
             if name not in self.weights:
                 raise MeshError(f"{name!r} was added after wrap(mesh=): add it before")
-            found[name] = _gathered(parameter, self.weights[name], self.axes)
+            found[name] = gathered_weight(parameter, self.weights[name], self.axes)
         return found
 
 
-def _gathered(parameter: Tensor, weight: Weight, axes: Axes) -> Tensor:
+def gathered_weight(parameter: Tensor, weight: Weight, axes: Axes) -> Tensor:
+    """The weight that a step uses of one parameter, on this rank."""
     assert isinstance(parameter, DTensor)
     x = parameter.to_local()
     if (data := axes.data) is not None:
