@@ -1,7 +1,6 @@
 """A report of models on a mesh: one rank's bytes, placements, and what crosses ranks."""
 
 import pytest
-import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 import families
@@ -35,16 +34,18 @@ def test_one_ranks_step(axis: str) -> None:
     whole = alone.report(**family.batch, labels=family.labels)
     first, second = run(2, reported, axis)
     assert first.stopped is None
-    assert first.memory == second.memory
-    assert first.flops.total < whole.flops.total if axis == "tp" else True
+    # Eleven tokens on two ranks are six and five.
+    assert second.memory.peak == pytest.approx(first.memory.peak, rel=0.15)
+    assert first.mesh == {axis: 2}
+    if axis == "tp":
+        assert first.flops.total < 0.7 * whole.flops.total
     assert first.memory.weights["teacher"] < 0.7 * whole.memory.weights["teacher"]
     assert first.memory.gradients < 0.7 * whole.memory.gradients
     terms = {c.kind: c for c in first.collectives if c.owner == "terms"}
     assert terms["all_reduce"].times == (1 if axis == "tp" else 2)
     assert terms["all_reduce"].bytes < 100
     assert {c.owner for c in first.collectives} == {"student", "teacher", "terms"}
-    assert first.collectives == second.collectives
+    assert [c.times for c in first.collectives] == [c.times for c in second.collectives]
     placed = first.pairs[0].student_value.placements
     assert placed == (("S(1)",) if axis == "tp" else ())
     assert first.pairs[0].student_value.shape == whole.pairs[0].student_value.shape
-    torch.testing.assert_close(first.memory.saved, second.memory.saved)
