@@ -30,16 +30,18 @@ def flops_of(node: fx.Node) -> int:
         return 0
     if node.target is HEAD:
         return head_flops(*_values(node)[0])
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet in flop_registry and node.target not in _WITH_RANDOM_STATE:
-        args, kwargs = _values(node)
-        formula: Any = flop_registry[packet]
-        return int(formula(*args, **kwargs, out_val=node.meta["val"]))
-    args, _ = _values(node)
-    if node.target in _WITH_RANDOM_STATE:  # how a checkpoint repeats attention
-        first = 1 if node.target is run_with_rng_state else 0
-        packet, args = args[first].overloadpacket, args[first + 1 :]
-    return int(ATTENTION_ON_CPU[packet](*args)) if packet in ATTENTION_ON_CPU else 0
+    args, kwargs = _values(node)
+    target: Any = node.target
+    if target in _WITH_RANDOM_STATE:  # how a checkpoint repeats attention
+        first = 1 if target is run_with_rng_state else 0
+        target, args = args[first], args[first + 1 :]
+    packet = getattr(target, "overloadpacket", None)
+    if packet in ATTENTION_ON_CPU:
+        return int(ATTENTION_ON_CPU[packet](*args))
+    if packet not in flop_registry:
+        return 0
+    formula: Any = flop_registry[packet]
+    return int(formula(*args, **kwargs, out_val=node.meta.get("val")))
 
 
 def _values(node: fx.Node) -> tuple[Any, Any]:
