@@ -58,10 +58,24 @@ def _inline(
             local[node] = env[_source(node)]
         elif node.op != "output":
             copy = local[node] = graph.node_copy(node, lambda n: local[n])
-            copy.meta = {**node.meta, "custom": {**node.meta.get("custom", {}), SECTION: section}}
+            copy.meta = _labelled(node, section)
             if node.op == "get_attr":
-                attributes[node.target] = _attribute(program.gm, node.target)
+                value = attributes[node.target] = _attribute(program.gm, node.target)
+                _label_region(value, section)
     return [local[v] if isinstance(v, fx.Node) else v for v in output_values(program.gm.graph)]
+
+
+def _labelled(node: fx.Node, section: str) -> dict[str, Any]:
+    return {**node.meta, "custom": {**node.meta.get("custom", {}), SECTION: section}}
+
+
+def _label_region(value: Any, section: str) -> None:
+    """The operators of a checkpointed region belong to the same section, and their gradients."""
+    if isinstance(value, fx.GraphModule):
+        for module in value.modules():
+            if isinstance(module, fx.GraphModule):
+                for node in module.graph.nodes:
+                    node.meta = _labelled(node, section)
 
 
 def _source(placeholder: fx.Node) -> str:

@@ -10,7 +10,7 @@ from fxdistill.compose import section_of
 from fxdistill.lower import Halves
 from fxdistill.passes.count_collectives import collectives
 from fxdistill.report.data import Cast, Collective, Flops
-from fxdistill.report.flops import flops_of
+from fxdistill.report.flops import WITH_RANDOM_STATE, first_argument, flops_of
 
 Paths = Mapping[str, Collection[str]]  # of blocks, by tower
 _TOWERS = (
@@ -23,6 +23,8 @@ _TOWERS = (
 
 def place_of(node: fx.Node) -> tuple[str, str]:
     """The tower and the module path that ``node`` was called in; ``("", "")`` outside of models."""
+    if node.target in WITH_RANDOM_STATE:  # made by the partitioner, around an operator of a model
+        node = first_argument(node)
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
     if stack:
         path = str(next(reversed(stack.values()))[0])
@@ -34,6 +36,8 @@ def place_of(node: fx.Node) -> tuple[str, str]:
 
 def part_of(node: fx.Node) -> str:
     """Teacher, student or objective; what autograd adds between is its first input's."""
+    if node.target in WITH_RANDOM_STATE:
+        node = first_argument(node)
     section = section_of(node)
     while section is None and node.all_input_nodes:
         node = node.all_input_nodes[0]
@@ -58,7 +62,8 @@ def flops(halves: Halves) -> Flops:
     for phase, node in both(halves):
         count = flops_of(node)
         if count:
-            again = phase == "backward" and node.name in forward
+            repeated = node.name in forward or node.target in WITH_RANDOM_STATE
+            again = phase == "backward" and repeated
             found["again" if again else _purpose(phase, node)] += count
     parts = ("teacher", "forward", "backward", "losses", "projections", "again")
     return Flops(**{part: found[part] for part in parts}, total=sum(found.values()))

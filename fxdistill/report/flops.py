@@ -20,7 +20,7 @@ from torch.utils.flop_counter import (
 )
 
 aten = torch.ops.aten
-_WITH_RANDOM_STATE = (run_with_rng_state, run_and_save_rng_state)
+WITH_RANDOM_STATE = (run_with_rng_state, run_and_save_rng_state)
 HEAD = torch.ops.fxdistill.vocab_loss.default
 
 
@@ -32,8 +32,8 @@ def flops_of(node: fx.Node) -> int:
         return head_flops(*_values(node)[0])
     args, kwargs = _values(node)
     target: Any = node.target
-    if target in _WITH_RANDOM_STATE:  # how a checkpoint repeats attention
-        first = 1 if target is run_with_rng_state else 0
+    if target in WITH_RANDOM_STATE:  # how a checkpoint repeats attention
+        first = 1 if target is run_with_rng_state else 0  # behind the state
         target, args = args[first], args[first + 1 :]
     packet = getattr(target, "overloadpacket", None)
     if packet in ATTENTION_ON_CPU:
@@ -42,6 +42,13 @@ def flops_of(node: fx.Node) -> int:
         return 0
     formula: Any = flop_registry[packet]
     return int(formula(*args, **kwargs, out_val=node.meta.get("val")))
+
+
+def first_argument(node: fx.Node) -> fx.Node:
+    """What an operator that is run with a state of random numbers takes first."""
+    first = node.args[2 if node.target is run_with_rng_state else 1]
+    assert isinstance(first, fx.Node)
+    return first
 
 
 def _values(node: fx.Node) -> tuple[Any, Any]:
