@@ -202,7 +202,7 @@ CASES = {
         options={"outputs": ("logits",)},
     ),
     "gpt2": Case(gpt2, tokens(4, 512, 16000), mapping="transformer.h.{}.mlp"),
-    "bamba": Case(bamba, tokens(4, 256, 16000), layers=(2, 4), mapping="model.layers.{}"),
+    "bamba": Case(bamba, tokens(6, 256, 16000), layers=(2, 4), mapping="model.layers.{}"),
     "bert": Case(
         bert,
         tokens(4, 512, 16000),
@@ -210,8 +210,8 @@ CASES = {
         options={"task": "masked_lm"},
     ),
     "t5": Case(t5, tokens(4, 256, 16000), mapping="encoder.block.{}.layer.1"),
-    "vit": Case(vit, images(16, 224), mapping="vit.layers.{}"),
-    "convnext": Case(convnext, images(8, 224), layers=(1, 2)),
+    "vit": Case(vit, images(24, 224), mapping="vit.layers.{}"),
+    "convnext": Case(convnext, images(24, 224), layers=(1, 2)),
 }
 
 
