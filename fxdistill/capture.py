@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._dynamo import exc
 from torch._dynamo.utils import get_metrics_context
 from torch._functorch import config as functorch_config
@@ -97,13 +97,20 @@ def backend(
     recipe.started(_why_again())
     joint = joint_program(gm, (*recipe.passes, *recipe.fusing, PruneTeacher()), dump)
     recipe.keep(joint)
-    if recipe.dry and recipe.watch is None:
+    if recipe.dry and (recipe.watch is None or not _learns(joint)):  # there is nothing to cut
         raise _Captured
     observers = (dump, _note(recipe, joint))
     compiled = lower(joint.gm, example_inputs, recipe.lowering, observers, recipe.watch)
-    if recipe.dry:  # nothing had to be cut: no gradient is wanted
+    if recipe.dry:  # nothing had to be cut: no output depends on what learns
         raise _Captured
     return compiled
+
+
+def _learns(joint: JointProgram) -> bool:
+    """Whether the total has a gradient, as far as its stand-in tells."""
+    total = output_values(joint.gm.graph)[0]
+    value = total.meta.get("example_value") if isinstance(total, fx.Node) else None
+    return not isinstance(value, Tensor) or value.requires_grad
 
 
 def _why_again() -> str | None:
@@ -207,6 +214,8 @@ def dry_run(step: Step, recipe: Recipe, table: TapTable, *args: Any) -> tuple[Jo
         compiled(table, *args)
     except _Captured:
         return kept[-1], None
+    finally:
+        kept.clear()  # dynamo keeps backends for good
     raise AssertionError("a dry run ends in the backend")
 
 
@@ -235,6 +244,9 @@ def dry_halves(
             compiled(table, *args)
     except _Captured:
         return kept[-1], cut[0] if cut else None
+    finally:
+        kept.clear()  # dynamo keeps backends for good
+        cut.clear()
     raise AssertionError("a dry run ends in the backend")
 
 

@@ -1,5 +1,8 @@
 """What a distiller remembers of its calls, for a report: shapes, and why graphs were made."""
 
+import copy
+from collections import UserDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +31,19 @@ class _Like:
         return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
 
+def _mapped(fn: Callable[[Any], Any], tree: Any) -> Any:
+    """``tree_map``, which goes into mappings of other kinds too (a tokenizer's batch is one)."""
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, UserDict):
+            return fn(value)
+        made = copy.copy(value)
+        made.data = _mapped(fn, value.data)
+        return made
+
+    return tree_map(one, tree)
+
+
 class Past:
     """The last call, and what happened while graphs were made."""
 
@@ -35,16 +51,20 @@ class Past:
         self.events: list[tuple[str, str]] = []
         self._last: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has made no graph, and inputs may be what cannot be copied."""
+        return Past().__dict__
+
     def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember the shapes of a call."""
-        self._last = tree_map(_Like.of, (args, kwargs))
+        self._last = _mapped(_Like.of, (args, kwargs))
 
     @property
     def last(self) -> Inputs | None:
         """Inputs like those of the last call; their numbers are 0."""
         if self._last is None:
             return None
-        inputs: Inputs = tree_map(lambda x: x.made() if isinstance(x, _Like) else x, self._last)
+        inputs: Inputs = _mapped(lambda x: x.made() if isinstance(x, _Like) else x, self._last)
         return inputs
 
     def made_graph(self, why: str | None) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import fxdistill
 from fxdistill.call import Call
@@ -16,7 +18,7 @@ from fxdistill.head_module import head_path
 from fxdistill.losses.reduce import is_placed
 from fxdistill.lower import Halves, Lowering
 from fxdistill.matching import loss_name
-from fxdistill.program import output_values
+from fxdistill.program import JointProgram, output_values
 from fxdistill.report import costs, memory
 from fxdistill.report.changes import pass_lines
 from fxdistill.report.data import SCHEMA, Event, Memory, Pair, Plain, Report, Term, Tower, Value
@@ -33,34 +35,52 @@ if TYPE_CHECKING:
 
 def build(distiller: "Distiller", args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Report:
     """The report of a step on these inputs; without any, on those of the last call."""
-    inputs = (args, dict(kwargs)) if args or kwargs else distiller.past.last
+    given = bool(args or kwargs)
+    inputs = (args, dict(kwargs)) if given else distiller.past.last
     if inputs is None:
         raise StepError(
             "a report needs to know what a step is called with, and nothing was called yet: "
             "distiller.report(input_ids=ids, labels=ids), as the distiller itself would be called"
         )
     models = (distiller.student, distiller.teacher, distiller.projections)
-    with standing_in(models) as mode, torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), standing_in(models) as mode:
         # The vector of weights may be fake then, and must not be kept.
         vector, distiller._vector = distiller._vector, None
         try:
             if mode is not None:
                 inputs = faked(inputs, mode)
-            return _report(distiller, *inputs)
+            return _report(distiller, *inputs, given=given)
         finally:
             distiller._vector = vector
 
 
-def _report(distiller: "Distiller", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Report:
+def _report(
+    distiller: "Distiller", args: tuple[Any, ...], kwargs: dict[str, Any], *, given: bool
+) -> Report:
     call = distiller._sort(args, kwargs)
     distiller._guard(call)
     objective = distiller._objective_of(call)
-    known = _known(distiller, call)
+    known = _known(distiller, call, given)
     recipe = dataclasses.replace(distiller._recipe(), lowering=_lowering(distiller))
     try:
         program, halves, table = distiller.dry(call, objective, recipe, cut=True)
     except FxDistillError as error:
         return dataclasses.replace(known, stopped=f"{type(error).__name__}: {error}")
+    try:
+        return _found(known, distiller, call, program, halves, table)
+    except GuardOnDataDependentSymNode:
+        stopped = "sizes in the step depend on values: what it costs is not known before it runs"
+        return dataclasses.replace(known, stopped=stopped)
+
+
+def _found(
+    known: Report,
+    distiller: "Distiller",
+    call: Call,
+    program: JointProgram,
+    halves: Halves | None,
+    table: TapTable,
+) -> Report:
     found = dataclasses.replace(
         known,
         pairs=tuple(_pairs(distiller, table)),
@@ -81,7 +101,7 @@ def _lowering(distiller: "Distiller") -> Lowering:
 # ---------------------------------------------------------------------- what needs no capture
 
 
-def _known(distiller: "Distiller", call: Call) -> Report:
+def _known(distiller: "Distiller", call: Call, given: bool) -> Report:
     plan, objective = distiller.plan, distiller.objective
     frozen = plan.freeze_teacher
     backend = plan.lowering.backend
@@ -99,7 +119,8 @@ def _known(distiller: "Distiller", call: Call) -> Report:
         pairs=tuple(_pairs(distiller, None)),
         terms=tuple(_terms(distiller, objective.label_loss if _labelled(call) else None)),
         events=tuple(Event(*event) for event in distiller.past.events),
-        warnings=warnings_of(distiller, call),
+        # The numbers of a call that is only remembered are not those that it had.
+        warnings=warnings_of(distiller, call if given else None),
         notes=(*distiller.matches.notes, *distiller._notes, *_of_mode(distiller)),
     )
 
@@ -177,7 +198,8 @@ def _terms(distiller: "Distiller", label_loss: Any) -> Iterator[Term]:
 
 
 def _number(value: float | Tensor) -> float:
-    return float(value)
+    with unset_fake_temporarily():  # a real number, where models without values stand in
+        return float(value)
 
 
 # ---------------------------------------------------------------------- what a capture tells

@@ -45,9 +45,9 @@ class Costs:
         try:
             with torch.no_grad(), fake.fake_mode, counter:
                 _call(node, args, kwargs)
+            return int(counter.get_total_flops())
         except Exception:  # a function may refuse stand-ins: then its cost is unknown
             return None
-        return int(counter.get_total_flops())
 
 
 def _regions(node: fx.Node, gm: fx.GraphModule) -> Any:

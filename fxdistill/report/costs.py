@@ -94,7 +94,7 @@ def holding(path: str, blocks: Collection[str]) -> str | None:
         if path in blocks:
             return path
         path = path.rpartition(".")[0]
-    return None
+    return "" if "" in blocks else None  # a model without repeated blocks is one
 
 
 # ---------------------------------------------------------------------- traffic and casts

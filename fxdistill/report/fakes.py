@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
+from fxdistill.losses.reduce import is_placed
+
 STANDS_FOR = torch.device("cpu")
 
 
@@ -48,11 +50,21 @@ def standing_in(models: Iterable[nn.Module]) -> Iterator[FakeTensorMode | None]:
 
 
 def _stand_in(value: Tensor, mode: FakeTensorMode) -> Tensor:
+    empty = _empty(value, mode)
     with mode:
-        empty = torch.empty_like(value, device=STANDS_FOR)
         if isinstance(value, nn.Parameter):
             return nn.Parameter(empty, requires_grad=value.requires_grad)
         return empty
+
+
+def _empty(value: Tensor, mode: FakeTensorMode) -> Tensor:
+    device = STANDS_FOR if value.is_meta else value.device
+    with mode:
+        if is_placed(value):
+            return torch.empty_like(value, device=device)
+        # Not like a value: a mode may refuse those that are not fake.
+        sizes = value.shape, value.stride()
+        return torch.empty_strided(*sizes, dtype=value.dtype, device=device)
 
 
 def faked(inputs: Any, mode: FakeTensorMode) -> Any:
@@ -61,7 +73,6 @@ def faked(inputs: Any, mode: FakeTensorMode) -> Any:
     def one(value: Any) -> Any:
         if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
             return value
-        with mode:
-            return torch.empty_like(value, device=STANDS_FOR if value.is_meta else value.device)
+        return _empty(value, mode).requires_grad_(value.requires_grad)
 
     return tree_map(one, inputs)

@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._prims.rng_prims import run_and_save_rng_state, run_with_rng_state
+from torch._prims.rng_prims import (
+    graphsafe_run_with_rng_state,
+    run_and_save_rng_state,
+    run_with_rng_state,
+)
 from torch.utils.flop_counter import (
     flop_registry,
     sdpa_backward_flop_count,
@@ -20,7 +24,7 @@ from torch.utils.flop_counter import (
 )
 
 aten = torch.ops.aten
-WITH_RANDOM_STATE = (run_with_rng_state, run_and_save_rng_state)
+WITH_RANDOM_STATE = (run_with_rng_state, run_and_save_rng_state, graphsafe_run_with_rng_state)
 HEAD = torch.ops.fxdistill.vocab_loss.default
 
 
@@ -28,13 +32,14 @@ def flops_of(node: fx.Node) -> int:
     """Of one node of the joint level."""
     if node.op != "call_function":
         return 0
-    if node.target is HEAD:
-        return head_flops(*_values(node)[0])
-    args, kwargs = _values(node)
     target: Any = node.target
+    args, kwargs = _values(node)
     if target in WITH_RANDOM_STATE:  # how a checkpoint repeats attention
         first = 1 if target is run_with_rng_state else 0  # behind the state
         target, args = args[first], args[first + 1 :]
+        kwargs = {name: value for name, value in kwargs.items() if name != "rng_state"}
+    if target is HEAD:
+        return head_flops(*args)
     packet = getattr(target, "overloadpacket", None)
     if packet in ATTENTION_ON_CPU:
         return int(ATTENTION_ON_CPU[packet](*args))

@@ -55,7 +55,7 @@ def _owner(vocabularies: Collection[int]) -> Callable[[fx.Node], str]:
     def owner(node: fx.Node) -> str:
         part = part_of(node)
         value = node.meta.get("val")
-        wide = isinstance(value, Tensor) and value.ndim > 1 and value.shape[-1] in vocabularies
+        wide = isinstance(value, Tensor) and value.ndim > 1 and int(value.shape[-1]) in vocabularies
         if node.target is HEAD or wide:
             return "head"
         if part == "objective":
@@ -122,6 +122,6 @@ def _where(instant: Instant, paths: Paths) -> str:
     tower, path = place_of(node)
     block = holding(path, paths.get(tower, ()))
     if block is not None:
-        return f"{tower} {block}"
+        return f"{tower} {block}".rstrip()
     part = part_of(node)
     return "losses" if part == "objective" else part

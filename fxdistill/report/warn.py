@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from fxdistill.distiller import Distiller
 
 
-def warnings_of(distiller: "Distiller", call: Call) -> tuple[str, ...]:
+def warnings_of(distiller: "Distiller", call: Call | None) -> tuple[str, ...]:
     """Those that models and inputs show, then those that calls have given."""
-    return (*_models(distiller), *_batch(distiller, call), *distiller._warnings)
+    batch = () if call is None else _batch(distiller, call)
+    return (*_models(distiller), *batch, *distiller._warnings)
 
 
 def _models(distiller: "Distiller") -> Iterator[str]:
@@ -44,7 +45,8 @@ def _batch(distiller: "Distiller", call: Call) -> Iterator[str]:
     ids = call.student.kwargs.get("input_ids")
     pad = _padding(distiller.student)
     unmasked = _is_real(ids) and pad is not None and call.batch.attention_mask is None
-    if unmasked and ids is not None and bool((ids[:, [0, -1]] == pad).any()):
+    rows = unmasked and ids is not None and ids.ndim == 2 and ids.shape[1] > 0
+    if rows and ids is not None and bool((ids[:, [0, -1]] == pad).any()):
         yield (
             f"rows of input_ids begin or end with the padding token {pad} and there is no "
             "attention_mask: padding counts as tokens"
