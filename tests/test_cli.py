@@ -379,7 +379,16 @@ class TestMatch:
 # ---- report
 
 MADE = Report(
-    SCHEMA, fxdistill.__version__, torch.__version__, "one_graph", "inductor", {}, (), (), ()
+    schema=SCHEMA,
+    fxdistill=fxdistill.__version__,
+    torch=torch.__version__,
+    mode="one_graph",
+    backend="inductor",
+    mesh={},
+    inputs={},
+    towers=(),
+    pairs=(),
+    terms=(),
 )
 
 
