@@ -85,7 +85,7 @@ def main() -> None:
     console = Console(quiet=mesh is not None and mesh.get_rank() > 0, highlight=False)
     text = load(options.out, SETTINGS.vocabulary)
     # From the disk, or trained here and now: the same one on every rank.
-    teacher, _ = Lesson(SETTINGS, text, Progress(disable=True)).teacher(options.out)
+    teacher, _ = Lesson(SETTINGS, text, Progress(disable=True), options.out).teacher()
     student = llama(SETTINGS, SETTINGS.student_layers, seed=1)
 
     mapping = fxdistill.match(student, teacher)
