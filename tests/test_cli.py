@@ -130,7 +130,7 @@ class TestStart:
             seconds.append(time.perf_counter() - start)
         assert done.returncode == 0
         assert "130  interrupted" in done.stdout
-        assert min(seconds) < 1.0  # 0.05 on an idle machine
+        assert min(seconds) < 0.3
 
     def test_arguments_are_read_without_torch_and_rich(self) -> None:
         program = (

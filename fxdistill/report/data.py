@@ -163,8 +163,8 @@ class Memory:
     gradients: int
     optimizers: dict[str, int]  # states, by optimizer
     saved: int  # what the forward leaves for the backward, with no parameters or inputs
-    taps: int  # of that and of what lives with it: matched values
-    head: int  # logits, or what is held in place of them
+    taps: int  # matched values of both towers, the most at one moment
+    head: int  # logits, or what the fused head holds in place of them, the most at one moment
     transient: int  # at the peak: neither weights, nor gradients, nor saved
     peak: int
     peak_at: str

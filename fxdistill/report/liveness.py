@@ -80,9 +80,7 @@ def timeline(halves: Halves, owner: Label, own: Callable[[fx.Node], int]) -> Ite
         last = _last_reads(kernels)
         for i, kernel in enumerate(kernels):
             dying = {s for s in last[i] if s not in stays and s not in outside}
-            reused = (
-                sum(heap.alive[s][1] for s in dying if s in heap.alive) if kernel.in_place else 0
-            )
+            reused = heap.size(dying) if kernel.in_place else 0
             made = 0
             for node in kernel.writes:
                 for storage, size in storages(node).items():
