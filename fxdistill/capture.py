@@ -11,8 +11,9 @@ import contextlib
 import functools
 import logging
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from fxdistill.hooks import hooked
 from fxdistill.lower import Halves, Lowering, lower
 from fxdistill.nodes import own_code
 from fxdistill.passes import ExposeOutputs, FuseHead, PackReductions, PruneTeacher
+from fxdistill.past import Past
 from fxdistill.pipeline import Dump, Observer
 from fxdistill.program import JointProgram, Pass, PassRecord, Program, output_values
 from fxdistill.split import split
@@ -40,14 +42,16 @@ RECOMPILE_LIMIT = 32
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the backend does between capture and code."""
+    """What the backend does between capture and code, and where it notes what it did.
+
+    Dynamo keeps backends for good. So a backend knows nothing that holds a model, and its notes by
+    a weak reference only: they are a distiller's, which lives while it is called.
+    """
 
     lowering: Lowering = Lowering()
     passes: tuple[Pass, ...] = ()
     fuse_head: bool = True
-    keep: Callable[[JointProgram], None] = lambda program: None
-    logits_made: Callable[[], str] = lambda: ""  # why the models made theirs in this call
-    started: Callable[[str | None], None] = lambda why: None  # why there is one more graph
+    past: Past = field(default_factory=Past)
     dry: bool = False
     watch: Callable[[Halves], None] | None = None  # a dry run goes on until it has been called
 
@@ -55,7 +59,11 @@ class Recipe:
     def fusing(self) -> tuple[Pass, ...]:
         """The pass that fuses the head, if it is wanted."""
         compiled = self.lowering.backend == "inductor"
-        return (FuseHead(compiled, self.logits_made()),) if self.fuse_head else ()
+        return (FuseHead(compiled, self.past.logits_made),) if self.fuse_head else ()
+
+    def noting(self, past: Past) -> "Recipe":
+        """The same, with its notes in ``past``."""
+        return replace(self, past=weakref.proxy(past))
 
 
 class _Captured(Exception):
@@ -87,16 +95,16 @@ def backend(
         dump.write("terms", terms)
         if given is None:
             return lower(terms.gm, example_inputs, recipe.lowering)
-        recipe.started(_why_again())
+        recipe.past.made_graph(_why_again())
         _erase_checks(gm)
         terms = pipeline.run(terms, recipe.fusing, [dump])
-        recipe.keep(terms)
+        recipe.past.program = terms
         # There is no teacher in it to be kept.
         lowering = replace(recipe.lowering, joint_passes=(PackReductions(),))
         return lower(terms.gm, example_inputs, lowering, (dump, _note(recipe, terms)))
-    recipe.started(_why_again())
+    recipe.past.made_graph(_why_again())
     joint = joint_program(gm, (*recipe.passes, *recipe.fusing, PruneTeacher()), dump)
-    recipe.keep(joint)
+    recipe.past.program = joint
     if recipe.dry and (recipe.watch is None or not _learns(joint)):  # there is nothing to cut
         raise _Captured
     observers = (dump, _note(recipe, joint))
@@ -126,7 +134,7 @@ def _note(recipe: Recipe, program: JointProgram) -> Observer:
 
     def note(record: PassRecord, _: Program) -> None:
         history.append(record)
-        recipe.keep(replace(program, history=tuple(history)))
+        recipe.past.program = replace(program, history=tuple(history))
 
     return note
 
@@ -208,45 +216,36 @@ def _dynamo_settings() -> Iterator[None]:
 
 def dry_run(step: Step, recipe: Recipe, table: TapTable, *args: Any) -> tuple[JointProgram, None]:
     """Capture ``step`` on the shapes of ``args`` and return the program; nothing is executed."""
-    kept: list[JointProgram] = []
-    compiled = one_graph(step, _dry(recipe, kept, None))
+    past = Past()
+    compiled = one_graph(step, replace(recipe, dry=True).noting(past))
     try:
         compiled(table, *args)
     except _Captured:
-        return kept[-1], None
-    finally:
-        kept.clear()  # dynamo keeps backends for good
+        assert past.program is not None
+        return past.program, None
     raise AssertionError("a dry run ends in the backend")
-
-
-def _dry(
-    recipe: Recipe, kept: list[JointProgram], watch: Callable[[Halves], None] | None
-) -> Recipe:
-    nothing = Recipe().started
-    return replace(recipe, keep=kept.append, started=nothing, dry=True, watch=watch)
 
 
 def dry_halves(
     step: Step, recipe: Recipe, table: TapTable, *args: Any
 ) -> tuple[JointProgram, Halves | None]:
     """As ``dry_run``, on to where AOTAutograd has cut the step; ``None`` if nothing learns."""
-    kept: list[JointProgram] = []
-    cut: list[Halves] = []
+    past, cut = Past(), list[Halves]()
 
     def stop(halves: Halves) -> None:
         cut.append(halves)
         raise _Captured
 
-    compiled = one_graph(step, _dry(recipe, kept, stop))
+    compiled = one_graph(step, replace(recipe, dry=True, watch=stop).noting(past))
     try:
         # A cached graph would not be cut again.
         with functorch_config.patch(enable_autograd_cache=False):
             compiled(table, *args)
     except _Captured:
-        return kept[-1], cut[0] if cut else None
+        assert past.program is not None
+        return past.program, cut[0] if cut else None
     finally:
-        kept.clear()  # dynamo keeps backends for good
-        cut.clear()
+        cut.clear()  # dynamo keeps backends for good
     raise AssertionError("a dry run ends in the backend")
 
 

@@ -66,8 +66,6 @@ class Distiller(nn.Module):
         self._vector: Tensor | None = None
         self._steps: dict[str, Callable[..., Any]] = {}
         self._head_paths: tuple[str | None, ...] | None = None  # looked for once, when needed
-        self._logits_made = ""  # why regional mode makes them
-        self.program: JointProgram | None = None
         self._passed = False  # whether a step has run to its end outside of one graph
         self._warnings: dict[str, bool] = {}  # text, and whether it was given
         self.past = Past()
@@ -89,6 +87,11 @@ class Distiller(nn.Module):
     def teacher(self) -> nn.Module:
         """The teacher."""
         return self._towers.teacher
+
+    @property
+    def program(self) -> JointProgram | None:
+        """The graph of the last step that was captured, for reading."""
+        return self.past.program
 
     def run(self, tower: str, inputs: Inputs) -> Any:
         """Run one of the models, on a mesh with the weights that a step uses."""
@@ -163,7 +166,7 @@ class Distiller(nn.Module):
                     result = step(*inputs, call.batch, settings)
                 else:
                     found = self._heads(objective)
-                    self._logits_made = found.why_not
+                    self.past.logits_made = found.why_not
                     with deferring(found.heads) as waiting:
                         anchor = run_towers(*inputs)
                     values = collect(objective, "logits" in self.plan.outputs)
@@ -195,11 +198,8 @@ class Distiller(nn.Module):
         return self._steps[name]
 
     def _recipe(self) -> Recipe:
-        plan, made, started = self.plan, lambda: self._logits_made, self.past.made_graph
-        return Recipe(plan.lowering, plan.passes, plan.fuse_head, self._keep, made, started)
-
-    def _keep(self, program: JointProgram) -> None:
-        self.program = program
+        plan = self.plan
+        return Recipe(plan.lowering, plan.passes, plan.fuse_head).noting(self.past)
 
     @contextlib.contextmanager
     def _taps(self, objective: Objective, batch: Batch, *, capturing: bool) -> Iterator[TapTable]:
@@ -393,7 +393,7 @@ class Distiller(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(super().__getstate__())  # type: ignore[no-untyped-call]
-        return {**state, "_steps": {}, "program": None, "_vector": None}
+        return {**state, "_steps": {}, "_vector": None}
 
     def extra_repr(self) -> str:
         """The terms, for ``print(distiller)``."""

@@ -1,4 +1,4 @@
-"""What a distiller remembers of its calls, for a report: shapes, and why graphs were made."""
+"""What a distiller remembers of its calls: their shapes, the last program, why graphs were made."""
 
 import copy
 from collections import UserDict
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
+
+from fxdistill.program import JointProgram
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -48,6 +50,8 @@ class Past:
     """The last call, and what happened while graphs were made."""
 
     def __init__(self) -> None:
+        self.program: JointProgram | None = None  # the last that was captured
+        self.logits_made = ""  # why models that run as they are made logits in the last call
         self.events: list[tuple[str, str]] = []
         self._last: Any = None
 

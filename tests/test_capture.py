@@ -1,6 +1,8 @@
 """One graph: how many compilations, what is in it, what reaches the lowering."""
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -86,6 +88,23 @@ def test_distillers_do_not_use_up_each_others_compilations():
     for _ in range(10):
         student, teacher = toy_pair()
         fxdistill.wrap(student, teacher, compile=AOT)(tokens())
+
+
+@pytest.mark.parametrize("mode", [AOT, "regional", False], ids=str)
+def test_a_distiller_that_is_dropped_leaves_nothing_behind(mode):
+    student, teacher = toy_pair()
+    distiller = fxdistill.wrap(student, teacher, MAPPING, task="causal_lm", compile=mode)
+    ids = tokens()
+    distiller(ids, labels=ids).loss.backward()
+    distiller.check(ids, labels=ids)
+    distiller.report()
+    assert (distiller.program is None) == (mode is False)
+    kept = [weakref.ref(x) for x in (distiller, student, teacher, *distiller.parameters())]
+    kept += [weakref.ref(p) for p in teacher.parameters()]
+    kept += [] if distiller.program is None else [weakref.ref(distiller.program)]
+    del distiller, student, teacher
+    gc.collect()
+    assert not any(ref() is not None for ref in kept)
 
 
 def test_no_marker_reaches_the_lowering(counted):
