@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
@@ -111,12 +112,19 @@ def _fake_mode(value: Any) -> FakeTensorMode | None:
 class _Watch(TorchDispatchMode):
     """Collects the storages that operators write, by their schemas."""
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.written: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            result = func(*args, **kwargs)
+            if _may_write(result, (args, kwargs)):
+                self.written |= _storages((args, kwargs))
+            return result
         for index, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 given = args[index] if index < len(args) else kwargs.get(argument.name)
@@ -125,6 +133,25 @@ class _Watch(TorchDispatchMode):
             # The schemas of some batch norms do not say that they write running statistics.
             self.written |= _storages(args[3:5])
         return func(*args, **kwargs)
+
+
+def _may_write(result: Any, given: Any) -> bool:
+    """Whether a higher-order operator may write to what it is given.
+
+    A loop or a branch does what its bodies do. One that returns nothing (a Triton kernel) is there
+    for what it writes; which of its tensors that are, it does not say.
+    """
+    bodies = [leaf for leaf in tree_leaves(given) if isinstance(leaf, fx.GraphModule)]
+    return (result is None and not bodies) or any(map(_writes_to_its_inputs, bodies))
+
+
+def _writes_to_its_inputs(body: fx.GraphModule) -> bool:
+    inputs = body.graph.find_nodes(op="placeholder")
+    if any(node.meta.get("example_value") is None for node in inputs):
+        return True  # not known: as if it did
+    effects = effects_of(body)
+    theirs = frozenset().union(*(effects.storages[node] for node in inputs))
+    return any(theirs & written for written in effects.writes.values())
 
 
 class _Runner(fx.Interpreter):

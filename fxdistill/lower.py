@@ -46,13 +46,15 @@ class Halves:
     """A step as it was cut: what runs forward, and what runs backward.
 
     The first ``outputs`` values that ``forward`` returns are the caller's, the rest is saved for
-    ``backward``, whose placeholders bear the names of the values.
+    ``backward``, whose placeholders bear the names of the values. ``inputs`` are what the step was
+    cut for, one for each placeholder of ``forward``: parameters and buffers among them.
     """
 
     forward: fx.GraphModule
     backward: fx.GraphModule
     outputs: int
     fuses: bool  # whether what runs is these operators one by one, or kernels of several
+    inputs: tuple[Any, ...]
 
 
 def lower(
@@ -67,7 +69,7 @@ def lower(
     ``"inductor"`` and ``"aot_eager"`` run the joint passes; other backends are called as they are.
     ``watch`` is handed both halves of what AOTAutograd has cut.
     """
-    partition = _Partition(lowering, observers, watch)
+    partition = _Partition(lowering, observers, watch, () if watch is None else example_inputs)
     if lowering.backend == "inductor":
         inputs = list(example_inputs)
         careful = _UNFUSED if _crosses_cpu_ranks(gm, inputs) else {}
@@ -133,8 +135,10 @@ class _Partition(CustomPartitionerFn):
         lowering: Lowering,
         observers: Sequence[Observer],
         watch: Callable[[Halves], None] | None,
+        inputs: Sequence[Any],
     ) -> None:
         self.passes, self.observers, self.watch = lowering.joint_passes, observers, watch
+        self.inputs = tuple(inputs)
         self.fuses = lowering.backend == "inductor"
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
@@ -149,12 +153,12 @@ class _Partition(CustomPartitionerFn):
         outputs = kwargs["num_fwd_outputs"]
         forward, backward = _meshes_last(parts[0], parts[1], outputs)
         if self.watch is not None:
-            self.watch(Halves(forward, backward, outputs, self.fuses))
+            self.watch(Halves(forward, backward, outputs, self.fuses, self.inputs))
         return forward, backward
 
     def __getstate__(self) -> dict[str, Any]:
         """Inductor pickles its configuration to key its caches; observers change no code."""
-        return {"passes": self.passes, "observers": (), "watch": None, "fuses": self.fuses}
+        return {**self.__dict__, "observers": (), "watch": None, "inputs": ()}
 
     def uuid(self) -> str:
         """Part of the key of Inductor's caches: a changed pass must not be served old code."""

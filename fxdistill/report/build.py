@@ -18,16 +18,16 @@ from fxdistill.head_module import head_path
 from fxdistill.losses.reduce import is_placed
 from fxdistill.lower import Halves, Lowering
 from fxdistill.matching import loss_name
-from fxdistill.program import JointProgram, output_values
-from fxdistill.report import costs, memory
+from fxdistill.program import JointProgram
+from fxdistill.report import costs, memory, reach
 from fxdistill.report.changes import pass_lines
 from fxdistill.report.data import SCHEMA, Event, Memory, Pair, Plain, Report, Term, Tower, Value
 from fxdistill.report.fakes import faked, standing_in
+from fxdistill.report.inputs import tensors_of
 from fxdistill.report.summary import between
 from fxdistill.report.towers import bytes_here, dtype_name, towers_of
 from fxdistill.report.warn import warnings_of
 from fxdistill.taps import TapTable
-from fxdistill.tokens import TOKEN_FIELDS
 
 if TYPE_CHECKING:
     from fxdistill.distiller import Distiller
@@ -112,7 +112,7 @@ def _known(distiller: "Distiller", call: Call, given: bool) -> Report:
         mode=plan.mode,
         backend=backend if isinstance(backend, str) else _name(backend),
         mesh=_mesh(distiller),
-        inputs=dict(_inputs(call)),
+        inputs={name: value_of(tensor) for name, tensor in tensors_of(call).items()},
         towers=towers_of(
             distiller.student, distiller.teacher, distiller.projections, frozen=frozen
         ),
@@ -153,15 +153,6 @@ def _of_mode(distiller: "Distiller") -> Iterator[str]:
         )
     elif backend not in ("inductor", "aot_eager"):
         yield "costs are those of operators that run one by one: what the backend does is unknown"
-
-
-def _inputs(call: Call) -> Iterator[tuple[str, Value]]:
-    given: dict[str, Any] = {f"argument {i}": x for i, x in enumerate(call.student.args)}
-    given.update(call.student.kwargs)
-    given.update({name: getattr(call.batch, name) for name in TOKEN_FIELDS})
-    for name, value in given.items():
-        if isinstance(value, Tensor):
-            yield name, value_of(value)
 
 
 def value_of(tensor: Tensor) -> Value:
@@ -216,7 +207,8 @@ def _with_costs(report: Report, distiller: "Distiller", call: Call, halves: Halv
         plain=_plain(report, distiller, call, paths),
         collectives=costs.traffic(halves),
         casts=costs.casts(halves),
-        warnings=(*report.warnings, *_unreached(distiller, halves)),
+        warnings=(*report.warnings, *reach.warnings_of(distiller, call, halves)),
+        notes=(*report.notes, *reach.notes_of(distiller, halves), *costs.notes_of(halves)),
     )
 
 
@@ -274,13 +266,3 @@ def _plain(report: Report, distiller: "Distiller", call: Call, paths: costs.Path
     weights = {"student": _weights(distiller)["student"]}
     found = memory.memory(halves, weights, 0, {}, _vocabularies(distiller), paths)
     return Plain(costs.flops(halves).total, found.peak)
-
-
-def _unreached(distiller: "Distiller", halves: Halves) -> Iterator[str]:
-    """Trainable parameters of the student that no term reaches."""
-    reached = sum(
-        isinstance(value, torch.fx.Node) for value in output_values(halves.backward.graph)
-    )
-    trained = [p for g in distiller.param_groups() for p in g["params"] if p.requires_grad]
-    if missing := len(trained) - reached:
-        yield f"{missing} of {len(trained)} trainable parameters get no gradient in this step"

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxdistill.report.flops import ATTENTION_ON_CPU, HEAD, head_flops
+from fxdistill.report.flops import ATTENTION_ON_CPU, HEAD, head_flops, of_bodies
 
 
 class Costs:
@@ -33,8 +33,10 @@ class Costs:
 
     def _found(self, node: fx.Node, gm: fx.GraphModule) -> int | None:
         if regions := list(_regions(node, gm)):
-            found = [Costs().flops(n, region) for region in regions for n in region.graph.nodes]
-            return None if None in found else sum(n for n in found if n is not None)
+            counts = [_total(region) for region in regions]
+            known = [count for count in counts if count is not None]
+            args = fx.node.map_arg(node.args, _value)
+            return of_bodies(node.target, known, args) if len(known) == len(counts) else None
         if not _may_multiply(node):
             return 0
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), _value)
@@ -48,6 +50,13 @@ class Costs:
             return int(counter.get_total_flops())
         except Exception:  # a function may refuse stand-ins: then its cost is unknown
             return None
+
+
+def _total(region: fx.GraphModule) -> int | None:
+    costs = Costs()
+    found = [costs.flops(node, region) for node in region.graph.nodes]
+    known = [count for count in found if count is not None]
+    return sum(known) if len(known) == len(found) else None
 
 
 def _regions(node: fx.Node, gm: fx.GraphModule) -> Any:

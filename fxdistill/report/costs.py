@@ -10,7 +10,7 @@ from fxdistill.compose import section_of
 from fxdistill.lower import Halves
 from fxdistill.passes.count_collectives import collectives
 from fxdistill.report.data import Cast, Collective, Flops
-from fxdistill.report.flops import WITH_RANDOM_STATE, first_argument, flops_of
+from fxdistill.report.flops import WITH_RANDOM_STATE, bodies_of, first_argument, flops_of
 
 Paths = Mapping[str, Collection[str]]  # of blocks, by tower
 _TOWERS = (
@@ -74,6 +74,15 @@ def _purpose(phase: str, node: fx.Node) -> str:
     if part == "objective":
         return "projections" if place_of(node)[0] == "projections" else "losses"
     return "teacher" if part == "teacher" else phase
+
+
+def notes_of(halves: Halves) -> Iterator[str]:
+    """What is not known of loops and branches."""
+    names = {str(node.target) for _, node in both(halves) if any(True for _ in bodies_of(node))}
+    if names:
+        yield f"what {', '.join(sorted(names))} holds while it runs is not in the memory"
+    if "while_loop" in names:
+        yield "the body of while_loop is counted once: how often it runs is not known"
 
 
 def by_block(halves: Halves, paths: Paths) -> dict[tuple[str, str, str], int]:

@@ -7,16 +7,18 @@ Private to torch and used here only: the operators that repeat random numbers. I
 importing this fails.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
 from torch._prims.rng_prims import (
     graphsafe_run_with_rng_state,
     run_and_save_rng_state,
     run_with_rng_state,
 )
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import (
     flop_registry,
     sdpa_backward_flop_count,
@@ -40,13 +42,48 @@ def flops_of(node: fx.Node) -> int:
         kwargs = {name: value for name, value in kwargs.items() if name != "rng_state"}
     if target is HEAD:
         return head_flops(*args)
-    packet = getattr(target, "overloadpacket", None)
+    if bodies := list(bodies_of(node)):
+        return of_bodies(target, [sum(map(flops_of, body.graph.nodes)) for body in bodies], args)
+    packet = target if isinstance(target, HigherOrderOperator) else _packet(target)
     if packet in ATTENTION_ON_CPU:
         return int(ATTENTION_ON_CPU[packet](*args))
     if packet not in flop_registry:
         return 0
     formula: Any = flop_registry[packet]
     return int(formula(*args, **kwargs, out_val=node.meta.get("val")))
+
+
+def _packet(target: Any) -> Any:
+    return getattr(target, "overloadpacket", None)
+
+
+def bodies_of(node: fx.Node) -> Iterator[fx.GraphModule]:
+    """The graphs that a loop, a branch or a region runs; attention's are parts of its formula."""
+    if not isinstance(node.target, HigherOrderOperator) or node.target in flop_registry:
+        return
+    holder = node.graph.owning_module
+    for given in node.args:
+        if isinstance(given, fx.Node) and given.op == "get_attr":
+            body = getattr(holder, str(given.target), None)
+            if isinstance(body, fx.GraphModule):
+                yield body
+
+
+def of_bodies(target: Any, counts: list[int], args: Any) -> int:
+    """A branch costs what its dearer side does, a loop over values its body for each of them.
+
+    How often ``while_loop`` runs is not known: its body counts once.
+    """
+    if target is torch.ops.higher_order.cond:
+        return max(counts)
+    if target in _LOOPS:
+        over = tree_leaves(args[_LOOPS[target]])[0]
+        return counts[0] * int(over.shape[0])
+    return sum(counts)
+
+
+# Where the values are that a loop goes over, along their first axis.
+_LOOPS: dict[Any, int] = {torch.ops.higher_order.scan: 2, torch.ops.higher_order.map_impl: 1}
 
 
 def first_argument(node: fx.Node) -> fx.Node:

@@ -27,7 +27,7 @@ def _models(distiller: "Distiller") -> Iterator[str]:
         if isinstance(module, _DropoutNd) and module.training and module.p > 0
     ]
     if dropping:
-        yield f"the teacher drops values at random in {_few(dropping)}: its targets are noise"
+        yield f"the teacher drops values at random in {few(dropping)}: its targets are noise"
     for term in distiller.objective.features:
         if term.projection is not None and not any(
             p.requires_grad for p in distiller.projections[term.projection].parameters()
@@ -62,6 +62,7 @@ def _padding(model: nn.Module) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
+    """Three names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

@@ -1,0 +1,113 @@
+"""What a step reaches by gradients, and what it writes to, by name.
+
+AOTAutograd keeps the order of what a graph is called with: the backward returns a gradient, or
+nothing, for each of them, and what is written in place is copied back to its own at the end of the
+forward.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from fxdistill.call import Call
+from fxdistill.lower import Halves
+from fxdistill.program import output_values
+from fxdistill.report.inputs import tensors_of
+from fxdistill.report.warn import few
+
+if TYPE_CHECKING:
+    from fxdistill.distiller import Distiller
+
+
+def warnings_of(distiller: "Distiller", call: Call, halves: Halves) -> list[str]:
+    """What of that is likely a mistake."""
+    if not _in_order(halves):
+        return []
+    return [
+        *_unreached(distiller, halves),
+        *_writes_to_teacher(distiller, halves),
+        *_writes_to_inputs(call, halves),
+    ]
+
+
+def notes_of(distiller: "Distiller", halves: Halves) -> list[str]:
+    """What of that works and may surprise."""
+    if _in_order(halves):
+        return list(_writes_to_student(distiller, halves))
+    return [
+        "inputs share memory that the step writes to, and AOTAutograd has made others of them: "
+        "which parameters get no gradient is not known"
+    ]
+
+
+def _in_order(halves: Halves) -> bool:
+    gradients = output_values(halves.backward.graph)
+    given = halves.forward.graph.find_nodes(op="placeholder")
+    return len(halves.inputs) == len(given) == len(gradients)
+
+
+def _unreached(distiller: "Distiller", halves: Halves) -> Iterator[str]:
+    """Trainable parameters that no term reaches."""
+    trained = dict(_trained(distiller))
+    given = zip(halves.inputs, output_values(halves.backward.graph), strict=True)
+    reached = {id(value) for value, gradient in given if isinstance(gradient, fx.Node)}
+    missing = [name for name, p in trained.items() if id(p) not in reached]
+    if missing:
+        yield (
+            f"{len(missing)} of {len(trained)} trainable parameters get no gradient in this step: "
+            f"{few(missing)}"
+        )
+
+
+def _writes_to_teacher(distiller: "Distiller", halves: Halves) -> Iterator[str]:
+    """Buffers of a frozen teacher that its forward writes to."""
+    if distiller.plan.freeze_teacher and (names := _written(distiller.teacher, halves)):
+        yield (
+            f"the teacher writes to its own {few(names)} in every step: its targets change as it "
+            "goes"
+        )
+
+
+def _writes_to_inputs(call: Call, halves: Halves) -> Iterator[str]:
+    """Tensors of the caller that a model writes to."""
+    written = _written_here(halves)
+    if names := [name for name, value in tensors_of(call).items() if id(value) in written]:
+        yield (
+            f"a model writes to what it is called with, {few(names)}: yours is changed after the "
+            "step, and the model that runs second reads what the first has written"
+        )
+
+
+def _writes_to_student(distiller: "Distiller", halves: Halves) -> Iterator[str]:
+    """Buffers of what learns that a step writes to, as batch norm does."""
+    names = [f"student {name}" for name in _written(distiller.student, halves)]
+    if not distiller.plan.freeze_teacher:
+        names += [f"teacher {name}" for name in _written(distiller.teacher, halves)]
+    if names:
+        yield f"each step in this mode writes to buffers: {few(names)}"
+
+
+def _trained(distiller: "Distiller") -> Iterator[tuple[str, Tensor]]:
+    towers = ("student", "projections", *(() if distiller.plan.freeze_teacher else ("teacher",)))
+    for tower in towers:
+        for name, value in getattr(distiller, tower).named_parameters():
+            if value.requires_grad:
+                yield f"{tower} {name}", value
+
+
+def _written(model: torch.nn.Module, halves: Halves) -> list[str]:
+    written = _written_here(halves)
+    held = (*model.named_parameters(), *model.named_buffers())
+    return [name for name, value in held if id(value) in written]
+
+
+def _written_here(halves: Halves) -> set[int]:
+    """What is copied back to, by identity."""
+    graph = halves.forward.graph
+    given: dict[Any, Any] = dict(
+        zip(graph.find_nodes(op="placeholder"), halves.inputs, strict=True)
+    )
+    copies = graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
+    return {id(given[node.args[0]]) for node in copies if node.args[0] in given}

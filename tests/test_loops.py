@@ -1,0 +1,156 @@
+"""Models with loops and branches that stay in the graph: ``cond``, ``scan``, ``map``."""
+
+import copy
+
+import pytest
+import torch
+from torch import fx, nn
+from torch._higher_order_ops.map import map as over
+from torch._higher_order_ops.scan import scan
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import fxdistill
+from fxdistill.effects import effects_of
+
+AOT = {"backend": "aot_eager"}
+KINDS = ("cond", "scan", "map")
+STEPS, WIDTH = 12, 8
+
+
+class Mixer(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.weight, self.kind = nn.Parameter(torch.randn(WIDTH, WIDTH) / 4), kind
+
+    def forward(self, x):
+        if self.kind == "cond":
+            return torch.cond(x.sum() > 0, self._twice, self._once, (x,))
+        if self.kind == "map":
+            return over(self._once, x)
+        _, steps = scan(self._step, torch.zeros_like(x[:, 0]), x.movedim(1, 0))
+        return steps.movedim(0, 1)
+
+    def _once(self, x):
+        return x @ self.weight
+
+    def _twice(self, x):
+        return x @ self.weight @ self.weight
+
+    def _step(self, state, x):
+        state = torch.tanh(state @ self.weight + x)
+        return state, state * 2
+
+
+class Model(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.mixer, self.head = Mixer(kind), nn.Linear(WIDTH, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.mixer(x)).mean(1))
+
+
+def batch():
+    return {"x": torch.randn(2, STEPS, WIDTH), "labels": torch.tensor([0, 2])}
+
+
+def made(kind, mode, student=None):
+    student, teacher = student or Model(kind), Model(kind).eval()
+    return fxdistill.wrap(student, teacher, {"mixer": "mixer"}, task="classification", compile=mode)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_graph_is_what_eager_computes(kind):
+    torch.manual_seed(1)
+    eager = made(kind, False)
+    compiled = fxdistill.wrap(
+        copy.deepcopy(eager.student),
+        eager.teacher,
+        {"mixer": "mixer"},
+        task="classification",
+        compile=AOT,
+    )
+    inputs = batch()
+    results = [distiller(**inputs) for distiller in (eager, compiled)]
+    for result in results:
+        result.loss.backward()
+    torch.testing.assert_close(results[1].loss, results[0].loss)
+    for a, b in zip(eager.student.parameters(), compiled.student.parameters(), strict=True):
+        assert float(a.grad.abs().max()) > 0
+        torch.testing.assert_close(b.grad, a.grad)
+
+
+@pytest.mark.parametrize(("kind", "products"), [("cond", 2), ("scan", 1), ("map", 1)])
+def test_flops_are_those_of_the_bodies_as_often_as_they_run(kind, products):
+    report = made(kind, AOT).report(**batch())
+    head = 2 * 2 * WIDTH * 3
+    wanted = products * 2 * 2 * STEPS * WIDTH * WIDTH + head
+    assert report.flops.forward == report.flops.teacher == wanted
+    assert any("holds while it runs is not in the memory" in note for note in report.notes)
+
+
+def test_flops_of_a_branch_are_torchs():
+    model, inputs = Model("cond"), batch()
+    with FlopCounterMode(display=False) as counter:
+        model(inputs["x"])
+    found = made("cond", AOT, model).report(**inputs)
+    # Run for real, one branch is taken: the dearer one is the bound that torch gives for fakes.
+    assert counter.get_total_flops() <= found.flops.forward
+
+
+# ---------------------------------------------------------------------- what bodies write
+
+
+def traced(build):
+    """A graph on fake tensors, as a capture has it."""
+    mode = FakeTensorMode()
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = mode.from_tensor(torch.zeros(4))
+    holder = nn.Module()
+    node = build(graph, x, holder)
+    graph.output(x)
+    return fx.GraphModule(holder, graph), x, node
+
+
+def body(mode_of, write):
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = mode_of.meta["example_value"]
+    made = graph.call_method("add_" if write else "add", (x, 1))
+    graph.output((made,))
+    return fx.GraphModule(nn.Module(), graph)
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_a_region_writes_what_its_body_writes(write):
+    def build(graph, x, holder):
+        holder.body = body(x, write)
+        region = graph.get_attr("body")
+        return graph.call_function(torch.ops.higher_order.invoke_subgraph, (region, "region", x))
+
+    gm, x, node = traced(build)
+    effects = effects_of(gm)
+    assert effects.written_after(x, node) == write
+
+
+def test_a_kernel_that_returns_nothing_may_write_all_that_it_is_given():
+    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
+
+    def build(graph, x, holder):
+        return graph.call_function(
+            triton_kernel_wrapper_mutation,
+            kwargs={
+                "kernel_idx": 0,
+                "constant_args_idx": 0,
+                "grid": [(1, 1, 1)],
+                "tma_descriptor_metadata": {},
+                "kwargs": {"x": x},
+            },
+        )
+
+    gm, x, node = traced(build)
+    effects = effects_of(gm)
+    assert effects.written_after(x, node)
+    assert node in effects.live(gm.graph)
