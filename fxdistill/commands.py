@@ -17,12 +17,11 @@ from fxdistill import matching_file
 from fxdistill.cli import FINE, PARTIAL, working
 from fxdistill.errors import CommandError, PathError, ProjectionError, did_you_mean
 from fxdistill.examples import example_inputs, on_device_of
-from fxdistill.landmarks import embedding_of, logits_of, norms_of
+from fxdistill.landmarks import roles_in
 from fxdistill.loading import call_factory, load_model
 from fxdistill.matching import Matches, module_names, text
 from fxdistill.patterns import Pattern
 from fxdistill.report.data import Report
-from fxdistill.structure import stacks_of
 
 MODULES_SCHEMA = "1.0"
 _WIDE = 1000  # columns of what is read line by line
@@ -111,7 +110,7 @@ def modules(args: argparse.Namespace, out: TextIO) -> int:
     if not chosen:
         near = did_you_mean(args.pattern, paths)
         raise PathError(f"no module of {args.model} is called {args.pattern!r}. Nearest: {near}.")
-    roles = _roles(model)
+    roles = roles_in(model)
     rows = [_module(model, path, roles) for path in paths if path in chosen]
     if args.json is not None:
         name = type(model).__name__
@@ -128,18 +127,6 @@ def _module(model: nn.Module, path: str, roles: dict[str, tuple[str, str]]) -> d
     parameters = sum(p.numel() for p in module.parameters())
     name = type(module).__name__
     return {"path": path, "class": name, "parameters": parameters, "role": role, "kind": kind}
-
-
-def _roles(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """The role of each module that structure knows, by its path, and what it was recognised as."""
-    stacks = stacks_of(model)
-    ends = {"embedding": embedding_of(model, stacks), "logits": logits_of(model, stacks)}
-    roles = {path: (role, "") for role, path in ends.items() if path is not None}
-    roles |= {path: ("norm", "") for path in norms_of(model, stacks) if path is not None}
-    for block in (block for stack in stacks for block in stack.blocks):
-        roles[block.path] = ("block", "")
-        roles |= {part.path: (part.role, f"{part.kind} ({part.why})") for part in block.parts}
-    return roles
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

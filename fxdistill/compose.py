@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import fx
 
+from fxdistill.errors import TapError
 from fxdistill.program import JointProgram, Program, output_values
 from fxdistill.split import EDGE
 
@@ -55,7 +56,7 @@ def _inline(
     local: dict[fx.Node, Any] = {}
     for node in program.gm.graph.nodes:
         if node.op == "placeholder":
-            local[node] = env[_source(node)]
+            local[node] = _found(env, node)
         elif node.op != "output":
             copy = local[node] = graph.node_copy(node, lambda n: local[n])
             copy.meta = _labelled(node, section)
@@ -76,6 +77,18 @@ def _label_region(value: Any, section: str) -> None:
             if isinstance(module, fx.GraphModule):
                 for node in module.graph.nodes:
                     node.meta = _labelled(node, section)
+
+
+def _found(env: dict[str, Any], placeholder: fx.Node) -> Any:
+    source = _source(placeholder)
+    if source not in env and (tapped := placeholder.meta.get("tap")) is not None:
+        section, tap = tapped
+        raise TapError(
+            f"{section} {str(tap)!r} runs inside a loop, a branch or a region of the graph (scan, "
+            "cond, invoke_subgraph, a custom autograd function): its values do not leave it. Match "
+            "the module around it."
+        )
+    return env[source]
 
 
 def _source(placeholder: fx.Node) -> str:

@@ -5,8 +5,20 @@ import itertools
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from fxdistill.structure import Stack
+from fxdistill.structure import Stack, stacks_of
 from fxdistill.weights import norm_width, weights_in
+
+
+def roles_in(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """The role of each module that structure knows, by its path, and what it was recognised as."""
+    stacks = stacks_of(model)
+    ends = {"embedding": embedding_of(model, stacks), "logits": logits_of(model, stacks)}
+    roles = {path: (role, "") for role, path in ends.items() if path is not None}
+    roles |= {path: ("norm", "") for path in norms_of(model, stacks) if path is not None}
+    for block in (block for stack in stacks for block in stack.blocks):
+        roles[block.path] = ("block", "")
+        roles |= {part.path: (part.role, f"{part.kind} ({part.why})") for part in block.parts}
+    return roles
 
 
 def embedding_of(model: nn.Module, stacks: list[Stack]) -> str | None:

@@ -3,10 +3,11 @@
 import fnmatch
 import operator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 
 from fxdistill.effects import CHECKPOINT, Effects, effects_of
 from fxdistill.program import P, fork_module, output_values
@@ -24,6 +25,7 @@ class ExposeOutputs:
        which stays checkpointed.
     3. A value that is written later, itself or through an alias, is cloned where it was tapped; so
        is one that lies in an input's storage, which the other tower may write.
+    4. A value in a loop or a branch (``scan``, ``cond``) stays there: only its marker goes.
 
     ``only`` restricts what is exposed to the names that match one of its patterns; the markers of
     the others are erased too. Works on the captured level.
@@ -62,6 +64,8 @@ def _hoist(
             body = getattr(gm, node.args[0].target)
             inner = _hoist(body, effects, calls, wants)
             found.update(_thread_out(gm, node, body, inner))
+        elif isinstance(node.target, HigherOrderOperator):
+            _erase_within(gm, node)
         elif is_tap(node):
             value, _, path, port = node.args
             call = calls.get((path, port), 0)
@@ -73,6 +77,16 @@ def _hoist(
             node.replace_all_uses_with(value)
             gm.graph.erase_node(node)
     return found
+
+
+def _erase_within(gm: fx.GraphModule, loop: fx.Node) -> None:
+    """Erase the markers of loops and branches: what they hold does not leave them."""
+    for given in loop.all_input_nodes:
+        body = getattr(gm, str(given.target), None) if given.op == "get_attr" else None
+        for node in _all_nodes(body) if isinstance(body, fx.GraphModule) else []:
+            if is_tap(node):
+                node.replace_all_uses_with(cast(fx.Node, node.args[0]))
+                node.graph.erase_node(node)
 
 
 def _at_return(graph: fx.Graph, marker: fx.Node, value: fx.Node, effects: Effects) -> fx.Node:

@@ -11,7 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxdistill
+from fxdistill import errors
 from fxdistill.effects import effects_of
+from fxdistill.passes import ExposeOutputs
+from fxdistill.split import is_tap
 
 AOT = {"backend": "aot_eager"}
 KINDS = ("cond", "scan", "map")
@@ -97,6 +100,38 @@ def test_flops_of_a_branch_are_torchs():
     found = made("cond", AOT, model).report(**inputs)
     # Run for real, one branch is taken: the dearer one is the bound that torch gives for fakes.
     assert counter.get_total_flops() <= found.flops.forward
+
+
+class Inside(Model):
+    """The module of the pair runs in the loop."""
+
+    def __init__(self):
+        super().__init__("scan")
+        self.mixer.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        def step(state, x):
+            state = torch.tanh(self.mixer.linear(state) + x)
+            return state, state * 2
+
+        _, steps = scan(step, torch.zeros_like(x[:, 0]), x.movedim(1, 0))
+        return self.head(steps.mean(0))
+
+
+@pytest.mark.parametrize("mode", [AOT, False], ids=str)
+def test_a_pair_within_a_loop_is_an_error(mode):
+    pair = {"mixer.linear": "mixer.linear"}
+    distiller = fxdistill.wrap(Inside(), Inside(), pair, task="classification", compile=mode)
+    with pytest.raises(errors.TapError, match=r"mixer\.linear"):
+        distiller(**batch())
+
+
+def test_markers_within_loops_are_erased():
+    program = ExposeOutputs()(fxdistill.trace(Inside(), batch()["x"]))
+    assert program.outputs[1:] == ("head",)
+    inner = [m for m in program.gm.modules() if isinstance(m, fx.GraphModule)]
+    assert len(inner) > 1
+    assert not [n for m in inner for n in m.graph.nodes if is_tap(n)]
 
 
 # ---------------------------------------------------------------------- what bodies write

@@ -15,17 +15,29 @@ from fxdistill.call import Call
 from fxdistill.compose import section_of
 from fxdistill.errors import FxDistillError, StepError
 from fxdistill.head_module import head_path
+from fxdistill.landmarks import roles_in
 from fxdistill.losses.reduce import is_placed
 from fxdistill.lower import Halves, Lowering
 from fxdistill.matching import loss_name
 from fxdistill.program import JointProgram
 from fxdistill.report import costs, memory, reach
 from fxdistill.report.changes import pass_lines
-from fxdistill.report.data import SCHEMA, Event, Memory, Pair, Plain, Report, Term, Tower, Value
+from fxdistill.report.data import (
+    SCHEMA,
+    Block,
+    Event,
+    Memory,
+    Pair,
+    Plain,
+    Report,
+    Term,
+    Tower,
+    Value,
+)
 from fxdistill.report.fakes import faked, standing_in
 from fxdistill.report.inputs import tensors_of
-from fxdistill.report.summary import between
-from fxdistill.report.towers import bytes_here, dtype_name, towers_of
+from fxdistill.report.summary import between, projection_of
+from fxdistill.report.towers import blocks_of, bytes_here, dtype_name, towers_of
 from fxdistill.report.warn import warnings_of
 from fxdistill.taps import TapTable
 
@@ -163,6 +175,7 @@ def value_of(tensor: Tensor) -> Value:
 
 def _pairs(distiller: "Distiller", table: TapTable | None) -> Iterator[Pair]:
     values = {} if table is None else table.values
+    ours, theirs = roles_in(distiller.student), roles_in(distiller.teacher)
     for term in distiller.objective.features:
         student, teacher = (values.get(key) for key in term.taps)
         yield Pair(
@@ -174,6 +187,9 @@ def _pairs(distiller: "Distiller", table: TapTable | None) -> Iterator[Pair]:
             between(term, distiller.projections),
             None if student is None else value_of(student),
             None if teacher is None else value_of(teacher),
+            ours.get(term.student.path, ("",))[0],
+            theirs.get(term.teacher.path, ("",))[0],
+            projection_of(term, distiller.projections),
         )
 
 
@@ -197,11 +213,11 @@ def _number(value: float | Tensor) -> float:
 
 
 def _with_costs(report: Report, distiller: "Distiller", call: Call, halves: Halves) -> Report:
-    paths = {tower.name: [block.path for block in tower.blocks] for tower in report.towers}
-    blocks = costs.by_block(halves, paths)
+    towers = tuple(_with_blocks(distiller, tower, halves) for tower in report.towers)
+    paths = {tower.name: [block.path for block in tower.blocks] for tower in towers}
     return dataclasses.replace(
         report,
-        towers=tuple(_with_blocks(tower, blocks) for tower in report.towers),
+        towers=towers,
         flops=costs.flops(halves),
         memory=_memory(report, distiller, halves, paths),
         plain=_plain(report, distiller, call, paths),
@@ -212,14 +228,19 @@ def _with_costs(report: Report, distiller: "Distiller", call: Call, halves: Halv
     )
 
 
-def _with_blocks(tower: Tower, found: dict[tuple[str, str, str], int]) -> Tower:
-    def counted(block: Any) -> Any:
+def _with_blocks(distiller: "Distiller", tower: Tower, halves: Halves) -> Tower:
+    """With the costs of its blocks, of which those stay that hold or do something."""
+    blocks = list(blocks_of(getattr(distiller, tower.name)))
+    found = costs.by_block(halves, {tower.name: [block.path for block in blocks]})
+
+    def counted(block: Block) -> Block:
         forward, backward = (
             found.get((tower.name, block.path, half), 0) for half in ("forward", "backward")
         )
         return dataclasses.replace(block, forward=forward, backward=backward)
 
-    return dataclasses.replace(tower, blocks=tuple(map(counted, tower.blocks)))
+    parts = [part for part in map(counted, blocks) if part.parameters or part.forward]
+    return dataclasses.replace(tower, blocks=tuple(parts))
 
 
 def _memory(report: Report, distiller: "Distiller", halves: Halves, paths: costs.Paths) -> Memory:

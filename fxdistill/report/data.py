@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-SCHEMA = "1.0"
+SCHEMA = "1.1"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Value:
 class Pair:
     """A student's value and the teacher's that it is to be like.
 
-    ``student`` and ``teacher`` are module paths with their ports; their values are ``None`` where
+    ``student`` and ``teacher`` are module paths with their ports, their roles what structure shows
+    ("mixer", "mlp", "block", ...; empty where it shows nothing); their values are ``None`` where
     the step was not captured.
     """
 
@@ -49,6 +50,9 @@ class Pair:
     between: str = ""  # projection and layouts
     student_value: Value | None = None
     teacher_value: Value | None = None
+    student_role: str = ""
+    teacher_role: str = ""
+    projection: str = ""  # of the student's value: its class and widths
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,9 @@ class PassLine:
 class Block:
     """A part of a tower, in the order of the model: a repeated block, or what is beside those.
 
-    ``kinds`` are the mixers and MLPs that structure shows, with their paths. ``backward`` is 0 in a
-    frozen teacher.
+    A module that holds blocks is a part too, of which what is its own counts: the model itself has
+    an empty path. ``kinds`` are the mixers and MLPs that structure shows, with their paths.
+    ``backward`` is 0 in a frozen teacher.
     """
 
     path: str
@@ -115,6 +120,7 @@ class Tower:
     dtypes: tuple[str, ...]
     training: bool
     blocks: tuple[Block, ...] = ()
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

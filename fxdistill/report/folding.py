@@ -11,6 +11,7 @@ from fxdistill.report.data import Block, Pair, Report
 
 _NUMBER = re.compile(r"(?<![^.@\[])\d+(?![^.@:\]])")  # a whole segment, call or index
 _SHOWN = 6
+ITSELF = "(itself)"  # the label of what a model does outside of its modules
 _CLOSE = 0.02  # costs of alike blocks differ by what the compiler did at their borders
 
 
@@ -69,7 +70,7 @@ def _alike(a: Block, b: Block) -> bool:
 def _row(blocks: Sequence[Block], first: int) -> Row:
     paths = [block.path for block in blocks]
     return Row(
-        label=paths[0] if len(paths) == 1 else folded(paths),
+        label=(paths[0] or ITSELF) if len(paths) == 1 else folded(paths),
         first=first,
         count=len(blocks),
         parameters=sum(block.parameters for block in blocks),
@@ -151,7 +152,9 @@ def blocks_of(report: Report, tower: str) -> tuple[Block, ...]:
 def block_index(blocks: Sequence[Block], path: str) -> int | None:
     """The block that a module path (with port or call) lies in: the deepest that holds it."""
     module = re.split(r"[:@]", path)[0]
-    holding = [i for i, b in enumerate(blocks) if f"{module}.".startswith(f"{b.path}.")]
+    holding = [
+        i for i, b in enumerate(blocks) if not b.path or f"{module}.".startswith(f"{b.path}.")
+    ]
     return max(holding, key=lambda i: len(blocks[i].path), default=None)
 
 

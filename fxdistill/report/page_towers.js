@@ -20,6 +20,10 @@ function layerMap(numbers) {
   return el("div", { class: "map" }, spans);
 }
 
+function roleAnd(role, value) {
+  return role ? `${role}, ${value}` : value;
+}
+
 function pairTip(members) {
   const pair = report.pairs[members[0]];
   const fold = folded.folds.find((one) => one.members.includes(members[0]));
@@ -27,8 +31,8 @@ function pairTip(members) {
   const [ours, theirs] = whole ? [fold.student, fold.teacher] : [pair.student, pair.teacher];
   const rest = members.length > 1 && !whole ? ` and ${members.length - 1} like it` : "";
   const entries = [
-    ["student", valueText(pair.student_value)],
-    ["teacher", valueText(pair.teacher_value)],
+    ["student", roleAnd(pair.student_role, valueText(pair.student_value))],
+    ["teacher", roleAnd(pair.teacher_role, valueText(pair.teacher_value))],
     ["loss", pair.loss],
     ["weight", String(pair.weight)],
     ...(pair.between ? [["between", pair.between]] : []),
@@ -40,7 +44,7 @@ function pairTip(members) {
 
 function blockTip(side, item, joined) {
   const blocks = towerOf(side).blocks.slice(item.first, item.first + item.count);
-  const path = item.count > 1 ? item.row.label : blocks[0].path;
+  const path = item.count > 1 ? item.row.label : blocks[0].path || item.row.label;
   const total = (field) => sum(blocks.map((block) => block[field]));
   const kinds = blocks[0].kinds.map(([, kind]) => kind).join(", ");
   const entries = [

@@ -55,13 +55,18 @@ def between(term: Term, projections: nn.ModuleList) -> str:
         "; ".join(f"{pattern} {reduction}".strip() for pattern, reduction in layout)
         for layout in term.layouts
     )
-    parts = [ours] if ours else []
-    if term.projection is not None:
-        module = projections[term.projection]
-        weight = weight_of(module, "")
-        widths = f" {weight.fan_in} → {weight.fan_out}" if weight is not None else ""
-        parts.append(f"{type(module).__name__}{widths}")
+    parts = [part for part in (ours, projection_of(term, projections)) if part]
     return ", ".join(parts) + (f" | {theirs}" if theirs else "")
+
+
+def projection_of(term: Term, projections: nn.ModuleList) -> str:
+    """Class and widths of what projects the student's value; empty where nothing does."""
+    if term.projection is None:
+        return ""
+    module = projections[term.projection]
+    weight = weight_of(module, "")
+    widths = f" {weight.fan_in} → {weight.fan_out}" if weight is not None else ""
+    return f"{type(module).__name__}{widths}"
 
 
 def _passes(program: Program) -> Table:

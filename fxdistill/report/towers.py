@@ -34,12 +34,13 @@ def tower(name: str, model: nn.Module, *, trains: bool) -> Tower:
         bytes_here((*parameters, *model.buffers())),
         tuple(sorted({dtype_name(p) for p in parameters})),
         any(module.training for module in model.modules()),
-        tuple(_blocks(model)),
+        tuple(block for block in blocks_of(model) if block.parameters),
+        tuple(sorted({str(p.device) for p in parameters})),
     )
 
 
 def bytes_here(values: Iterable[Tensor]) -> int:
-    """Bytes on this device: of a DTensor its own shard; what shares storage counts once."""
+    """Bytes on this device: of a DTensor its own shard; what is there twice counts once."""
     sizes = {}
     for value in values:
         local = value.to_local() if is_placed(value) else value
@@ -52,22 +53,22 @@ def dtype_name(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
 
 
-def _blocks(model: nn.Module) -> Iterator[Block]:
+def blocks_of(model: nn.Module) -> Iterator[Block]:
+    """Repeated blocks, modules beside them, and for themselves the modules that hold those.
+
+    Of a module that holds others only what is directly its own counts, which may be nothing.
+    """
     inside = {block.path: block for stack in stacks_of(model) for block in stack.blocks}
     yield from _under(model, "", inside)
 
 
 def _under(module: nn.Module, path: str, inside: dict[str, Structure]) -> Iterator[Block]:
-    """Repeated blocks, and modules beside them that hold parameters, in order."""
     holds = any(found.startswith(f"{path}.") or not path for found in inside)
     if path in inside or not holds or not list(module.children()):
-        if any(True for _ in module.parameters()):
-            kinds = (
-                tuple((part.path, part.kind) for part in inside[path].parts)
-                if path in inside
-                else ()
-            )
-            yield Block(path, kinds, sum(p.numel() for p in module.parameters()))
+        parts = inside[path].parts if path in inside else ()
+        kinds = tuple((part.path, part.kind) for part in parts)
+        yield Block(path, kinds, sum(p.numel() for p in module.parameters()))
         return
+    yield Block(path, (), sum(p.numel() for p in module.parameters(recurse=False)))
     for name, child in module.named_children():
         yield from _under(child, f"{path}.{name}" if path else name, inside)

@@ -192,15 +192,25 @@ def test_pairs_and_terms():
     distiller = fxdistill.wrap(
         llama(64, 2),
         llama(96, 4),
-        [Match("model.layers.1.mlp", "model.layers.3.mlp", project="linear", weight=0.5)],
+        [
+            Match("model.layers.1.mlp", "model.layers.3.mlp", project="linear", weight=0.5),
+            Match("model.layers.0.self_attn", "model.layers.1", project="linear"),
+            Match("model.norm", "model.norm", project="linear"),
+        ],
         feature_loss="cosine",
         feature_weight=2.0,
         compile=AOT,
     )
     report = distiller.report(**batch(2, 16))
-    (found,) = report.pairs
+    assert [(p.student_role, p.teacher_role) for p in report.pairs] == [
+        ("mlp", "mlp"),
+        ("mixer", "block"),
+        ("norm", "norm"),
+    ]
+    found = report.pairs[0]
     assert (found.name, found.teacher) == ("model.layers.1.mlp", "model.layers.3.mlp")
     assert (found.loss, found.weight, found.between) == ("cosine", 0.5, "Linear 64 → 96")
+    assert found.projection == "Linear 64 → 96"
     assert str(found.student_value) == "[2, 16, 64] float32"
     assert str(found.teacher_value) == "[2, 16, 96] float32"
     assert [(t.name, t.loss, t.weight) for t in report.terms] == [
