@@ -74,16 +74,17 @@ def of_bodies(target: Any, counts: list[int], args: Any) -> int:
 
     How often ``while_loop`` runs is not known: its body counts once.
     """
-    if target is torch.ops.higher_order.cond:
+    name = str(target)
+    if name == "cond":
         return max(counts)
-    if target in _LOOPS:
-        over = tree_leaves(args[_LOOPS[target]])[0]
+    if name in _LOOPS:
+        over = tree_leaves(args[_LOOPS[name]])[0]
         return counts[0] * int(over.shape[0])
     return sum(counts)
 
 
-# Where the values are that a loop goes over, along their first axis.
-_LOOPS: dict[Any, int] = {torch.ops.higher_order.scan: 2, torch.ops.higher_order.map_impl: 1}
+# Which argument of a loop holds the values that it goes over, along their first axis.
+_LOOPS = {"scan": 2, "map_impl": 1}
 
 
 def first_argument(node: fx.Node) -> fx.Node:
