@@ -245,11 +245,10 @@ def _with_blocks(distiller: "Distiller", tower: Tower, halves: Halves) -> Tower:
 
 def _memory(report: Report, distiller: "Distiller", halves: Halves, paths: costs.Paths) -> Memory:
     weights = _weights(distiller)
-    trained = [p for g in distiller.param_groups() for p in g["params"] if p.requires_grad]
-    gradients = bytes_here(trained)
+    gradients = bytes_here(reach.learning(distiller, halves).values())
     # torch's optimizers keep their states in the type of the parameter.
     states = {"SGD": 0, "SGD with momentum": gradients, "Adam, AdamW": 2 * gradients}
-    return memory.memory(halves, weights, gradients, states, _vocabularies(distiller), paths)
+    return memory.memory(halves, weights, gradients, states, _heads(distiller), paths)
 
 
 def _weights(distiller: "Distiller") -> dict[str, int]:
@@ -264,12 +263,13 @@ def _weights(distiller: "Distiller") -> dict[str, int]:
     return found
 
 
-def _vocabularies(distiller: "Distiller") -> set[int]:
-    """How wide logits are."""
-    found = set()
-    for model in (distiller.student, distiller.teacher):
+def _heads(distiller: "Distiller") -> dict[str, tuple[str, int]]:
+    """Where each tower makes its logits, and how wide they are."""
+    found = {}
+    for tower in ("student", "teacher"):
+        model = getattr(distiller, tower)
         if (path := head_path(model)) is not None:
-            found.add(int(model.get_submodule(path).out_features))  # type: ignore[arg-type]
+            found[tower] = path, int(model.get_submodule(path).out_features)
     return found
 
 
@@ -285,5 +285,5 @@ def _plain(report: Report, distiller: "Distiller", call: Call, paths: costs.Path
     _, halves, _ = distiller.dry(call, alone, recipe, cut=True)
     assert halves is not None  # the whole step has learnt something by the same labels
     weights = {"student": _weights(distiller)["student"]}
-    found = memory.memory(halves, weights, 0, {}, _vocabularies(distiller), paths)
+    found = memory.memory(halves, weights, 0, {}, _heads(distiller), paths)
     return Plain(costs.flops(halves).total, found.peak)

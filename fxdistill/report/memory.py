@@ -1,10 +1,10 @@
 """What a step holds at each moment, by owner, and its worst moment."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxdistill.losses.chunked import size_of_chunks, sizes_on
 from fxdistill.lower import Halves
@@ -13,6 +13,7 @@ from fxdistill.report.costs import Paths, holding, part_of, place_of
 from fxdistill.report.data import Memory, Moment
 from fxdistill.report.flops import HEAD
 from fxdistill.report.liveness import Instant, storages, timeline
+from fxdistill.report.owners import Heads, owners
 
 MOMENTS = 200  # of a timeline, at most
 
@@ -22,11 +23,11 @@ def memory(
     weights: dict[str, int],
     gradients: int,
     states: dict[str, int],
-    vocabularies: Collection[int],
+    heads: Heads,
     paths: Paths,
 ) -> Memory:
     """Everything that is alive at each moment, and its worst."""
-    instants = list(timeline(halves, _owner(vocabularies), own_bytes))
+    instants = list(timeline(halves, owners(halves, heads), own_bytes))
     worst = max(range(len(instants)), key=lambda i: instants[i].total)
     peak = instants[worst]
     saved = _saved(halves)
@@ -49,21 +50,6 @@ def memory(
 
 def _of_head(instant: Instant) -> int:
     return instant.own if instant.node.target is HEAD else 0
-
-
-def _owner(vocabularies: Collection[int]) -> Callable[[fx.Node], str]:
-    def owner(node: fx.Node) -> str:
-        part = part_of(node)
-        value = node.meta.get("val")
-        wide = isinstance(value, Tensor) and value.ndim > 1 and int(value.shape[-1]) in vocabularies
-        if node.target is HEAD or wide:
-            return "head"
-        if part == "objective":
-            return "losses"
-        tapped = (u for u in node.users if u.target is not HEAD and u.op != "output")
-        return "taps" if any(part_of(user) == "objective" for user in tapped) else part
-
-    return owner
 
 
 def own_bytes(node: fx.Node) -> int:
@@ -103,7 +89,6 @@ def _moments(instants: list[Instant], worst: int, base: int, paths: Paths) -> It
         top = worst if worst in some else max(some, key=lambda i: instants[i].total)
         instant = instants[top]
         held = {name: size for name, size in instant.held.items() if size}
-        held["losses"] = held.pop("objective", 0) + held.get("losses", 0)
         if instant.own:
             whose = "head" if instant.node.target is HEAD else _lender(instant)
             held[whose] = held.get(whose, 0) + instant.own

@@ -48,12 +48,20 @@ def _in_order(halves: Halves) -> bool:
     return len(halves.inputs) == len(given) == len(gradients)
 
 
-def _unreached(distiller: "Distiller", halves: Halves) -> Iterator[str]:
-    """Trainable parameters that no term reaches."""
+def learning(distiller: "Distiller", halves: Halves) -> dict[str, Tensor]:
+    """The parameters that get a gradient, by name; all that are trained where it is not known."""
     trained = dict(_trained(distiller))
+    if not _in_order(halves):
+        return trained
     given = zip(halves.inputs, output_values(halves.backward.graph), strict=True)
     reached = {id(value) for value, gradient in given if isinstance(gradient, fx.Node)}
-    missing = [name for name, p in trained.items() if id(p) not in reached]
+    return {name: p for name, p in trained.items() if id(p) in reached}
+
+
+def _unreached(distiller: "Distiller", halves: Halves) -> Iterator[str]:
+    """Trainable parameters that no term reaches."""
+    trained, reached = dict(_trained(distiller)), learning(distiller, halves)
+    missing = [name for name in trained if name not in reached]
     if missing:
         yield (
             f"{len(missing)} of {len(trained)} trainable parameters get no gradient in this step: "

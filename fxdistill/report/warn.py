@@ -40,7 +40,8 @@ def _models(distiller: "Distiller") -> Iterator[str]:
 
 def _batch(distiller: "Distiller", call: Call) -> Iterator[str]:
     labels = call.batch.labels
-    if _is_real(labels) and labels is not None and bool((labels == IGNORE).all()):
+    some = _is_real(labels) and labels is not None and labels.numel() > 0
+    if some and labels is not None and bool((labels == IGNORE).all()):
         yield f"every label is {IGNORE}: label and logit terms are 0"
     ids = call.student.kwargs.get("input_ids")
     pad = _padding(distiller.student)
