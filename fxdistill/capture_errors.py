@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+import torch
 from torch._dynamo import exc
 
 from fxdistill.errors import (
@@ -26,10 +27,18 @@ def explained(error: Exception) -> FxDistillError:
         )
     if isinstance(error, exc.BackendCompilerFailed):
         inner: Any = getattr(error, "inner_exception", error)
+        said, _, graph = str(inner).partition("\n\nWhile executing")
         return LoweringError(
             "the step was captured, and the backend failed to compile it: "
-            f"{type(inner).__name__}: {inner}\nWhat to do: compile={{'backend': 'aot_eager'}} "
+            f"{type(inner).__name__}: {said}{_in_trace(graph)}\n"
+            "What to do: compile={'backend': 'aot_eager'} "
             "tells whether it is the code generation; compile=False needs no compiler."
+        )
+    if "no fake impl" in reason or "register_fake" in str(error):
+        return CaptureError(
+            f"the step cannot be captured as one graph.{_where(error)}\n  {_short(error)}\n"
+            "What to do: register_fake says what shapes the operator returns; or wrap(..., "
+            'compile="regional"), compile=False: models run as they are.'
         )
     if isinstance(error, exc.TorchRuntimeError) or "Observed exception" in reason:
         return StepError(
@@ -49,12 +58,23 @@ def explained(error: Exception) -> FxDistillError:
 def _where(error: Exception) -> str:
     """The last line of the user's code on the way to the failure."""
     stack = list(getattr(error, "real_stack", None) or ())
-    ours = __file__.rsplit("/", 1)[0]
-    frames = [f for f in stack if not f.filename.startswith(ours)]
+    frames = [f for f in stack if not f.filename.startswith(_OURS)]
+    # A line of torch's own says less than the one that called it.
+    outside = [f for f in frames if not f.filename.startswith(_TORCH)]
     if not frames:
         return ""
-    last = frames[-1]
+    last = (outside or frames)[-1]
     return f"\n  at {last.filename}:{last.lineno} in {last.name}\n    {last.line or ''}"
+
+
+_OURS, _TORCH = __file__.rsplit("/", 1)[0], torch.__file__.rsplit("/", 1)[0]
+
+
+def _in_trace(text: str) -> str:
+    """The last line of the user's code in a trace that was written to text."""
+    frames = re.findall(r'File "(.+)", line (\d+), in (.+)\n +(.+)', text)
+    outside = [f for f in frames if not f[0].startswith((_OURS, _TORCH))]
+    return "\n  at {}:{} in {}\n    {}".format(*outside[-1]) if outside else ""
 
 
 def _short(error: Exception) -> str:
@@ -62,4 +82,5 @@ def _short(error: Exception) -> str:
     text = str(error).strip()
     if (told := re.search(r"got (\w+\(.*\))$", text, re.M)) is not None:
         return told[1]
-    return text.splitlines()[0]
+    raised = re.search(r"raised exception (.+)", text)
+    return raised[1] if raised is not None else text.splitlines()[0]

@@ -1,4 +1,4 @@
-"""Models with loops and branches that stay in the graph: ``cond``, ``scan``, ``map``."""
+"""Models whose graphs hold more than operators: ``cond``, ``scan``, ``map``, ``vmap``, ``grad``."""
 
 import copy
 
@@ -17,7 +17,7 @@ from fxdistill.passes import ExposeOutputs
 from fxdistill.split import is_tap
 
 AOT = {"backend": "aot_eager"}
-KINDS = ("cond", "scan", "map")
+KINDS = ("cond", "scan", "map", "vmap", "grad")
 STEPS, WIDTH = 12, 8
 
 
@@ -31,6 +31,10 @@ class Mixer(nn.Module):
             return torch.cond(x.sum() > 0, self._twice, self._once, (x,))
         if self.kind == "map":
             return over(self._once, x)
+        if self.kind == "vmap":
+            return torch.vmap(self._row)(x)
+        if self.kind == "grad":
+            return torch.func.grad(self._energy)(x)
         _, steps = scan(self._step, torch.zeros_like(x[:, 0]), x.movedim(1, 0))
         return steps.movedim(0, 1)
 
@@ -39,6 +43,12 @@ class Mixer(nn.Module):
 
     def _twice(self, x):
         return x @ self.weight @ self.weight
+
+    def _row(self, x):
+        return torch.vmap(lambda token: self.weight @ token * token.sum())(x)
+
+    def _energy(self, x):
+        return (x @ self.weight).pow(3).sum()
 
     def _step(self, state, x):
         state = torch.tanh(state @ self.weight + x)

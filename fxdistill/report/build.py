@@ -1,8 +1,9 @@
 """Make a report: capture a step without running it, and read what it costs."""
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,16 +13,16 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import fxdistill
 from fxdistill.call import Call
+from fxdistill.capture import Recipe
 from fxdistill.compose import section_of
-from fxdistill.errors import FxDistillError, StepError
+from fxdistill.errors import CaptureError, FxDistillError, StepError
 from fxdistill.head_module import head_path
 from fxdistill.landmarks import roles_in
 from fxdistill.losses.reduce import is_placed
 from fxdistill.lower import Halves, Lowering
 from fxdistill.matching import loss_name
-from fxdistill.program import JointProgram
 from fxdistill.report import costs, memory, reach
-from fxdistill.report.changes import pass_lines
+from fxdistill.report.changes import depends_on_values, pass_lines
 from fxdistill.report.data import (
     SCHEMA,
     Block,
@@ -55,44 +56,34 @@ def build(distiller: "Distiller", args: tuple[Any, ...], kwargs: Mapping[str, An
             "distiller.report(input_ids=ids, labels=ids), as the distiller itself would be called"
         )
     models = (distiller.student, distiller.teacher, distiller.projections)
+    towers = towers_of(*models, frozen=distiller.plan.freeze_teacher)  # where they really lie
     with torch.inference_mode(False), torch.enable_grad(), standing_in(models) as mode:
         # The vector of weights may be fake then, and must not be kept.
         vector, distiller._vector = distiller._vector, None
         try:
             if mode is not None:
                 inputs = faked(inputs, mode)
-            return _report(distiller, *inputs, given=given)
+            return _report(distiller, towers, *inputs, given=given)
         finally:
             distiller._vector = vector
 
 
 def _report(
-    distiller: "Distiller", args: tuple[Any, ...], kwargs: dict[str, Any], *, given: bool
+    distiller: "Distiller",
+    towers: tuple[Tower, ...],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    given: bool,
 ) -> Report:
     call = distiller._sort(args, kwargs)
     distiller._guard(call)
     objective = distiller._objective_of(call)
-    known = _known(distiller, call, given)
-    recipe = dataclasses.replace(distiller._recipe(), lowering=_lowering(distiller))
+    known = _known(distiller, towers, call, given)
     try:
-        program, halves, table = distiller.dry(call, objective, recipe, cut=True)
+        program, halves, table = distiller.dry(call, objective, _recipe(distiller), cut=True)
     except FxDistillError as error:
-        return dataclasses.replace(known, stopped=f"{type(error).__name__}: {error}")
-    try:
-        return _found(known, distiller, call, program, halves, table)
-    except GuardOnDataDependentSymNode:
-        stopped = "sizes in the step depend on values: what it costs is not known before it runs"
-        return dataclasses.replace(known, stopped=stopped)
-
-
-def _found(
-    known: Report,
-    distiller: "Distiller",
-    call: Call,
-    program: JointProgram,
-    halves: Halves | None,
-    table: TapTable,
-) -> Report:
+        return dataclasses.replace(known, stopped=_stopped(distiller, error))
     found = dataclasses.replace(
         known,
         pairs=tuple(_pairs(distiller, table)),
@@ -100,7 +91,32 @@ def _found(
         nodes=dict(Counter(section_of(n) or "inputs" for n in program.gm.graph.nodes)),
         warnings=tuple(dict.fromkeys((*known.warnings, *table.warnings))),
     )
-    return found if halves is None else _with_costs(found, distiller, call, halves)
+    if halves is None:
+        return found
+    try:
+        return _with_costs(found, distiller, call, halves)
+    except GuardOnDataDependentSymNode:
+        return dataclasses.replace(
+            found,
+            stopped="sizes in the step depend on values: what it costs is not known before it runs"
+            + depends_on_values(halves.forward.graph),
+        )
+
+
+def _stopped(distiller: "Distiller", error: FxDistillError) -> str:
+    text, mode = f"{type(error).__name__}: {error}", distiller.plan.mode
+    if mode == "one_graph" or not isinstance(error, CaptureError):
+        return text
+    # What there is to do about it has been done.
+    said = text.partition("\nWhat to do")[0]
+    return f"{said}\nThe step itself runs: mode {mode!r} needs no graph of the models."
+
+
+def _recipe(distiller: "Distiller") -> Recipe:
+    """As a step is made; a step that runs as it is has its logits made."""
+    recipe, lowering = distiller._recipe(), _lowering(distiller)
+    fuse_head = recipe.fuse_head and distiller.plan.mode != "eager"
+    return dataclasses.replace(recipe, lowering=lowering, fuse_head=fuse_head)
 
 
 def _lowering(distiller: "Distiller") -> Lowering:
@@ -113,10 +129,11 @@ def _lowering(distiller: "Distiller") -> Lowering:
 # ---------------------------------------------------------------------- what needs no capture
 
 
-def _known(distiller: "Distiller", call: Call, given: bool) -> Report:
+def _known(distiller: "Distiller", towers: tuple[Tower, ...], call: Call, given: bool) -> Report:
     plan, objective = distiller.plan, distiller.objective
-    frozen = plan.freeze_teacher
-    backend = plan.lowering.backend
+    backend = "" if plan.mode == "eager" else plan.lowering.backend
+    pairs = tuple(_pairs(distiller, None))
+    terms = tuple(_terms(distiller, objective.label_loss if _labelled(call) else None))
     return Report(
         schema=SCHEMA,
         fxdistill=fxdistill.__version__,
@@ -125,15 +142,16 @@ def _known(distiller: "Distiller", call: Call, given: bool) -> Report:
         backend=backend if isinstance(backend, str) else _name(backend),
         mesh=_mesh(distiller),
         inputs={name: value_of(tensor) for name, tensor in tensors_of(call).items()},
-        towers=towers_of(
-            distiller.student, distiller.teacher, distiller.projections, frozen=frozen
-        ),
-        pairs=tuple(_pairs(distiller, None)),
-        terms=tuple(_terms(distiller, objective.label_loss if _labelled(call) else None)),
+        towers=towers,
+        pairs=pairs,
+        terms=terms,
         events=tuple(Event(*event) for event in distiller.past.events),
         # The numbers of a call that is only remembered are not those that it had.
-        warnings=warnings_of(distiller, call if given else None),
-        notes=(*distiller.matches.notes, *distiller._notes, *_of_mode(distiller)),
+        warnings=(
+            *warnings_of(distiller, call if given else None),
+            *_odd_weights((*terms, *pairs)),
+        ),
+        notes=(*distiller.matches.notes, *distiller._notes),
     )
 
 
@@ -173,6 +191,14 @@ def value_of(tensor: Tensor) -> Value:
     return Value(tuple(int(size) for size in tensor.shape), dtype_name(tensor), placed)
 
 
+def _value_of(tensor: Tensor | None) -> Value | None:
+    """``None`` as well where sizes depend on values."""
+    try:
+        return None if tensor is None else value_of(tensor)
+    except GuardOnDataDependentSymNode:
+        return None
+
+
 def _pairs(distiller: "Distiller", table: TapTable | None) -> Iterator[Pair]:
     values = {} if table is None else table.values
     ours, theirs = roles_in(distiller.student), roles_in(distiller.teacher)
@@ -185,8 +211,8 @@ def _pairs(distiller: "Distiller", table: TapTable | None) -> Iterator[Pair]:
             loss_name(term.loss),
             _number(distiller._settings[term.name]),
             between(term, distiller.projections),
-            None if student is None else value_of(student),
-            None if teacher is None else value_of(teacher),
+            _value_of(student),
+            _value_of(teacher),
             ours.get(term.student.path, ("",))[0],
             theirs.get(term.teacher.path, ("",))[0],
             projection_of(term, distiller.projections),
@@ -202,6 +228,12 @@ def _terms(distiller: "Distiller", label_loss: Any) -> Iterator[Term]:
     if objective.features:
         names = sorted({loss_name(term.loss) for term in objective.features})
         yield Term("features", ", ".join(names), _number(settings["feature_weight"]))
+
+
+def _odd_weights(weighted: Iterable[Pair | Term]) -> Iterator[str]:
+    for one in weighted:
+        if not math.isfinite(one.weight):
+            yield f"the weight of {one.name} is {one.weight}, and so will the total be"
 
 
 def _number(value: float | Tensor) -> float:
@@ -224,7 +256,12 @@ def _with_costs(report: Report, distiller: "Distiller", call: Call, halves: Halv
         collectives=costs.traffic(halves),
         casts=costs.casts(halves),
         warnings=(*report.warnings, *reach.warnings_of(distiller, call, halves)),
-        notes=(*report.notes, *reach.notes_of(distiller, halves), *costs.notes_of(halves)),
+        notes=(
+            *report.notes,
+            *_of_mode(distiller),
+            *reach.notes_of(distiller, halves),
+            *costs.notes_of(halves),
+        ),
     )
 
 
@@ -279,11 +316,11 @@ def _plain(report: Report, distiller: "Distiller", call: Call, paths: costs.Path
     if objective.label_loss is None:
         return None
     alone = dataclasses.replace(objective, features=(), logit_loss=None)
-    recipe = dataclasses.replace(
-        distiller._recipe(), lowering=_lowering(distiller), passes=(), fuse_head=False
-    )
+    recipe = dataclasses.replace(_recipe(distiller), passes=(), fuse_head=False)
     _, halves, _ = distiller.dry(call, alone, recipe, cut=True)
     assert halves is not None  # the whole step has learnt something by the same labels
     weights = {"student": _weights(distiller)["student"]}
-    found = memory.memory(halves, weights, 0, {}, _heads(distiller), paths)
-    return Plain(costs.flops(halves).total, found.peak)
+    gradients = bytes_here(reach.learning(distiller, halves).values())
+    found = memory.memory(halves, weights, gradients, {}, _heads(distiller), paths)
+    total = costs.flops(halves).total
+    return Plain(total, found.peak, gradients, found.saved, found.head, found.transient)

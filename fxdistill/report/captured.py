@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxdistill.report.flops import ATTENTION_ON_CPU, HEAD, head_flops, of_bodies
+from fxdistill.report.flops import HEAD, LACKING, head_flops, of_bodies
 
 
 class Costs:
@@ -41,7 +41,7 @@ class Costs:
             return 0
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), _value)
         fake = next((x for x in tree_leaves((args, kwargs)) if isinstance(x, FakeTensor)), None)
-        counter = FlopCounterMode(display=False, custom_mapping=_LACKING)
+        counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
         if fake is None:
             return 0
         try:
@@ -100,5 +100,5 @@ def _raw(formula: Any) -> Any:
     return counted
 
 
-_LACKING = {packet: _raw(formula) for packet, formula in ATTENTION_ON_CPU.items()}
-_LACKING[HEAD.overloadpacket] = _raw(head_flops)
+_FORMULAS = {packet: _raw(formula) for packet, formula in LACKING.items()}
+_FORMULAS[HEAD.overloadpacket] = _raw(head_flops)

@@ -1,8 +1,13 @@
 """What passes did, in numbers: nodes, FLOPs and bytes before and after."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import (
+    GuardOnDataDependentSymNode,
+    free_unbacked_symbols,
+)
 from torch.utils._pytree import tree_leaves
 
 from fxdistill.program import PassRecord
@@ -19,8 +24,9 @@ def pass_lines(history: Iterable[PassRecord]) -> tuple[PassLine, ...]:
 
 def _line(record: PassRecord, costs: Costs) -> PassLine:
     captured = record.level == "captured"
-    flops = [_flops(gm, costs if captured else None) for gm in (record.before, record.after)]
-    sizes = [_bytes(gm) for gm in (record.before, record.after)]
+    both = (record.before, record.after)
+    flops = [_or_unknown(_flops, gm, costs if captured else None) for gm in both]
+    sizes = [_or_unknown(_bytes, gm) for gm in both]
     return PassLine(
         record.name,
         record.graph,
@@ -33,6 +39,23 @@ def _line(record: PassRecord, costs: Costs) -> PassLine:
         record.remarks,
         record.seconds,
     )
+
+
+def _or_unknown(count: Callable[..., int | None], *args: Any) -> int | None:
+    try:
+        return count(*args)
+    except GuardOnDataDependentSymNode:
+        return None
+
+
+def depends_on_values(graph: fx.Graph) -> str:
+    """The first line of the user's whose value has a size that is only known when it runs."""
+    for node in graph.nodes:
+        if any(free_unbacked_symbols(x) for x in tree_leaves(node.meta.get("val"))):
+            trace = str(node.meta.get("stack_trace") or "").rstrip()
+            last = trace[trace.rfind("  File") :].splitlines()[:2] if "  File" in trace else []
+            return "".join(f"\n{line}" for line in last)
+    return ""
 
 
 def _change(values: list[int | None]) -> Change | None:

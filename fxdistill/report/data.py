@@ -9,6 +9,7 @@ that goes or changes its meaning a new major one; docs/report.md describes each.
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,10 +180,17 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plain:
-    """The same student trained on labels alone, its logits made: what distillation adds to."""
+    """The same student trained on labels alone, its logits made: what distillation adds to.
+
+    Its parts mean what those of ``Memory`` do.
+    """
 
     flops: int
     peak: int
+    gradients: int = 0
+    saved: int = 0
+    head: int = 0
+    transient: int = 0
 
 
 @dataclass(frozen=True)
@@ -244,12 +252,12 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers."""
-        found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        found: dict[str, Any] = json.loads(self.to_json())
         return found
 
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON, keys in the order of the fields."""
-        return json.dumps(dataclasses.asdict(self), indent=indent)
+        return json.dumps(as_json(self), indent=indent, allow_nan=False)
 
     def to_html(self, path: str | Path) -> Path:
         """Write the report as one HTML file that needs nothing else, whole or not at all.
@@ -269,3 +277,14 @@ class Report:
         from fxdistill.report.terminal import terminal
 
         return terminal(self)
+
+
+def as_json(value: Any) -> Any:
+    """Dataclasses as dictionaries; a number that is not finite, which JSON lacks, as a text."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: as_json(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

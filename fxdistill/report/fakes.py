@@ -20,15 +20,15 @@ STANDS_FOR = torch.device("cpu")
 
 @contextlib.contextmanager
 def standing_in(models: Iterable[nn.Module]) -> Iterator[FakeTensorMode | None]:
-    """Parameters and buffers on the meta device are fake while this lasts.
+    """What models hold on the meta device is fake while this lasts.
 
     Yields the mode they are fake in; ``None`` where all are real (then nothing is done). Models
     that are fake already keep the mode they have.
     """
     modules = {id(m): m for model in models for m in model.modules()}.values()
-    held = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
+    held = [t for m in modules for table in _tables(m) for t in table.values()]
     fake = next((t for t in held if isinstance(t, FakeTensor)), None)
-    if fake is None and not any(t is not None and t.is_meta for t in held):
+    if fake is None and not any(isinstance(t, Tensor) and t.is_meta for t in held):
         yield None
         return
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake is None else fake.fake_mode
@@ -36,10 +36,9 @@ def standing_in(models: Iterable[nn.Module]) -> Iterator[FakeTensorMode | None]:
     put: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
         for module in modules:
-            tables: list[dict[str, Any]] = [module._parameters, module._buffers]
-            for table in tables:
+            for table in _tables(module):
                 for name, value in table.items():
-                    if value is not None and value.is_meta and not isinstance(value, FakeTensor):
+                    if _is_empty(value):
                         put.append((table, name, value))
                         table[name] = made.setdefault(id(value), _stand_in(value, mode))
         with mode:
@@ -47,6 +46,15 @@ def standing_in(models: Iterable[nn.Module]) -> Iterator[FakeTensorMode | None]:
     finally:
         for table, name, value in put:
             table[name] = value
+
+
+def _tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Parameters, buffers, and what a module keeps as a plain attribute."""
+    return module._parameters, module._buffers, vars(module)
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_meta and not isinstance(value, FakeTensor)
 
 
 def _stand_in(value: Tensor, mode: FakeTensorMode) -> Tensor:

@@ -1,7 +1,8 @@
 """Floating point operations of a graph's nodes: products of matrices, attention, the fused head.
 
 By torch's own formulas (``torch.utils.flop_counter``), which count a multiplication and an addition
-as two and all else as nothing; attention on a CPU, which torch leaves out, by the same ones.
+as two and all else as nothing; attention on a CPU and layers that are one operator, which torch
+leaves out, by the same ones.
 
 Private to torch and used here only: the operators that repeat random numbers. If they move,
 importing this fails.
@@ -45,8 +46,8 @@ def flops_of(node: fx.Node) -> int:
     if bodies := list(bodies_of(node)):
         return of_bodies(target, [sum(map(flops_of, body.graph.nodes)) for body in bodies], args)
     packet = target if isinstance(target, HigherOrderOperator) else _packet(target)
-    if packet in ATTENTION_ON_CPU:
-        return int(ATTENTION_ON_CPU[packet](*args))
+    if packet in LACKING:
+        return int(LACKING[packet](*args))
     if packet not in flop_registry:
         return 0
     formula: Any = flop_registry[packet]
@@ -109,9 +110,33 @@ def _attention_backward(
     return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
 
 
-ATTENTION_ON_CPU: dict[Any, Callable[..., int]] = {
+def _multi_head(
+    query: Tensor, key: Tensor, value: Tensor, width: int, heads: int, weights: Tensor, *_: Any
+) -> int:
+    """``nn.MultiheadAttention`` in evaluation: projections in, attention, projection out."""
+    rows, wide = query.numel() // query.shape[-1], int(weights.shape[-1])
+    inward = 2 * width * sum(x.numel() for x in (query, key, value))
+    split = [(*x.shape[:-2], heads, x.shape[-2], width // heads) for x in (query, key, value)]
+    return int(inward + sdpa_flop_count(*split) + 2 * rows * wide * width)
+
+
+def _encoder_layer(
+    source: Tensor, width: int, heads: int, weights: Tensor, *rest: Any, **__: Any
+) -> int:
+    """``nn.TransformerEncoderLayer`` in evaluation, which then is one operator."""
+    rows, inner = source.numel() // source.shape[-1], int(rest[_INNER].shape[0])
+    attention = _multi_head(source, source, source, width, heads, weights)
+    return int(attention + 2 * 2 * rows * width * inner)
+
+
+_INNER = 10  # the place of the first weight of the MLP, behind those of attention
+
+# What torch's counter leaves out.
+LACKING: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    aten._native_multi_head_attention: _multi_head,
+    aten._transformer_encoder_layer_fwd: _encoder_layer,
 }
 
 

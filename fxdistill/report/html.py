@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fxdistill.report.data import Report
+from fxdistill.report.data import Report, as_json
 from fxdistill.report.folding import block_index, blocks_of, folds, gathered, models_of, rows
 
 _SCRIPTS = ("page.js", "page_towers.js", "page_charts.js", "page_sections.js")  # in this order
@@ -21,15 +21,11 @@ _PLACE = re.compile(r"\{\{(\w+)\}\}")
 
 
 def html(report: Report) -> str:
-    """The whole page.
-
-    Raises:
-        ValueError: A number of the report is not finite: JSON has no such numbers.
-    """
+    """The whole page."""
     filled = {
         "title": markup.escape(_title(report)),
         "style": _file("page.css"),
-        "report": _json(dataclasses.asdict(report)),
+        "report": _json(as_json(report)),
         "folded": _json(_folded(report)),
         "script": "\n".join(_file(name) for name in _SCRIPTS),
     }

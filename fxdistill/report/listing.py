@@ -13,6 +13,8 @@ from fxdistill.losses.reduce import is_placed
 from fxdistill.program import Program
 from fxdistill.report.captured import Costs
 from fxdistill.report.costs import place_of
+from fxdistill.report.figures import operations, size
+from fxdistill.report.folding import ITSELF
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,11 @@ def listing(program: Program) -> str:
     for section, members in itertools.groupby(found, lambda line: line.section):
         text.append(section)
         for line in members:
-            flops = "?" if line.flops is None else _short(line.flops, "FLOP", 1000)
+            flops = "?" if line.flops is None else operations(line.flops) if line.flops else ""
             parts = f"  {line.name:<{names}}  {line.kind:<{kinds}}  {line.value:<{values}}"
-            text.append(f"{parts}  {flops:>11}  {_short(line.bytes, 'B', 1024):>9}".rstrip())
+            text.append(
+                f"{parts}  {flops:>11}  {size(line.bytes) if line.bytes else '':>9}".rstrip()
+            )
     return "\n".join(text)
 
 
@@ -52,11 +56,12 @@ def lines(program: Program) -> Iterator[Line]:
         members = list(run)
         flops = [costs.flops(node, gm) for node in members]
         shown = next((n for n in reversed(members) if _tensors(n)), members[-1])
-        if not path or not _tensors(shown):  # glue: sizes, masks, weights of terms
+        # Glue: sizes, masks, weights of terms. What a model multiplies itself is none.
+        if not _tensors(shown) or not (path or any(flops)):
             continue
         yield Line(
             section,
-            path,
+            path or ITSELF,
             kind,
             ", ".join(map(_value, _tensors(shown)[:2])),
             None if None in flops else sum(n for n in flops if n is not None),
@@ -87,13 +92,3 @@ def _value(x: Tensor) -> str:
     placed = f" {', '.join(map(str, x.placements))}" if is_placed(x) else ""
     kind = str(x.dtype).removeprefix("torch.")
     return f"{kind}[{', '.join(str(int(size)) for size in x.shape)}]{placed}"
-
-
-def _short(number: float, unit: str, step: int) -> str:
-    if not number:
-        return ""
-    for prefix in ("", "k", "M", "G"):
-        if number < step:
-            return f"{number:.3g} {prefix}{unit}"
-        number /= step
-    return f"{number:.3g} T{unit}"

@@ -18,7 +18,7 @@ from fxdistill.program import output_values
 from fxdistill.report.kernels import Kernel, kernels_of
 
 Storage = int  # the identity of a fake storage: views share it
-Label = Callable[[fx.Node], str]
+Label = Callable[[fx.Node, Storage], str]  # whose a value is, which an operator allocates
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def storages(node: fx.Node) -> dict[Storage, int]:
 def timeline(halves: Halves, owner: Label, own: Callable[[fx.Node], int]) -> Iterator[Instant]:
     """Every kernel of the step in order, with what is allocated while it runs.
 
-    ``owner`` names whose a value is; ``own(node)`` are bytes that an operator needs for itself.
+    ``own(node)`` are bytes that an operator needs for itself.
     Parameters and inputs are not counted.
     """
     forward, backward = halves.forward.graph, halves.backward.graph
@@ -86,7 +86,7 @@ def timeline(halves: Halves, owner: Label, own: Callable[[fx.Node], int]) -> Ite
                 for storage, size in storages(node).items():
                     if storage in outside or storage in heap.alive:
                         continue
-                    whose = "gradients" if storage in gradients else owner(node)
+                    whose = "gradients" if storage in gradients else owner(node, storage)
                     made += size
                     heap.take(storage, whose, size)
             held = dict(heap.held)

@@ -1,6 +1,6 @@
 """Whose the values of a step are: teacher, student, matched values, head, losses."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, fx
 
@@ -8,24 +8,23 @@ from fxdistill.lower import Halves
 from fxdistill.report.costs import holding, part_of, place_of
 from fxdistill.report.flops import HEAD
 from fxdistill.report.kernels import is_view
-from fxdistill.report.liveness import Storage, storages
+from fxdistill.report.liveness import Label, Storage, storages
 
 Heads = Mapping[str, tuple[str, int]]  # by tower: the path of the head, and how wide logits are
 
 
-def owners(halves: Halves, heads: Heads) -> Callable[[fx.Node], str]:
-    """A function that names the owner of a value.
+def owners(halves: Halves, heads: Heads) -> Label:
+    """A function that names the owner of what an operator allocates.
 
     "taps" are the forward's matched values, "head" are logits with what the losses make of them
     that is as large, and what the fused head returns.
     """
     head, taps = _logits(halves, heads), _tapped(halves.forward.graph)
 
-    def owner(node: fx.Node) -> str:
-        held = storages(node)
+    def owner(node: fx.Node, storage: Storage) -> str:
         if node.target is HEAD or node.name in head:
             return "head"
-        if not taps.isdisjoint(held):
+        if storage in taps:
             return "taps"
         part = part_of(node)
         return "losses" if part == "objective" else part

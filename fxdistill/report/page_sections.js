@@ -124,18 +124,20 @@ function towersSection() {
 function memorySection() {
   const { memory } = report;
   if (memory === null) return null;
-  const line = (name, count, about) => [
+  const { plain } = report;
+  const line = (name, count, about, alone) => [
     rowHead(name, about ? sub(about) : null),
     number(size(count)),
+    ...(plain ? [number(alone === undefined ? "" : size(alone))] : []),
   ];
   const parts = [
     ...Object.entries(memory.weights).map(([tower, count]) => line(`weights, ${tower}`, count)),
-    line("gradients", memory.gradients),
-    line("saved", memory.saved, "what the forward leaves for the backward"),
-    line("transient", memory.transient, "at the peak: nothing of the above"),
-    line("of these, taps", memory.taps, "matched values"),
-    line("of these, head", memory.head, "logits, or what is held in place of them"),
-    el("tr", { class: "total" }, line("peak", memory.peak, `at ${memory.peak_at}`)),
+    line("gradients", memory.gradients, "at the end", plain?.gradients),
+    line("saved", memory.saved, "what the forward leaves for the backward", plain?.saved),
+    line("transient", memory.transient, "at the peak: nothing of the above", plain?.transient),
+    line("taps", memory.taps, "matched values, the most at one moment"),
+    line("head", memory.head, "logits, or what is held for them, at most", plain?.head),
+    el("tr", { class: "total" }, line("peak", memory.peak, `at ${memory.peak_at}`, plain?.peak)),
   ];
   const optimizers = Object.entries(memory.optimizers).map(([name, states]) => [
     rowHead(name),
@@ -146,7 +148,7 @@ function memorySection() {
   const chart = [el("p", { class: "muted" }, about), drawn(drawTimeline)];
   const columns = ["optimizer", "#states", "#peak with them"];
   const states = [el("h3", {}, "With an optimizer"), table(columns, optimizers)];
-  const left = el("div", {}, el("h3", {}, "Parts"), table(["part", "#bytes"], parts));
+  const left = el("div", {}, el("h3", {}, "Parts"), table(["part", "#bytes", ...(plain ? ["#labels alone"] : [])], parts));
   const right = el("div", {}, optimizers.length ? states : []);
   const tables = el("div", { class: "side-by-side" }, left, right);
   return section("memory", "Memory", memory.timeline.length ? chart : null, tables);

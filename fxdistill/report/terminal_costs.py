@@ -39,11 +39,11 @@ def _memory(memory: Memory) -> list[Part]:
     made = table("Memory", "part", "bytes", "", right=("bytes",))
     parts = {f"weights, {tower}": count for tower, count in memory.weights.items()}
     parts |= {
-        "gradients": memory.gradients,
+        "gradients, at the end": memory.gradients,
         "saved for the backward": memory.saved,
         "transient, at the peak": memory.transient,
-        "of these, taps": memory.taps,
-        "of these, head": memory.head,
+        "taps, at most": memory.taps,
+        "head, at most": memory.head,
     }
     for name, count in parts.items():
         row(made, name, size(count), bar(count, memory.peak, _BAR))
@@ -56,7 +56,14 @@ def _memory(memory: Memory) -> list[Part]:
     for optimizer, count in memory.optimizers.items():
         whole = f"states {size(count)}" if count else "no states"
         row(made, f"peak with {optimizer}", size(memory.peak + count), whole)
-    return [made, *([_timeline(memory.timeline)] if memory.timeline else [])]
+    return [made, *([_at_peak(memory), _timeline(memory.timeline)] if memory.timeline else [])]
+
+
+def _at_peak(memory: Memory) -> Text:
+    """What the peak is the sum of; the parts above have their own moments."""
+    moment = max(memory.timeline, key=lambda moment: moment.total)
+    held = ", ".join(f"{owner} {size(count)}" for owner, count in moment.held.items() if count > 0)
+    return Text(f"at the peak: {held}", overflow="fold")
 
 
 def _timeline(moments: tuple[Moment, ...]) -> Text:
@@ -78,7 +85,11 @@ def _beside(report: Report, plain: Plain) -> list[Part]:
     if report.flops is not None:
         rows.append(("FLOPs", operations, report.flops.total, plain.flops))
     if report.memory is not None:
-        rows.append(("peak memory", size, report.memory.peak, plain.peak))
+        memory = report.memory
+        rows.append(("peak memory", size, memory.peak, plain.peak))
+        rows.append(("gradients", size, memory.gradients, plain.gradients))
+        rows.append(("saved", size, memory.saved, plain.saved))
+        rows.append(("head", size, memory.head, plain.head))
     columns = ("", "labels alone", "distillation", "ratio")
     made = table("Beside plain training of the same student", *columns, right=columns[1:])
     for name, show, ours, theirs in rows:
