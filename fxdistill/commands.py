@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import stat
 import sys
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,8 +30,7 @@ _WIDE = 1000  # columns of what is read line by line
 
 def report(args: argparse.Namespace, out: TextIO) -> int:
     """``fxdistill report``."""
-    _check_target(args.json, "--json")
-    _check_target(args.html, "--html")
+    _check_targets({"--json": args.json, "--html": args.html}, args.mapping)
     if args.inputs is not None and (args.batch or args.length):
         raise CommandError(
             "--batch and --length are for inputs that are made; --inputs brings its own"
@@ -47,7 +47,7 @@ def report(args: argparse.Namespace, out: TextIO) -> int:
     with working("capturing the step"):
         found = _reported(_wrapped(args, student, teacher, mapping, inputs), inputs)
     if args.html is not None:
-        found.to_html(args.html)
+        _write_page(found, args.html)
     if args.json is not None:
         _write(found.to_json() + "\n", args.json, out)
     if args.json != "-":
@@ -80,12 +80,11 @@ def _wrapped(
 
 def match(args: argparse.Namespace, out: TextIO) -> int:
     """``fxdistill match``."""
-    _check_target(args.json, "--json")
     if args.output is not None:
         matching_file.kind_of(Path(args.output))
-        _check_target(args.output, "--output")
-        if Path(args.output).exists() and not args.force:
-            raise CommandError(f"{args.output} exists: --force replaces it")
+    _check_targets({"--json": args.json, "--output": args.output})
+    if args.output is not None and Path(args.output).exists() and not args.force:
+        raise CommandError(f"{args.output} exists: --force replaces it")
     student, teacher = _towers(args, "auto")
     roles = [role.strip() for role in args.roles.split(",") if role.strip()]
     with working("matching"):
@@ -101,7 +100,7 @@ def match(args: argparse.Namespace, out: TextIO) -> int:
 
 def modules(args: argparse.Namespace, out: TextIO) -> int:
     """``fxdistill modules``."""
-    _check_target(args.json, "--json")
+    _check_targets({"--json": args.json})
     with working("making the model"):
         model = load_model(args.model, args.hf_config, args.dtype, "auto")
     paths = module_names(model)
@@ -153,15 +152,40 @@ def _towers(args: argparse.Namespace, task: str) -> tuple[nn.Module, nn.Module]:
     return student, teacher
 
 
-def _check_target(target: str | None, option: str) -> None:
-    """Say before the work, and not after it, that a file cannot be written."""
-    if target is None or target == "-":
-        return
-    folder = Path(target).parent
-    if not folder.is_dir():
-        raise CommandError(f"{option} {target}: there is no folder {folder}")
-    if Path(target).is_dir() or not os.access(folder, os.W_OK):
+def _check_targets(targets: dict[str, str | None], mapping: str | None = None) -> None:
+    """Say before the work, and not after it, that files cannot be written, or are one file."""
+    places = {} if mapping is None else {os.path.realpath(mapping): f"--mapping {mapping}"}
+    for option, target in targets.items():
+        if target is None or (option, target) == ("--json", "-"):
+            continue
+        _check_target(target, option)
+        asked, place = f"{option} {target}", os.path.realpath(target)
+        if place in places:
+            raise CommandError(f"{places[place]} and {asked} name one file: give each its own")
+        places[place] = asked
+
+
+def _check_target(target: str, option: str) -> None:
+    if target == "-":
+        raise CommandError(
+            f"{option} -: only --json can go to standard output; {option} needs the name of a file"
+        )
+    # What a link leads to is written.
+    path = Path(os.path.realpath(target) if os.path.islink(target) else target)
+    if not os.path.isdir(path.parent):
+        raise CommandError(f"{option} {target}: there is no folder {path.parent}")
+    if _is_no_file(path, f"{option} {target}") or not os.access(path.parent, os.W_OK):
         raise CommandError(f"{option} {target}: cannot be written")
+
+
+def _is_no_file(path: Path, asked: str) -> bool:
+    """Whether something else is there: a folder, a device."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError as error:  # a name that is too long, for one
+        raise CommandError(f"{asked}: cannot be written: {error.strerror}") from error
 
 
 def _show(what: Any, out: TextIO, *, wide: bool = False) -> None:
@@ -171,6 +195,13 @@ def _show(what: Any, out: TextIO, *, wide: bool = False) -> None:
         console.print(what)
     else:
         out.write(text(what, _WIDE if wide else console.width) + "\n")
+
+
+def _write_page(found: Report, target: str) -> None:
+    try:
+        found.to_html(target)
+    except OSError as error:
+        raise CommandError(f"--html {target}: cannot be written: {error.strerror}") from error
 
 
 def _write(content: str, target: str, out: TextIO) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,14 @@ def text_of(matches: Matches, kind: str) -> str:
 
 
 def write_whole(target: Path, text: str) -> None:
-    """Write a file, or leave what is there as it is."""
-    part = target.with_name(target.name + f".{os.getpid()}.part")
+    """Write a file, or leave what is there as it is. A link stays one: what it names is written."""
+    place = Path(os.path.realpath(target))
+    part = place.with_name(
+        f".{uuid.uuid4().hex}.part"
+    )  # short: ``target`` may be just short enough
     try:
         part.write_text(text, encoding="utf-8")
-        part.replace(target)
+        part.replace(place)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise MappingFileError(f"{target} cannot be written: {reason}") from error

@@ -362,6 +362,8 @@ class TestMatch:
             (["--output", "mapping.yaml"], 2, "a .toml or a .json"),
             (["--output", "nowhere/mapping.toml"], 2, "there is no folder nowhere"),
             (["--json", "small"], 2, "--json small: cannot be written"),
+            (["--output", "-"], 2, "a .toml or a .json"),
+            (["--output", "m.json", "--json", "./m.json"], 2, "--output m.json name one file"),
             (["--roles", "mixer,mpl"], 2, "no role 'mpl'. Nearest: 'mlp'"),
         ],
     )
@@ -369,6 +371,13 @@ class TestMatch:
         done = run("match", "small", "large", "--hf-config", *options)
         assert (done.code, done.out) == (code, "")
         assert says in done.err
+
+    def test_what_is_no_file_is_not_replaced(self, run: Any) -> None:
+        os.mkfifo("pipe")  # what is in /dev must outlive a failure of this test
+        done = run("match", "small", "large", "--hf-config", "--json", "pipe")
+        assert (done.code, done.out) == (2, "")
+        assert "--json pipe: cannot be written" in done.err
+        assert Path("pipe").is_fifo()
 
     def test_models_without_blocks_do_not_fit(self, run: Any) -> None:
         done = run("match", "towers.py:wordless", "towers.py:teacher")
@@ -474,6 +483,11 @@ class TestReport:
         [
             (["--mapping", "nowhere.toml"], 2, "nowhere.toml cannot be read"),
             (["--html", "nowhere/report.html"], 2, "there is no folder nowhere"),
+            (["--html", "-"], 2, "--html -: only --json can go to standard output"),
+            (["--html", "same", "--json", "small/../same"], 2, "--html same name one file"),
+            (["--mapping", "m.json", "--json", "m.json"], 2, "--mapping m.json and --json m.json"),
+            (["--html", "h" * 256], 2, "cannot be written: File name too long"),
+            (["--json", "j" * 256], 2, "cannot be written: File name too long"),
             (["--backend", "indcutor"], 2, "indcutor"),
         ],
     )
@@ -483,6 +497,26 @@ class TestReport:
         done = run("report", "small", "large", "--hf-config", *argv)
         assert (done.code, asked) == (code, [])
         assert says in done.err
+
+    def test_a_name_that_just_fits_and_a_link_are_written(self, run: Any, asked: list[Any]) -> None:
+        os.symlink("behind.json", "link")
+        done = run("report", "small", "large", "--hf-config", "--html", "h" * 250, "--json", "link")
+        assert done.code == 0, done.err
+        assert Path("h" * 250).read_text() == "<html>"
+        assert Path("link").is_symlink()
+        assert json.loads(Path("behind.json").read_text())["schema"] == SCHEMA
+        assert run("modules", "small", "--hf-config", "--json", "j" * 250).code == 0
+
+    def test_a_page_that_cannot_be_written_in_the_end(
+        self, run: Any, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(self: Report, path: Any) -> Any:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Report, "to_html", full)
+        done = run("report", "small", "large", "--hf-config", "--html", "report.html")
+        assert (done.code, done.out) == (2, "")
+        assert "--html report.html: cannot be written: No space left on device" in done.err
 
     def test_a_mapping_that_does_not_fit(self, run: Any, asked: list[Any]) -> None:
         content = '[[match]]\nstudent = "model.layer.0.mlp"\nteacher = "model.layers.0.mlp"\n'

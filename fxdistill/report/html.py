@@ -9,6 +9,7 @@ import html as markup
 import json
 import os
 import re
+import uuid
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,14 @@ def html(report: Report) -> str:
 
 
 def write(report: Report, path: Path) -> Path:
-    """Write the page to ``path``, whole or not at all, and return ``path``."""
+    """Write the page to ``path``, whole or not at all, and return ``path``. A link stays one."""
     page = html(report).encode()
-    beside = path.with_name(f".{path.name}.{os.getpid()}")  # on the same disk, so that it can move
+    target = Path(os.path.realpath(path))
+    # On the same disk, so that it can move. Short: names that just fit have no room for more.
+    beside = target.with_name(f".{uuid.uuid4().hex}.part")
     try:
         beside.write_bytes(page)
-        beside.replace(path)
+        beside.replace(target)
     finally:
         beside.unlink(missing_ok=True)
     return path

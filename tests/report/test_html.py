@@ -95,6 +95,23 @@ def test_written_whole(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
+def test_a_link_stays_one_and_what_it_names_is_written(tmp_path):
+    (tmp_path / "behind").mkdir()
+    target, link = tmp_path / "behind" / "report.html", tmp_path / "link.html"
+    target.write_text("old")
+    link.symlink_to(target)
+    assert samples.small().to_html(link) == link
+    assert link.is_symlink()
+    assert target.read_text(encoding="utf-8") == html(samples.small())
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path):
+    path = tmp_path / ("h" * 250)
+    assert samples.small().to_html(path) == path
+    assert path.is_file()
+
+
 def test_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "report.html"
     path.write_text("old")
