@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TextIO
 import fxdistill
 from fxdistill.errors import CommandError, FxDistillError, MappingFileError, OptionError
 
+MOST = 2**40  # of samples, and of tokens
 FINE, PARTIAL, USAGE, MISFIT, INTERNAL, INTERRUPTED, CLOSED = 0, 1, 2, 3, 70, 130, 141
 
 _CODES = """\
@@ -137,8 +138,9 @@ def _match(commands: Any) -> None:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1")
+    # Python itself reads no number of thousands of digits.
+    if not text.isdecimal() or len(text) > 100 or not 1 <= int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {MOST}")
     return int(text)
 
 

@@ -1,5 +1,6 @@
 """Example inputs for the command line: zeros of the shapes that two models take."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from fxdistill.guards import device_of
 from fxdistill.roles import find_task, input_names
 
 BATCH, LENGTH = 4, 2048
+MOST = 2**31  # numbers in one input: what is not on meta has memory
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
@@ -25,7 +27,7 @@ def example_inputs(
     inputs: dict[str, Tensor] = {}
 
     def tokens(fill: int) -> Tensor:
-        size = (batch, _length(student, teacher, length))
+        size = _allowed(batch, _length(student, teacher, length))
         return torch.full(size, fill, dtype=torch.long, device=device)
 
     if "input_ids" in names:
@@ -36,7 +38,8 @@ def example_inputs(
         if length is not None:
             raise CommandError(f"--length {length}: {type(student).__name__} takes images")
         dtype = next((p.dtype for p in student.parameters()), None)
-        inputs["pixel_values"] = torch.zeros(_image(student, batch), dtype=dtype, device=device)
+        size = _allowed(batch, *_image(student))
+        inputs["pixel_values"] = torch.zeros(size, dtype=dtype, device=device)
     else:
         raise CommandError(
             f"{type(student).__name__}.forward takes {', '.join(names) or 'nothing by name'}, and "
@@ -57,10 +60,33 @@ def on_device_of(model: nn.Module, inputs: Any) -> Any:
             f"--inputs made a {type(inputs).__name__}: a dict of the keywords of a call, or a "
             "tuple of its positional arguments"
         )
+    if not inputs:
+        raise CommandError(
+            f"--inputs made an empty {type(inputs).__name__}: the factory returns no inputs, where "
+            "a dict of the keywords of a call, or a tuple of its positional arguments is needed"
+        )
+    odd = [key for key in inputs if not isinstance(key, str)] if isinstance(inputs, dict) else []
+    if odd:
+        raise CommandError(
+            f"--inputs made a dict with the key {odd[0]!r}: keys are the keywords of a call, which "
+            "are strings; a tuple holds positional arguments"
+        )
     if device_of(model).type != "meta":
         return inputs
     moved = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.to("meta"), inputs)
     return moved
+
+
+def _allowed(batch: int, *each: int) -> tuple[int, ...]:
+    """The size of an input, if that many numbers can be made."""
+    if (count := batch * math.prod(each)) > MOST:
+        sizes = " × ".join(map(str, (batch, *each)))
+        smaller = "--batch or --length" if len(each) == 1 else "--batch"
+        raise CommandError(
+            f"an input of {sizes} has {count} numbers, and one with {MOST} at most is made: choose "
+            f"a smaller {smaller}"
+        )
+    return batch, *each
 
 
 def _length(student: nn.Module, teacher: nn.Module, asked: int | None) -> int:
@@ -84,12 +110,15 @@ def _limit(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
     if callable(of_text := getattr(config, "get_text_config", None)):
         config = of_text()
-    found = (getattr(config, name, None) for name in _LIMITS)
+    # Positions that are relative have no end; T5 says n_positions all the same.
+    relative = hasattr(config, "relative_attention_num_buckets")
+    names = [name for name in _LIMITS if not (relative and name == "n_positions")]
+    found = (getattr(config, name, None) for name in names)
     return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
 
 
-def _image(model: nn.Module, batch: int) -> tuple[int, ...]:
+def _image(model: nn.Module) -> tuple[int, ...]:
     config = getattr(model, "config", None)
     size = getattr(config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
-    return batch, getattr(config, "num_channels", 3), height, width
+    return getattr(config, "num_channels", 3), height, width

@@ -66,18 +66,26 @@ def call_factory(asked: str) -> Any:
 
 
 def _called(factory: Callable[..., Any], asked: str) -> Any:
-    needed = [
-        name
-        for name, p in inspect.signature(factory).parameters.items()
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    if needed:
+    if needed := _needed(factory):
         raise CommandError(
             f"{asked} needs {', '.join(needed)}: a factory is called without arguments; give them "
             "defaults"
         )
     with _told(f"{asked} raised"):
         return factory()
+
+
+def _needed(factory: Callable[..., Any]) -> list[str]:
+    """The arguments without defaults; none where Python cannot tell: the call then does."""
+    try:
+        parameters = inspect.signature(factory).parameters.items()
+    except (TypeError, ValueError):  # much of what is written in C, such as dict
+        return []
+    return [
+        name
+        for name, p in parameters
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
 
 
 @contextlib.contextmanager
@@ -126,13 +134,15 @@ def _from_file(file: Path, asked: str) -> ModuleType:
 
 
 def _from_package(name: str) -> ModuleType:
+    parts = name.split(".")
+    if not all(parts):
+        raise CommandError(f"there is no module {name!r}: between two dots there is a name")
     sys.path.insert(0, str(Path.cwd()))
     try:
         with _told(f"importing {name} raised"):
             return importlib.import_module(name)
     except CommandError as error:
         missing = error.__cause__
-        parts = name.split(".")
         parents = [".".join(parts[: i + 1]) for i in range(len(parts))]
         if isinstance(missing, ModuleNotFoundError) and missing.name in parents:
             raise CommandError(
@@ -156,6 +166,7 @@ def from_config(path: Path, dtype: torch.dtype, task: str) -> nn.Module:
         raise CommandError("--hf-config needs transformers: pip install fxdistill[hf]") from None
     file = path / "config.json" if path.is_dir() else path
     data = _read(file)
+    classes = _classes_in(data, path)
     kind = data.get("model_type")
     known: Any = transformers.CONFIG_MAPPING
     if kind not in list(known):
@@ -169,7 +180,7 @@ def from_config(path: Path, dtype: torch.dtype, task: str) -> nn.Module:
     with _told(f"{path} is refused by transformers:"):
         # Read once more, by those who wrote it: infinite numbers have a form of their own.
         data, _ = transformers.PreTrainedConfig.get_config_dict(str(file), local_files_only=True)
-        config = known[kind].from_dict(_without_types(data))
+        config = known[kind].from_dict({**_without_types(data), "architectures": classes})
     inner = (c for c in vars(config).values() if isinstance(c, transformers.PreTrainedConfig))
     for each in (config, *inner):
         if hasattr(each, "use_cache"):
@@ -200,6 +211,20 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CommandError(f"{path} holds a {type(data).__name__}, not the fields of a model")
     return data
+
+
+def _classes_in(data: dict[str, Any], path: Path) -> list[str] | None:
+    """The names in ``architectures``; a text is one."""
+    named = data.get("architectures")
+    if named is None:
+        return None
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CommandError(
+            f"{path}: architectures is {json.dumps(named)}: a list of names of classes of "
+            'transformers, as in ["LlamaForCausalLM"]'
+        )
+    return names
 
 
 def _without_types(data: dict[str, Any]) -> dict[str, Any]:

@@ -87,6 +87,9 @@ def warning():
     warnings.warn("look out")
     return Tower()
 text = "no function"
+big = dict
+def odd(): return {1: 2}
+def nothing(): return ()
 """
 
 
@@ -153,6 +156,8 @@ class TestStart:
             (["reprot"], "choose from 'report', 'modules', 'match'"),
             (["report", "a"], "required: TEACHER"),
             (["report", "a", "b", "--batch", "0"], "'0' is no number from 1"),
+            (["report", "a", "b", "--batch", f"1{30 * '0'}"], "no number from 1 to 1099511627776"),
+            (["report", "a", "b", "--length", 5000 * "9"], "no number from 1 to 1099511627776"),
             (["report", "a", "b", "--eager", "--regional"], "not allowed with argument --eager"),
             (["match", "a", "b", "--layers", "unifrom"], "choose from 'uniform'"),
         ],
@@ -192,6 +197,12 @@ class TestModels:
             ("towers.py:text", "is a str, not a function"),
             ("nowhere.towers:student", "no module 'nowhere'"),
             ("json.nowhere:student", "no module 'json.nowhere'"),
+            ("a..b:x", "no module 'a..b': between two dots there is a name"),
+            ("json..decoder:x", "no module 'json..decoder'"),
+            ("builtins:dict", "builtins:dict returns a dict, not an nn.Module"),
+            ("builtins:int", "builtins:int returns a int, not an nn.Module"),
+            ("torch:zeros", "torch:zeros raised TypeError: zeros() missing"),
+            ("towers.py:big", "towers.py:big returns a dict, not an nn.Module"),
             ("small", "for a configuration, --hf-config"),
             ("small/config.json", "for a configuration, --hf-config"),
         ],
@@ -212,6 +223,9 @@ class TestModels:
             ({"model_type": "lama"}, "knows no model_type 'lama'. Nearest: 'llama'"),
             ({"architectures": ["LamaForCausalLM"]}, "no class 'LamaForCausalLM'. Nearest: 'Llama"),
             ({"num_attention_heads": "four"}, "refused by transformers: "),
+            ({"architectures": [5]}, "config.json: architectures is [5]: a list of names of"),
+            ({"architectures": {"a": 1}}, 'architectures is {"a": 1}: a list of names of classes'),
+            ({"architectures": "LamaForCausalLM"}, "no class 'LamaForCausalLM'. Nearest: 'Llama"),
         ],
     )
     def test_a_configuration_that_is_none_is_a_wrong_argument(
@@ -222,6 +236,13 @@ class TestModels:
         assert (done.code, done.out) == (2, "")
         assert says in done.err
         assert done.err.count("\n") == 1
+
+    def test_architectures_may_be_one_name(self, run: Any, here: Path) -> None:
+        named = {**LLAMA, "architectures": "LlamaForSequenceClassification"}
+        (here / "small" / "config.json").write_text(json.dumps({**named, "num_hidden_layers": 1}))
+        done = run("modules", "small", "--hf-config", "--json", "-")
+        assert (done.code, done.err) == (0, "")
+        assert json.loads(done.out)["model"] == "LlamaForSequenceClassification"
 
     def test_a_file_that_is_not_there_or_no_json_is_a_wrong_argument(
         self, run: Any, here: Path
@@ -283,6 +304,25 @@ class TestInputs:
         done = run("report", "small", "large", "--hf-config", "--length", "65")
         assert done.code == 2
         assert "--length 65: the student's configuration says 64 positions at most" in done.err
+
+    def test_positions_that_are_relative_have_no_end(self) -> None:
+        model = FAMILIES["t5"]().student
+        model.config.n_positions = 512
+        assert model.config.relative_attention_num_buckets > 0
+        for asked, length in ((None, 2048), (1024, 1024)):
+            found = example_inputs(model, model, 1, asked, "auto")
+            assert found["input_ids"].shape == (1, length)
+        model.config.max_position_embeddings = 256  # MPNet has both, and this one ends
+        assert example_inputs(model, model, 1, None, "auto")["input_ids"].shape == (1, 256)
+
+    def test_sizes_that_no_memory_holds_are_wrong_arguments(self, run: Any, here: Path) -> None:
+        models = ("towers.py:student", "towers.py:teacher")
+        done = run("report", *models, "--batch", "1099511627776", "--length", "4")
+        assert (done.code, done.out) == (2, "")
+        assert "1099511627776 × 4 has 4398046511104 numbers, and one with 2147483648" in done.err
+        FAMILIES["vit"]().student.config.save_pretrained(here)
+        done = run("report", ".", ".", "--hf-config", "--batch", "1099511627776")
+        assert (done.code, "1099511627776 × 3 × 16 × 16 has" in done.err) == (2, True)
 
     def test_sizes_that_say_nothing_are_wrong_arguments(self, run: Any, here: Path) -> None:
         given = ("--inputs", "towers.py:inputs", "--batch", "2")
@@ -461,11 +501,22 @@ class TestReport:
         assert [tuple(x.shape) for x in values] == [(3, 5)]
         assert bool(args) == (factory == "positional")
 
-    def test_inputs_that_are_none_are_a_wrong_argument(self, run: Any, asked: list[Any]) -> None:
+    @pytest.mark.parametrize(
+        ("factory", "says"),
+        [
+            ("towers.py:number", "--inputs made a int: a dict of the keywords"),
+            ("towers.py:nothing", "--inputs made an empty tuple: the factory returns no inputs"),
+            ("builtins:dict", "--inputs made an empty dict: the factory returns no inputs"),
+            ("towers.py:odd", "--inputs made a dict with the key 1: keys are the keywords"),
+        ],
+    )
+    def test_inputs_that_are_none_are_a_wrong_argument(
+        self, run: Any, asked: list[Any], factory: str, says: str
+    ) -> None:
         models = ("towers.py:student", "towers.py:teacher")
-        done = run("report", *models, "--inputs", "towers.py:number")
+        done = run("report", *models, "--inputs", factory)
         assert (done.code, asked) == (2, [])
-        assert "--inputs made a int: a dict of the keywords" in done.err
+        assert says in done.err
 
     def test_a_partial_report_is_shown_and_has_a_code(self, run: Any, asked: list[Any]) -> None:
         done = run("report", "small", "large", "--hf-config", "--regional", "--json", "-")
