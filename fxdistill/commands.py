@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,7 +17,13 @@ from torch import nn
 import fxdistill
 from fxdistill import matching_file
 from fxdistill.cli import FINE, PARTIAL, working
-from fxdistill.errors import CommandError, PathError, ProjectionError, did_you_mean
+from fxdistill.errors import (
+    CommandError,
+    PatternError,
+    ProjectionError,
+    StructureError,
+    did_you_mean,
+)
 from fxdistill.examples import example_inputs, on_device_of
 from fxdistill.landmarks import roles_in
 from fxdistill.loading import call_factory, load_model
@@ -38,8 +45,7 @@ def report(args: argparse.Namespace, out: TextIO) -> int:
     mapping = None if args.mapping is None else Matches.load(args.mapping)
     student, teacher = _towers(args, args.task)
     if mapping is None:
-        with working("matching"):
-            mapping = fxdistill.match(student, teacher)
+        mapping = _proposed(student, teacher)
     if args.inputs is None:
         inputs = example_inputs(student, teacher, args.batch, args.length, args.task)
     else:
@@ -64,10 +70,22 @@ def _reported(distiller: fxdistill.Distiller, inputs: Any) -> Report:
     return distiller.report(*args, **kwargs)
 
 
+def _proposed(student: nn.Module, teacher: nn.Module) -> Matches:
+    """What ``match`` proposes; where it sees no layers, there is another way."""
+    try:
+        with working("matching"):
+            return fxdistill.match(student, teacher)
+    except StructureError as error:
+        raise StructureError(
+            f"{error} In a file, for --mapping FILE; a file without matches (format = "
+            f"{matching_file.FORMAT} alone in a .toml) compares logits and labels only."
+        ) from error
+
+
 def _wrapped(
     args: argparse.Namespace, student: nn.Module, teacher: nn.Module, mapping: Matches, inputs: Any
 ) -> fxdistill.Distiller:
-    compile: Any = {"backend": args.backend} if args.backend else not args.eager
+    compile: Any = not args.eager if args.backend is None else {"backend": args.backend}
     compile = "regional" if args.regional else compile
     try:
         return fxdistill.wrap(student, teacher, mapping, task=args.task, compile=compile)
@@ -104,11 +122,7 @@ def modules(args: argparse.Namespace, out: TextIO) -> int:
     with working("making the model"):
         model = load_model(args.model, args.hf_config, args.dtype, "auto")
     paths = module_names(model)
-    found = Pattern.parse(args.pattern, "model").found(paths, {})
-    chosen = {path for group in found.values() for path in group}
-    if not chosen:
-        near = did_you_mean(args.pattern, paths)
-        raise PathError(f"no module of {args.model} is called {args.pattern!r}. Nearest: {near}.")
+    chosen = _chosen(args, paths)
     roles = roles_in(model)
     rows = [_module(model, path, roles) for path in paths if path in chosen]
     if args.json is not None:
@@ -118,6 +132,20 @@ def modules(args: argparse.Namespace, out: TextIO) -> int:
     if args.json != "-":
         _show(_table(rows), out, wide=True)
     return FINE
+
+
+def _chosen(args: argparse.Namespace, paths: Sequence[str]) -> set[str]:
+    """The paths that ``--pattern`` matches."""
+    try:
+        found = Pattern.parse(args.pattern, "model").found(paths, {})
+    except PatternError as error:
+        raise CommandError(f"--pattern: {error}") from error
+    if not found:
+        near = did_you_mean(args.pattern, paths)
+        raise CommandError(
+            f"no module of {args.model} is called {args.pattern!r}. Nearest: {near}."
+        )
+    return {path for group in found.values() for path in group}
 
 
 def _module(model: nn.Module, path: str, roles: dict[str, tuple[str, str]]) -> dict[str, Any]:

@@ -73,8 +73,11 @@ def load(path: str | os.PathLike[str]) -> Matches:
         data = json.loads(content) if kind == "json" else tomllib.loads(content)
     except (ValueError, OSError) as error:
         raise MappingFileError(f"{source} cannot be read as {kind}: {error}") from error
-    if not isinstance(data, dict) or not isinstance(entries := data.get("match"), list):
-        raise MappingFileError(f"{source} has no list of [[match]] tables with student and teacher")
+    if not isinstance(data, dict) or not isinstance(entries := _entries(data), list):
+        raise MappingFileError(
+            f"{source} has no list of [[match]] tables with student and teacher (format = {FORMAT} "
+            "and no match is a mapping of nothing)"
+        )
     if data.get("format", FORMAT) != FORMAT:
         raise MappingFileError(
             f"{source} has format {data['format']!r}; this version of fxdistill reads {FORMAT}"
@@ -88,6 +91,11 @@ def load(path: str | os.PathLike[str]) -> Matches:
         raise MappingFileError(f"{source}: notes are a list of texts")
     read = [_read(entry, f"{source}, match {i}") for i, entry in enumerate(entries, start=1)]
     return Matches(read, notes)
+
+
+def _entries(data: dict[str, Any]) -> Any:
+    """What is matched; TOML writes no tables as nothing, and then the format says what it is."""
+    return data.get("match", [] if "format" in data else None)
 
 
 def kind_of(path: Path) -> str:

@@ -366,10 +366,20 @@ class TestModules:
         assert "blocks.0" in done.out
         assert len(json.loads(Path("modules.json").read_text())["modules"]) == 11
 
-    def test_what_matches_nothing_does_not_fit(self, run: Any) -> None:
-        done = run("modules", "small", "--hf-config", "--pattern", "model.layer.*")
-        assert (done.code, done.out) == (3, "")
-        assert "no module of small is called 'model.layer.*'. Nearest: 'model.layers" in done.err
+    @pytest.mark.parametrize(
+        ("pattern", "says"),
+        [
+            ("model.layer.*", "no module of small is called 'model.layer.*'. Nearest: 'model.lay"),
+            ("model..mlp", "--pattern: model path 'model..mlp' is empty or has an empty segment"),
+            ("{", "--pattern: model path '{': a brace is not closed"),
+        ],
+    )
+    def test_what_matches_nothing_is_a_wrong_argument(
+        self, run: Any, pattern: str, says: str
+    ) -> None:
+        done = run("modules", "small", "--hf-config", "--pattern", pattern)
+        assert (done.code, done.out) == (2, "")
+        assert says in done.err
 
 
 class TestMatch:
@@ -540,6 +550,7 @@ class TestReport:
             (["--html", "h" * 256], 2, "cannot be written: File name too long"),
             (["--json", "j" * 256], 2, "cannot be written: File name too long"),
             (["--backend", "indcutor"], 2, "indcutor"),
+            (["--backend", ""], 2, "compile's backend '' does not exist"),
         ],
     )
     def test_wrong_files_and_backends(
@@ -548,6 +559,32 @@ class TestReport:
         done = run("report", "small", "large", "--hf-config", *argv)
         assert (done.code, asked) == (code, [])
         assert says in done.err
+
+    @pytest.mark.parametrize(
+        ("name", "content", "code"),
+        [
+            ("none.toml", "format = 1\n", 0),
+            ("none.json", '{"format": 1}', 0),
+            ("none.toml", "", 2),
+            ("none.json", "{}", 2),
+        ],
+    )
+    def test_a_mapping_without_matches_is_for_logits_and_labels(
+        self, run: Any, asked: list[Any], name: str, content: str, code: int
+    ) -> None:
+        Path(name).write_text(content)
+        models = ("towers.py:wordless", "towers.py:wordless", "--inputs", "towers.py:positional")
+        done = run("report", *models, "--mapping", name)
+        assert (done.code, len(asked)) == (code, 1 - code // 2)
+        says = "has no list of [[match]] tables" if code else ""
+        assert says in done.err
+
+    def test_models_without_blocks_are_told_of_a_mapping(self, run: Any, asked: list[Any]) -> None:
+        done = run("report", "towers.py:wordless", "towers.py:teacher")
+        assert (done.code, done.out, asked) == (3, "", [])
+        assert "no repeated blocks found in the student (Linear)" in done.err
+        assert "--mapping FILE; a file without matches" in done.err
+        assert "compares logits and labels only" in done.err
 
     def test_a_name_that_just_fits_and_a_link_are_written(self, run: Any, asked: list[Any]) -> None:
         os.symlink("behind.json", "link")
