@@ -47,7 +47,8 @@ function fact(name, value, beside, compare = null, wide = false) {
   const inside = [el("div", { class: "value" }, value)];
   if (compare) {
     const most = Math.max(...compare);
-    const bars = compare.map((count) => el("i", { style: `width: ${(100 * count) / most}%` }));
+    const width = (count) => (most ? (100 * count) / most : 0);
+    const bars = compare.map((count) => el("i", { style: `width: ${width(count)}%` }));
     inside.push(el("div", { class: "compare", "aria-hidden": "true" }, bars));
   }
   const lines = beside.map((line) => el("div", { class: "beside" }, line));

@@ -146,9 +146,9 @@ def show(chromium, tmp_path):
     chromium.get_log("browser")
     browser.requests(chromium)
 
-    def opening(name, **how):
+    def opening(name, report=None, **how):
         path = tmp_path / f"{name}.html"
-        samples.ALL[name]().to_html(path)
+        (report or samples.ALL[name]()).to_html(path)
         browser.look(chromium, **how)
         chromium.get(path.as_uri())
         opened.append(path.as_uri())
@@ -337,6 +337,18 @@ def test_a_partial_report_says_what_stopped_it(show):
     driver = show("partial")
     assert "CaptureError" in driver.find_element(By.CSS_SELECTOR, "[role=alert]").text
     assert [s.get_attribute("id") for s in all_of(driver, "section")] == ["pairs", "models"]
+
+
+@pytest.mark.slow
+def test_bars_of_nothing_have_no_length(show):
+    report = samples.small()
+    flops = replace(report.flops, total=0)
+    driver = show("nothing", replace(report, flops=flops, plain=replace(report.plain, flops=0)))
+    memory, operations = all_of(driver, ".compare")
+    styles = [bar.get_attribute("style") for bar in operations.find_elements(By.TAG_NAME, "i")]
+    assert styles == ["width: 0%;", "width: 0%;"]
+    styles = [bar.get_attribute("style") for bar in memory.find_elements(By.TAG_NAME, "i")]
+    assert styles[0] == "width: 100%;"
 
 
 @pytest.mark.slow
