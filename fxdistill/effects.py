@@ -4,8 +4,8 @@ Captured graphs mutate: ``relu(inplace=True)``, ``add_``, running statistics. Wh
 removes nodes asks here first. The answer comes from running the graph once on its fake tensors and
 watching the operators below: no list of torch functions to keep up with.
 
-Private to torch and used here only: fake-tensor modes found on values, ``untyped_storage``
-identities of fakes, and what functorch wraps. If they move, this file is the one to mend.
+Private to torch and used here only: fake-tensor modes found on values, and ``untyped_storage``
+identities of fakes. If they move, this file is the one to mend.
 """
 
 import contextlib
@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+
+from fxdistill.transforms import sets_level, unwrapped
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
@@ -167,7 +168,7 @@ class _Runner(fx.Interpreter):
         self.effects.place[n] = len(self.effects.place)
         result = super().run_node(n)
         tensors = any(isinstance(leaf, (Tensor, torch.SymInt)) for leaf in tree_leaves(result))
-        if tensors or (result is not None and not _sets_state(n)):
+        if tensors or (result is not None and not sets_level(n)):
             self.effects.storages[n] = _storages(result)
         if _name(n) in _MARKS:
             self.watch.written |= _storages(result)
@@ -191,12 +192,6 @@ def _name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
-def _sets_state(node: fx.Node) -> bool:
-    """Whether ``node`` enters or leaves a transform: it returns a level, and has no readers."""
-    module = str(getattr(node.target, "__module__", ""))
-    return module.startswith(("torch._C._functorch", "torch._functorch"))
-
-
 def _storages(value: Any) -> frozenset[int]:
     found: set[int] = set()
     for leaf in tree_leaves(value):
@@ -204,12 +199,5 @@ def _storages(value: Any) -> frozenset[int]:
             names, _ = leaf.__tensor_flatten__()
             found |= _storages([getattr(leaf, name) for name in names])
         elif isinstance(leaf, Tensor):
-            found.add(_unwrapped(leaf).untyped_storage()._cdata)
+            found.add(unwrapped(leaf).untyped_storage()._cdata)
     return frozenset(found)
-
-
-def _unwrapped(value: Tensor) -> Tensor:
-    """What ``torch.vmap`` and ``torch.func.grad`` have wrapped."""
-    while is_functorch_wrapped_tensor(value):
-        value = get_unwrapped(value)
-    return value

@@ -27,6 +27,7 @@ from torch import Tensor
 from fxdistill.errors import CheckpointError, FxDistillError, LogitsError, PortError, TapError
 from fxdistill.losses.reduce import is_placed
 from fxdistill.nodes import one_node
+from fxdistill.transforms import level
 
 
 @dataclass(frozen=True, order=True)
@@ -57,6 +58,7 @@ class TapTable:
     def __init__(self, *, capturing: bool) -> None:
         self.capturing = capturing
         self.section = ""
+        self.level = 0  # of function transforms, where the tower began
         self.values: dict[tuple[str, Tap], Tensor] = {}
         self.failure: FxDistillError | None = None
         self.verify: Callable[[TapTable], None] | None = None
@@ -74,7 +76,7 @@ class TapTable:
 
     def begin(self, section: str) -> None:
         """Start a tower. Dynamo may trace a function again from its top: then this starts over."""
-        self.section = section
+        self.section, self.level = section, level()
         self.raw, self.behind = (), {}
         for key in [key for key in self.values if key[0] == section]:
             del self.values[key]
@@ -142,6 +144,13 @@ def tap(x: Tensor, section: str, path: str, port: str) -> Tensor:
                 f"{section} tap {path!r} lies inside a part that torch.compile compiles by itself. "
                 "Do not compile the parts of the models that hold taps (compile=True compiles all "
                 "as one graph), or tap outside of the compiled part."
+            )
+        )
+    if level() != table.level:
+        raise table.fail(
+            TapError(
+                f"{section} tap {path!r} lies inside a function that torch.vmap or torch.func "
+                "transforms: its values do not leave it. Match the module around it."
             )
         )
     value = _behind(table, x)

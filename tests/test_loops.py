@@ -136,6 +136,29 @@ def test_a_pair_within_a_loop_is_an_error(mode):
         distiller(**batch())
 
 
+class Transformed(Model):
+    """The module of the pair runs in a function that is transformed."""
+
+    def __init__(self, kind):
+        super().__init__(kind)
+        self.mixer.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        if self.mixer.kind == "vmap":
+            return self.head(torch.vmap(self.mixer.linear)(x).mean(1))
+        return self.head(torch.func.grad(lambda t: self.mixer.linear(t).pow(2).sum())(x).mean(1))
+
+
+@pytest.mark.parametrize("mode", [AOT, False, "regional"], ids=str)
+@pytest.mark.parametrize("kind", ["vmap", "grad"])
+def test_a_pair_within_a_transform_is_an_error(kind, mode):
+    models = Transformed(kind), Transformed(kind).eval()
+    pair = {"mixer.linear": "mixer.linear"}
+    distiller = fxdistill.wrap(*models, pair, task="classification", compile=mode)
+    with pytest.raises(errors.TapError, match=r"mixer\.linear.*torch\.vmap or torch\.func"):
+        distiller(**batch())
+
+
 def test_markers_within_loops_are_erased():
     program = ExposeOutputs()(fxdistill.trace(Inside(), batch()["x"]))
     assert program.outputs[1:] == ("head",)
