@@ -56,6 +56,7 @@ def build(distiller: "Distiller", args: tuple[Any, ...], kwargs: Mapping[str, An
             "distiller.report(input_ids=ids, labels=ids), as the distiller itself would be called"
         )
     models = (distiller.student, distiller.teacher, distiller.projections)
+    distiller._settle_modes()
     towers = towers_of(*models, frozen=distiller.plan.freeze_teacher)  # where they really lie
     with torch.inference_mode(False), torch.enable_grad(), standing_in(models) as mode:
         # The vector of weights may be fake then, and must not be kept.

@@ -197,6 +197,16 @@ def test_eager_makes_its_logits():
     assert eager.memory.head > 0
 
 
+def test_a_teacher_is_in_the_mode_that_a_step_has():
+    distiller = fxdistill.wrap(llama(2), llama(4), matched(".mlp"), compile=AOT)
+    distiller.teacher.train()
+    report = distiller.report(input_ids=ids())
+    assert {tower.name: tower.training for tower in report.towers} == {
+        "teacher": False,
+        "student": True,
+    }
+
+
 def test_models_without_weights_say_where_they_lie():
     with torch.device("meta"):
         models = llama(2), llama(4).eval()
