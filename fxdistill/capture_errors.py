@@ -1,5 +1,6 @@
 """What dynamo's exceptions mean: a line that no graph holds, a wrong call, a failed lowering."""
 
+import os
 import re
 from typing import Any
 
@@ -40,7 +41,8 @@ def explained(error: Exception) -> FxDistillError:
             "What to do: register_fake says what shapes the operator returns; or wrap(..., "
             'compile="regional"), compile=False: models run as they are.'
         )
-    if isinstance(error, exc.TorchRuntimeError) or "Observed exception" in reason:
+    failed = isinstance(error, exc.TorchRuntimeError) or "Observed exception" in reason
+    if failed and "INTERNAL ASSERT" not in str(error):  # which is torch's failure, not the step's
         return StepError(
             f"the step fails by itself, whether compiled or not.{_where(error)}\n"
             f"  {_short(error)}\n"
@@ -67,7 +69,7 @@ def _where(error: Exception) -> str:
     return f"\n  at {last.filename}:{last.lineno} in {last.name}\n    {last.line or ''}"
 
 
-_OURS, _TORCH = __file__.rsplit("/", 1)[0], torch.__file__.rsplit("/", 1)[0]
+_OURS, _TORCH = (os.path.dirname(module) + os.sep for module in (__file__, torch.__file__))
 
 
 def _in_trace(text: str) -> str:

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from fxdistill.transforms import sets_level, unwrapped
+from fxdistill.transforms import is_of_functorch, unwrapped
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
@@ -78,11 +78,16 @@ _EXTERNAL = ("placeholder", "get_attr")
 
 def effects_of(gm: fx.GraphModule) -> Effects:
     """Run ``gm`` on its own fake tensors and record what every node shares and writes."""
-    examples = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "placeholder"]
+    examples = [_example(n) for n in gm.graph.nodes if n.op == "placeholder"]
     effects = Effects(gm.graph)
     with _fake(examples), _Watch() as watch:
         _Runner(gm, effects, watch).run(*examples)
     return effects
+
+
+def _example(node: fx.Node) -> Any:
+    """What stands for an input: dynamo's, or in the body of a loop that of ``make_fx``."""
+    return node.meta.get("example_value", node.meta.get("val"))
 
 
 @contextlib.contextmanager
@@ -149,7 +154,7 @@ def _may_write(result: Any, given: Any) -> bool:
 
 def _writes_to_its_inputs(body: fx.GraphModule) -> bool:
     inputs = body.graph.find_nodes(op="placeholder")
-    if any(node.meta.get("example_value") is None for node in inputs):
+    if any(_example(node) is None for node in inputs):
         return True  # not known: as if it did
     effects = effects_of(body)
     theirs = frozenset().union(*(effects.storages[node] for node in inputs))
@@ -168,7 +173,7 @@ class _Runner(fx.Interpreter):
         self.effects.place[n] = len(self.effects.place)
         result = super().run_node(n)
         tensors = any(isinstance(leaf, (Tensor, torch.SymInt)) for leaf in tree_leaves(result))
-        if tensors or (result is not None and not sets_level(n)):
+        if tensors or (result is not None and not is_of_functorch(n)):
             self.effects.storages[n] = _storages(result)
         if _name(n) in _MARKS:
             self.watch.written |= _storages(result)

@@ -60,6 +60,7 @@ class TapTable:
         self.section = ""
         self.level = 0  # of function transforms, where the tower began
         self.values: dict[tuple[str, Tap], Tensor] = {}
+        self.hidden: set[tuple[str, Tap]] = set()  # calls in a transform, which hides its values
         self.failure: FxDistillError | None = None
         self.verify: Callable[[TapTable], None] | None = None
         self.warnings: list[str] = []
@@ -80,13 +81,17 @@ class TapTable:
         self.raw, self.behind = (), {}
         for key in [key for key in self.values if key[0] == section]:
             del self.values[key]
+        self.hidden = {key for key in self.hidden if key[0] != section}
 
     def add(self, path: str, port: str, value: Tensor) -> None:
-        """Keep ``value`` as the next call of ``path``."""
+        """Keep ``value`` as the next call of ``path``; within a transform only count the call."""
         call = 0
-        while (key := (self.section, Tap(path, port, call))) in self.values:
+        while (key := (self.section, Tap(path, port, call))) in self.values or key in self.hidden:
             call += 1
-        self.values[key] = value
+        if level() == self.level:
+            self.values[key] = value
+        else:
+            self.hidden.add(key)
 
     def fail(self, error: FxDistillError) -> FxDistillError:
         """Remember ``error``: what dynamo makes of an exception does not reach the user."""
@@ -146,13 +151,6 @@ def tap(x: Tensor, section: str, path: str, port: str) -> Tensor:
                 "as one graph), or tap outside of the compiled part."
             )
         )
-    if level() != table.level:
-        raise table.fail(
-            TapError(
-                f"{section} tap {path!r} lies inside a function that torch.vmap or torch.func "
-                "transforms: its values do not leave it. Match the module around it."
-            )
-        )
     value = _behind(table, x)
     if (path, port) == ("", "logits"):
         _require_whole_vocabulary(table, section, value)
@@ -209,7 +207,12 @@ def tapped(section: str, path: str, port: str, call: str) -> Tensor:
 
 def not_executed(table: TapTable, section: str, tap: Tap) -> TapError:
     """What to say of a tap that has no value."""
-    calls = sum(k[0] == section and k[1].path == tap.path for k in table.values)
+    if (section, tap) in table.hidden:
+        return TapError(
+            f"{section} {str(tap)!r} lies inside a function that torch.vmap or torch.func "
+            "transforms: its values do not leave it. Match the module around it."
+        )
+    calls = sum(k[0] == section and k[1].path == tap.path for k in (*table.values, *table.hidden))
     module = f"{section} module {tap.path!r}"
     what = f"call {tap.call} of {module}" if calls else module
     return TapError(

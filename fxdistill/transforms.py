@@ -26,6 +26,12 @@ def unwrapped(value: Tensor) -> Tensor:
     return value
 
 
-def sets_level(node: fx.Node) -> bool:
-    """Whether ``node`` enters or leaves a transform: it returns a level, and has no readers."""
+def is_of_functorch(node: fx.Node) -> bool:
+    """Whether ``node`` is part of how a transform is run; what returns no tensor sets its state."""
     return str(getattr(node.target, "__module__", "")).startswith(_STATE)
+
+
+def steps_of(node: fx.Node) -> int:
+    """1 where ``node`` enters a transform, -1 where it leaves one, else 0."""
+    name = str(getattr(node.target, "__name__", ""))
+    return name.endswith("increment_nesting") - name.endswith("decrement_nesting")

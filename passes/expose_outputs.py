@@ -2,7 +2,8 @@
 
 import fnmatch
 import operator
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from fxdistill.effects import CHECKPOINT, Effects, effects_of
 from fxdistill.program import P, fork_module, output_values
 from fxdistill.split import is_tap
 from fxdistill.taps import LOCAL, Tap
+from fxdistill.transforms import steps_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,9 @@ class ExposeOutputs:
        which stays checkpointed.
     3. A value that is written later, itself or through an alias, is cloned where it was tapped; so
        is one that lies in an input's storage, which the other tower may write.
-    4. A value in a loop or a branch (``scan``, ``cond``) stays there: only its marker goes.
+    4. A value within ``torch.vmap`` or ``torch.func`` stays there: its call is counted.
+    5. A module that runs in a loop or a branch (``scan``, ``cond``) is not exposed at all: how
+       often it runs is not known.
 
     ``only`` restricts what is exposed to the names that match one of its patterns; the markers of
     the others are erased too. Works on the captured level.
@@ -39,7 +43,8 @@ class ExposeOutputs:
             return program
         gm = fork_module(program.gm)
         effects = effects_of(gm)
-        found = {str(tap): node for tap, node in _hoist(gm, effects, {}, self._wants).items()}
+        hoisted = _hoist(gm, effects, _Calls(), self._wants)
+        found = {str(tap): node for tap, node in hoisted.items()}
         new = {name: node for name, node in found.items() if name not in program.outputs}
         out = gm.graph.output_node()
         out.args = ((*output_values(gm.graph), *new.values()),)
@@ -54,39 +59,58 @@ def _all_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     return inner
 
 
+@dataclass
+class _Calls:
+    """What was counted so far, by path and port."""
+
+    made: Counter[tuple[str, str]] = field(default_factory=Counter)
+    in_loops: set[tuple[str, str]] = field(default_factory=set)
+
+    def next(self, path: str, port: str) -> Tap:
+        tap = Tap(path, port, self.made[path, port])
+        self.made[path, port] += 1
+        return tap
+
+
 def _hoist(
-    gm: fx.GraphModule, effects: Effects, calls: dict[tuple[str, str], int], wants: Any
+    gm: fx.GraphModule, effects: Effects, calls: _Calls, wants: Any, level: int = 0
 ) -> dict[Tap, fx.Node]:
-    """Erase the markers of ``gm`` in order, and return the tapped values as nodes of ``gm``."""
+    """Erase the markers of ``gm`` in order, and return the tapped values as nodes of ``gm``.
+
+    ``level`` is how many transforms it is in.
+    """
     found: dict[Tap, fx.Node] = {}
     for node in list(gm.graph.nodes):
+        level += steps_of(node)
         if node.op == "call_function" and node.target is CHECKPOINT:
             body = getattr(gm, node.args[0].target)
-            inner = _hoist(body, effects, calls, wants)
+            inner = _hoist(body, effects, calls, wants, level)
             found.update(_thread_out(gm, node, body, inner))
         elif isinstance(node.target, HigherOrderOperator):
-            _erase_within(gm, node)
+            calls.in_loops |= _erase_within(gm, node)
         elif is_tap(node):
             value, _, path, port = node.args
-            call = calls.get((path, port), 0)
-            calls[path, port] = call + 1
-            tap = Tap(path, port, call)
-            if wants(tap):
+            tap = calls.next(path, port)
+            if level == 0 and wants(tap):
                 source = value.args[0] if LOCAL in value.meta else value
                 found[tap] = _at_return(gm.graph, node, source, effects)
             node.replace_all_uses_with(value)
             gm.graph.erase_node(node)
-    return found
+    return {tap: node for tap, node in found.items() if (tap.path, tap.port) not in calls.in_loops}
 
 
-def _erase_within(gm: fx.GraphModule, loop: fx.Node) -> None:
-    """Erase the markers of loops and branches: what they hold does not leave them."""
+def _erase_within(gm: fx.GraphModule, loop: fx.Node) -> set[tuple[str, str]]:
+    """Erase the markers of a loop or a branch, and return whose they were: path and port."""
+    found = set()
     for given in loop.all_input_nodes:
         body = getattr(gm, str(given.target), None) if given.op == "get_attr" else None
         for node in _all_nodes(body) if isinstance(body, fx.GraphModule) else []:
             if is_tap(node):
-                node.replace_all_uses_with(cast(fx.Node, node.args[0]))
+                value, _, path, port = node.args
+                found.add((str(path), str(port)))
+                node.replace_all_uses_with(cast(fx.Node, value))
                 node.graph.erase_node(node)
+    return found
 
 
 def _at_return(graph: fx.Graph, marker: fx.Node, value: fx.Node, effects: Effects) -> fx.Node:

@@ -159,6 +159,80 @@ def test_a_pair_within_a_transform_is_an_error(kind, mode):
         distiller(**batch())
 
 
+class Reused(nn.Module):
+    """The module runs once by itself and once where its value is hidden."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.linear, self.head, self.kind = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3), kind
+
+    def forward(self, x):
+        if self.kind == "grad":
+            x = self.linear(x)
+            x = x + torch.func.grad(lambda t: self.linear(t).pow(2).sum())(x)
+        elif self.kind == "vmap":
+            x = torch.vmap(self.linear)(x)
+            x = self.linear(x)
+        else:
+            start = torch.zeros_like(x[:, 0])
+            _, x = scan(lambda s, t: (s + self.linear(t), t * 1), start, x.movedim(1, 0))
+            x = self.linear(x.movedim(0, 1))
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("mode", [AOT, False, "regional"], ids=str)
+@pytest.mark.parametrize(("kind", "visible", "hidden"), [("grad", 0, 1), ("vmap", 1, 0)])
+def test_calls_outside_of_a_transform_are_matched(kind, visible, hidden, mode):
+    torch.manual_seed(0)
+    student, teacher, x = Reused(kind), Reused(kind).eval(), batch()["x"]
+    values = []
+    for model in (student, teacher):
+        inner = model.linear(x)
+        values.append(inner if kind == "grad" else model.linear(inner))
+    wanted = (values[0] - values[1].detach()).pow(2).mean()
+    pair = {f"linear@{visible}": f"linear@{visible}"}
+    distiller = fxdistill.wrap(student, teacher, pair, logit_loss=None, compile=mode)
+    loss = distiller(x).loss
+    torch.testing.assert_close(loss, wanted)
+    found = torch.autograd.grad(loss, student.linear.weight)
+    torch.testing.assert_close(found, torch.autograd.grad(wanted, student.linear.weight))
+    pair = {f"linear@{hidden}": f"linear@{hidden}"}
+    distiller = fxdistill.wrap(student, teacher, pair, logit_loss=None, compile=mode)
+    with pytest.raises(errors.TapError, match=r"torch\.vmap or torch\.func"):
+        distiller(x)
+
+
+@pytest.mark.parametrize("call", [0, 1])
+def test_a_module_that_runs_in_a_loop_is_matched_nowhere(call):
+    pair = {f"linear@{call}": f"linear@{call}"}
+    models = Reused("scan"), Reused("scan").eval()
+    distiller = fxdistill.wrap(*models, pair, logit_loss=None, compile=AOT)
+    with pytest.raises(errors.TapError, match="runs inside a loop"):
+        distiller(batch()["x"])
+
+
+def test_what_is_hidden_does_not_hinder_a_trace():
+    program = ExposeOutputs()(fxdistill.trace(Reused("vmap"), batch()["x"]))
+    assert program.outputs[1:] == ("linear@1", "head")
+
+
+def test_a_loop_that_only_reads_makes_no_copies():
+    class Behind(Model):
+        def forward(self, x):
+            return self.head(torch.relu(self.mixer(self.first(x))).mean(1))
+
+    models = [Behind("scan"), Behind("scan").eval()]
+    for model in models:
+        model.first = nn.Linear(WIDTH, WIDTH)
+    distiller = fxdistill.wrap(
+        *models, {"first": "first"}, logit_loss=None, freeze_teacher=False, compile=AOT
+    )
+    program = distiller.check(batch()["x"])
+    targets = [str(node.target) for node in program.gm.graph.nodes]
+    assert not [target for target in targets if "clone" in target]
+    assert targets.count("scan") == 1  # the student's: no term reads what the teacher's makes
+
+
 def test_markers_within_loops_are_erased():
     program = ExposeOutputs()(fxdistill.trace(Inside(), batch()["x"]))
     assert program.outputs[1:] == ("head",)

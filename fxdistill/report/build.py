@@ -252,8 +252,8 @@ def _with_costs(report: Report, distiller: "Distiller", call: Call, halves: Halv
         report,
         towers=towers,
         flops=costs.flops(halves),
-        memory=_memory(report, distiller, halves, paths),
-        plain=_plain(report, distiller, call, paths),
+        memory=_memory(distiller, halves, paths),
+        plain=_plain(distiller, call, paths),
         collectives=costs.traffic(halves),
         casts=costs.casts(halves),
         warnings=(*report.warnings, *reach.warnings_of(distiller, call, halves)),
@@ -281,7 +281,7 @@ def _with_blocks(distiller: "Distiller", tower: Tower, halves: Halves) -> Tower:
     return dataclasses.replace(tower, blocks=tuple(parts))
 
 
-def _memory(report: Report, distiller: "Distiller", halves: Halves, paths: costs.Paths) -> Memory:
+def _memory(distiller: "Distiller", halves: Halves, paths: costs.Paths) -> Memory:
     weights = _weights(distiller)
     gradients = bytes_here(reach.learning(distiller, halves).values())
     # torch's optimizers keep their states in the type of the parameter.
@@ -311,7 +311,7 @@ def _heads(distiller: "Distiller") -> dict[str, tuple[str, int]]:
     return found
 
 
-def _plain(report: Report, distiller: "Distiller", call: Call, paths: costs.Paths) -> Plain | None:
+def _plain(distiller: "Distiller", call: Call, paths: costs.Paths) -> Plain | None:
     """The student alone on the same labels."""
     objective = distiller._objective_of(call)
     if objective.label_loss is None:
@@ -319,7 +319,8 @@ def _plain(report: Report, distiller: "Distiller", call: Call, paths: costs.Path
     alone = dataclasses.replace(objective, features=(), logit_loss=None)
     recipe = dataclasses.replace(_recipe(distiller), passes=(), fuse_head=False)
     _, halves, _ = distiller.dry(call, alone, recipe, cut=True)
-    assert halves is not None  # the whole step has learnt something by the same labels
+    if halves is None:  # labels alone teach nothing: what learns is reached by matches
+        return None
     weights = {"student": _weights(distiller)["student"]}
     gradients = bytes_here(reach.learning(distiller, halves).values())
     found = memory.memory(halves, weights, gradients, {}, _heads(distiller), paths)

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from fxdistill.report.flops import HEAD, LACKING, head_flops, of_bodies
 
@@ -61,6 +61,8 @@ def _total(region: fx.GraphModule) -> int | None:
 
 def _regions(node: fx.Node, gm: fx.GraphModule) -> Any:
     """The graphs that a higher-order operator calls: of a custom function only its forward."""
+    if node.target in flop_registry:  # attention: its bodies are parts of a formula
+        return
     for argument in node.args:
         if isinstance(argument, fx.Node) and argument.op == "get_attr":
             region = getattr(gm, str(argument.target), None)

@@ -81,8 +81,8 @@ def notes_of(halves: Halves) -> Iterator[str]:
     names = {str(node.target) for _, node in both(halves) if any(True for _ in bodies_of(node))}
     if names:
         yield f"what {', '.join(sorted(names))} holds while it runs is not in the memory"
-    if "while_loop" in names:
-        yield "the body of while_loop is counted once: how often it runs is not known"
+    if once := sorted(names.intersection(("while_loop", "associative_scan"))):
+        yield f"the body of {', '.join(once)} is counted once: how often it runs is not known"
 
 
 def by_block(halves: Halves, paths: Paths) -> dict[tuple[str, str, str], int]:

@@ -26,9 +26,9 @@ def standing_in(models: Iterable[nn.Module]) -> Iterator[FakeTensorMode | None]:
     that are fake already keep the mode they have.
     """
     modules = {id(m): m for model in models for m in model.modules()}.values()
-    held = [t for m in modules for table in _tables(m) for t in table.values()]
+    held = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
     fake = next((t for t in held if isinstance(t, FakeTensor)), None)
-    if fake is None and not any(isinstance(t, Tensor) and t.is_meta for t in held):
+    if fake is None and not any(t is not None and t.is_meta for t in held):
         yield None
         return
     mode = FakeTensorMode(allow_non_fake_inputs=True) if fake is None else fake.fake_mode

@@ -71,9 +71,9 @@ def bodies_of(node: fx.Node) -> Iterator[fx.GraphModule]:
 
 
 def of_bodies(target: Any, counts: list[int], args: Any) -> int:
-    """A branch costs what its dearer side does, a loop over values its body for each of them.
+    """A branch costs what its dearer side does, ``scan`` and ``map`` their body for each value.
 
-    How often ``while_loop`` runs is not known: its body counts once.
+    How often ``while_loop`` and ``associative_scan`` run theirs is not known: it counts once.
     """
     name = str(target)
     if name == "cond":

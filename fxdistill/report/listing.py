@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_leaves
 
 from fxdistill.compose import section_of
@@ -57,7 +59,8 @@ def lines(program: Program) -> Iterator[Line]:
         flops = [costs.flops(node, gm) for node in members]
         shown = next((n for n in reversed(members) if _tensors(n)), members[-1])
         # Glue: sizes, masks, weights of terms. What a model multiplies itself is none.
-        if not _tensors(shown) or not (path or any(flops)):
+        own = section != "objective" and any(count != 0 for count in flops)
+        if not _tensors(shown) or not (path or own):
             continue
         yield Line(
             section,
@@ -65,7 +68,7 @@ def lines(program: Program) -> Iterator[Line]:
             kind,
             ", ".join(map(_value, _tensors(shown)[:2])),
             None if None in flops else sum(n for n in flops if n is not None),
-            sum(int(x.numel()) * x.element_size() for x in _tensors(shown)),
+            sum(map(_bytes, _tensors(shown))),
         )
 
 
@@ -91,4 +94,20 @@ def _tensors(node: fx.Node) -> list[Tensor]:
 def _value(x: Tensor) -> str:
     placed = f" {', '.join(map(str, x.placements))}" if is_placed(x) else ""
     kind = str(x.dtype).removeprefix("torch.")
-    return f"{kind}[{', '.join(str(int(size)) for size in x.shape)}]{placed}"
+    return f"{kind}[{', '.join(map(_size, x.shape))}]{placed}"
+
+
+def _size(size: int | torch.SymInt) -> str:
+    """A number; ``?`` where it depends on values."""
+    try:
+        return str(int(size))
+    except GuardOnDataDependentSymNode:
+        return "?"
+
+
+def _bytes(x: Tensor) -> int:
+    """0 where they depend on values."""
+    try:
+        return int(x.numel()) * x.element_size()
+    except GuardOnDataDependentSymNode:
+        return 0

@@ -37,15 +37,20 @@ def notes_of(distiller: "Distiller", halves: Halves) -> list[str]:
     if _in_order(halves):
         return list(_writes_to_student(distiller, halves))
     return [
-        "inputs share memory that the step writes to, and AOTAutograd has made others of them: "
-        "which parameters get no gradient is not known"
+        "AOTAutograd has made other inputs of the step's: which parameters get no gradient, and "
+        "what is written, is not known"
     ]
 
 
 def _in_order(halves: Halves) -> bool:
     gradients = output_values(halves.backward.graph)
-    given = halves.forward.graph.find_nodes(op="placeholder")
-    return len(halves.inputs) == len(given) == len(gradients)
+    return len(halves.inputs) == len(_given(halves)) == len(gradients)
+
+
+def _given(halves: Halves) -> list[fx.Node]:
+    """The inputs of the forward, without the states of random operators that torch adds."""
+    inputs = halves.forward.graph.find_nodes(op="placeholder")
+    return [node for node in inputs if not node.name.startswith("fwd_rng_state")]
 
 
 def learning(distiller: "Distiller", halves: Halves) -> dict[str, Tensor]:
@@ -114,8 +119,6 @@ def _written(model: torch.nn.Module, halves: Halves) -> list[str]:
 def _written_here(halves: Halves) -> set[int]:
     """What is copied back to, by identity."""
     graph = halves.forward.graph
-    given: dict[Any, Any] = dict(
-        zip(graph.find_nodes(op="placeholder"), halves.inputs, strict=True)
-    )
+    given: dict[Any, Any] = dict(zip(_given(halves), halves.inputs, strict=True))
     copies = graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)
     return {id(given[node.args[0]]) for node in copies if node.args[0] in given}

@@ -127,6 +127,28 @@ def test_the_same_parts_without_distillation():
     assert report.plain.peak < report.memory.peak
 
 
+def test_labels_that_teach_nothing_have_no_plain_training():
+    class Aside(Mixing):
+        def __init__(self):
+            super().__init__()
+            self.aside, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            self.aside(x)
+            return self.head(super().forward(x))
+
+    student, teacher = Aside(), Aside().eval()
+    student.requires_grad_(False)
+    student.aside.requires_grad_(True)
+    distiller = fxdistill.wrap(
+        student, teacher, {"aside": "aside"}, task="classification", compile=AOT
+    )
+    report = distiller.report(torch.randn(4, 8), labels=torch.zeros(4, dtype=torch.long))
+    assert report.stopped is None
+    assert report.plain is None
+    assert report.memory.gradients == 4 * (8 * 8 + 8)
+
+
 # ---------------------------------------------------------------------- operations
 
 
@@ -283,6 +305,7 @@ def test_sizes_that_depend_on_values_name_their_line_and_leave_the_rest():
     assert report.pairs[0].student_value.shape == (5, 8)
     assert report.passes
     assert report.nodes["student"] > 0
+    assert str(distiller.check(torch.randn(5, 8))).startswith("joint -> loss")
 
 
 class Asking(Sized):
