@@ -9,6 +9,7 @@ identities of fakes. If they move, this file is the one to mend.
 """
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,10 @@ class Effects:
         outside = frozenset().union(
             *(self.storages.get(n, frozenset()) for n in graph.nodes if n.op in _EXTERNAL)
         )
+        writers: dict[int, list[fx.Node]] = defaultdict(list)
+        for node in graph.nodes:
+            for storage in self.writes.get(node, ()):
+                writers[storage].append(node)
         todo = [*roots, *(n for n in graph.nodes if self._must_stay(n, outside))]
         live: set[fx.Node] = set()
         seen: set[int] = set()
@@ -61,7 +66,7 @@ class Effects:
             todo += node.all_input_nodes
             fresh = self.storages.get(node, frozenset()) - seen
             seen |= fresh
-            todo += [n for n in graph.nodes if fresh & self.writes.get(n, frozenset())]
+            todo += [writer for storage in fresh for writer in writers.get(storage, ())]
         return live
 
     def _must_stay(self, node: fx.Node, outside: frozenset[int]) -> bool:
