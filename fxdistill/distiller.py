@@ -197,9 +197,10 @@ class Distiller(nn.Module):
             self._steps[name] = capture.one_graph(step, self._recipe(), dynamic)
         return self._steps[name]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _recipe(self) -> Recipe:
-        plan = self.plan
-        return Recipe(plan.lowering, plan.passes, plan.fuse_head).noting(self.past)
+        recipe = Recipe(self.plan.lowering, self.plan.passes, self.plan.fuse_head)
+        return recipe.noting(self.past)
 
     @contextlib.contextmanager
     def _taps(self, objective: Objective, batch: Batch, *, capturing: bool) -> Iterator[TapTable]:
@@ -392,8 +393,7 @@ class Distiller(nn.Module):
         return summary(self.objective, self.projections, self.program, self.plan.mode, notes)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(super().__getstate__())  # type: ignore[no-untyped-call]
-        return {**state, "_steps": {}, "_vector": None}
+        return {**super().__getstate__(), "_steps": {}, "_vector": None}  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """The terms, for ``print(distiller)``."""

@@ -115,7 +115,8 @@ def _stopped(distiller: "Distiller", error: FxDistillError) -> str:
 
 def _recipe(distiller: "Distiller") -> Recipe:
     """As a step is made; a step that runs as it is has its logits made."""
-    recipe, lowering = distiller._recipe(), _lowering(distiller)
+    recipe: Recipe = distiller._recipe()
+    lowering = _lowering(distiller)
     fuse_head = recipe.fuse_head and distiller.plan.mode != "eager"
     return dataclasses.replace(recipe, lowering=lowering, fuse_head=fuse_head)
 

@@ -388,8 +388,8 @@ def test_a_program_prints_modules_and_losses_with_their_costs():
         "192]",
         "786",
         "kFLOP",
-        "24",
-        "kB",
+        "24.0",
+        "KiB",
     ]
     assert sum("mse" in line for line in lines) == 2
 
