@@ -58,6 +58,10 @@ def blocks_of(model: nn.Module) -> Iterator[Block]:
 
     Of a module that holds others only what is directly its own counts, which may be nothing.
     """
+    if isinstance(model, nn.ModuleList):  # the projections, which have nothing in common
+        for name, module in model.named_children():
+            yield Block(name, (), sum(p.numel() for p in module.parameters()))
+        return
     inside = {block.path: block for stack in stacks_of(model) for block in stack.blocks}
     yield from _under(model, "", inside)
 

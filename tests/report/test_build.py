@@ -218,7 +218,12 @@ def test_pairs_and_terms():
         ("labels", "cross_entropy", 1.0),
         ("features", "cosine", 2.0),
     ]
-    assert report.flops.projections > 0
+    projections = next(tower for tower in report.towers if tower.name == "projections")
+    assert [block.path for block in projections.blocks] == ["0", "1", "2"]
+    assert [block.parameters for block in projections.blocks] == [64 * 96 + 96] * 3
+    products = [block.forward + block.backward for block in projections.blocks]
+    assert sum(products) == report.flops.projections
+    assert len(set(products)) == 1
     assert set(report.inputs) == {"input_ids", "labels"}
 
 
