@@ -32,6 +32,7 @@ from fxdistill.nodes import own_code
 from fxdistill.passes import ExposeOutputs, FuseHead, PackReductions, PruneTeacher
 from fxdistill.past import Past
 from fxdistill.pipeline import Dump, Observer
+from fxdistill.plan import Plan
 from fxdistill.program import JointProgram, Pass, PassRecord, Program, output_values
 from fxdistill.split import split
 from fxdistill.taps import CHECKS, LOCAL, Tap, TapTable, begin, handed_on, recording
@@ -60,6 +61,11 @@ class Recipe:
         """The pass that fuses the head, if it is wanted."""
         compiled = self.lowering.backend == "inductor"
         return (FuseHead(compiled, self.past.logits_made),) if self.fuse_head else ()
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Recipe":
+        """What ``plan`` says of it."""
+        return cls(plan.lowering, plan.passes, plan.fuse_head)
 
     def noting(self, past: Past) -> "Recipe":
         """The same, with its notes in ``past``."""

@@ -197,10 +197,10 @@ class Distiller(nn.Module):
             self._steps[name] = capture.one_graph(step, self._recipe(), dynamic)
         return self._steps[name]
 
+    # Where a user compiles around a distiller, dynamo would meet the weak reference.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _recipe(self) -> Recipe:
-        recipe = Recipe(self.plan.lowering, self.plan.passes, self.plan.fuse_head)
-        return recipe.noting(self.past)
+        return Recipe.of(self.plan).noting(self.past)
 
     @contextlib.contextmanager
     def _taps(self, objective: Objective, batch: Batch, *, capturing: bool) -> Iterator[TapTable]:

@@ -47,7 +47,8 @@ class Halves:
 
     The first ``outputs`` values that ``forward`` returns are the caller's, the rest is saved for
     ``backward``, whose placeholders bear the names of the values. ``inputs`` are what the step was
-    cut for, one for each placeholder of ``forward``: parameters and buffers among them.
+    cut for, parameters and buffers among them, in the order of the placeholders of ``forward``; to
+    these AOTAutograd may add states of random operators, or make others of inputs that alias.
     """
 
     forward: fx.GraphModule

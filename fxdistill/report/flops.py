@@ -111,7 +111,14 @@ def _attention_backward(
 
 
 def _multi_head(
-    query: Tensor, key: Tensor, value: Tensor, width: int, heads: int, weights: Tensor, *_: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    width: int,
+    heads: int,
+    weights: Tensor,
+    *_: Any,
+    **__: Any,
 ) -> int:
     """``nn.MultiheadAttention`` in evaluation: projections in, attention, projection out."""
     rows, wide = query.numel() // query.shape[-1], int(weights.shape[-1])

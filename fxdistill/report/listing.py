@@ -43,9 +43,8 @@ def listing(program: Program) -> str:
         for line in members:
             flops = "?" if line.flops is None else operations(line.flops) if line.flops else ""
             parts = f"  {line.name:<{names}}  {line.kind:<{kinds}}  {line.value:<{values}}"
-            text.append(
-                f"{parts}  {flops:>11}  {size(line.bytes) if line.bytes else '':>9}".rstrip()
-            )
+            held = size(line.bytes) if line.bytes else ""
+            text.append(f"{parts}  {flops:>11}  {held:>9}".rstrip())
     return "\n".join(text)
 
 

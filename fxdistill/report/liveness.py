@@ -67,8 +67,8 @@ def storages(node: fx.Node) -> dict[Storage, int]:
 def timeline(halves: Halves, owner: Label, own: Callable[[fx.Node], int]) -> Iterator[Instant]:
     """Every kernel of the step in order, with what is allocated while it runs.
 
-    ``own(node)`` are bytes that an operator needs for itself.
-    Parameters and inputs are not counted.
+    ``own(node)`` are bytes that an operator needs for itself. Parameters and inputs are not
+    counted.
     """
     forward, backward = halves.forward.graph, halves.backward.graph
     outside = _outside(forward)

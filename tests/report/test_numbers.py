@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import fxdistill
+from fxdistill.report.flops import LACKING
 
 AOT = {"backend": "aot_eager"}
 BATCH, LENGTH, WIDTH = 2, 16, 32
@@ -180,6 +181,15 @@ def test_a_layer_that_is_one_operator_in_evaluation_counts_as_its_parts():
     blocks = [[block.forward for block in towers[name].blocks] for name in ("student", "teacher")]
     assert blocks[0] == blocks[1]
     assert report.flops.teacher == report.flops.forward
+
+
+def test_attention_that_is_one_operator_counts_as_its_parts():
+    attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+    x = torch.randn(3, 7, WIDTH)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        attention(x, x, x, need_weights=True)  # in training, as its parts
+    formula = LACKING[torch.ops.aten._native_multi_head_attention]
+    assert formula(x, x, x, WIDTH, 4, attention.in_proj_weight) == counter.get_total_flops() > 0
 
 
 class Mixing(nn.Module):
