@@ -24,7 +24,8 @@ from measure import Step, comparison, interleaved, peak
 from rich.console import Console
 from torch import Tensor
 
-from fxdistill.losses import LOGIT_LOSSES, cross_entropy, vocab_loss
+from fxdistill.losses import cross_entropy, vocab_loss
+from fxdistill.losses.names import LOGIT_LOSSES
 
 
 def operands(o: argparse.Namespace) -> dict[str, Tensor]:

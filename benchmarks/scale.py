@@ -35,10 +35,11 @@ from torch.utils.flop_counter import (
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import fxdistill
-from fxdistill import Match, lower
-from fxdistill.compose import section_of
-from fxdistill.passes.count_collectives import collectives
-from fxdistill.program import copy_graph
+from fxdistill import Match
+from fxdistill.compiler import lower
+from fxdistill.graph.collectives import collectives
+from fxdistill.graph.program import copy_graph
+from fxdistill.graph.sections import section_of
 
 TERA = 10**12
 SCALARS = 64  # what has fewer elements than this is a pack of numbers

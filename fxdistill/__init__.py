@@ -17,47 +17,57 @@ __version__ = "0.1.0"
 # The public names and their homes. Each is imported when it is first asked for: the command line
 # answers --help without torch. Two lists, one for readers of types; a test compares them.
 _HOMES = {
-    "DistillOutput": "output",
-    "Distiller": "distiller",
+    "DistillOutput": "distiller.output",
+    "Distiller": "distiller.distiller",
     "FxDistillError": "errors",
-    "JointProgram": "program",
-    "LossLog": "live",
-    "LossRow": "live",
-    "Match": "matching",
-    "Matches": "matching",
-    "PassRecord": "program",
-    "Program": "program",
-    "match": "proposal",
-    "module_names": "matching",
-    "resolve": "resolution",
-    "run": "pipeline",
-    "trace": "capture",
-    "wrap": "api",
+    "JointProgram": "graph.joint",
+    "LossLog": "training.loss_log",
+    "LossRow": "training.loss_log",
+    "Match": "mapping.match",
+    "Matches": "mapping.matches",
+    "PassRecord": "graph.program",
+    "Program": "graph.program",
+    "match": "mapping.propose",
+    "module_names": "models.tap",
+    "resolve": "mapping.resolve",
+    "run": "graph.pipeline",
+    "trace": "compiler.capture",
+    "wrap": "distiller.wrap",
 }
-_MODULES = ("errors", "live", "losses", "passes")
+_MODULES = {
+    "errors": "errors",
+    "live": "training.loss_log",
+    "losses": "losses",
+    "passes": "passes",
+}
 
 if TYPE_CHECKING:
-    from fxdistill import errors, live, losses
-    from fxdistill.api import wrap
-    from fxdistill.capture import trace
-    from fxdistill.distiller import Distiller
+    from fxdistill import errors, losses
+    from fxdistill.compiler.capture import trace
+    from fxdistill.distiller.distiller import Distiller
+    from fxdistill.distiller.output import DistillOutput
+    from fxdistill.distiller.wrap import wrap
     from fxdistill.errors import FxDistillError
-    from fxdistill.live import LossLog, LossRow
-    from fxdistill.matching import Match, Matches, module_names
-    from fxdistill.output import DistillOutput
-    from fxdistill.pipeline import run
-    from fxdistill.program import JointProgram, PassRecord, Program
-    from fxdistill.proposal import match
-    from fxdistill.resolution import resolve
+    from fxdistill.graph.joint import JointProgram
+    from fxdistill.graph.pipeline import run
+    from fxdistill.graph.program import PassRecord, Program
+    from fxdistill.mapping.match import Match
+    from fxdistill.mapping.matches import Matches
+    from fxdistill.mapping.propose import match
+    from fxdistill.mapping.resolve import resolve
+    from fxdistill.models.tap import module_names
+    from fxdistill.training import loss_log as live
+    from fxdistill.training.loss_log import LossLog, LossRow
 else:
 
     def __getattr__(name: str) -> Any:
         """Import a public name."""
         if name in _MODULES:
-            return _import_module(f"{__name__}.{name}")
-        if name not in _HOMES:
+            found = _import_module(f"{__name__}.{_MODULES[name]}")
+        elif name in _HOMES:
+            found = getattr(_import_module(f"{__name__}.{_HOMES[name]}"), name)
+        else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        found = getattr(_import_module(f"{__name__}.{_HOMES[name]}"), name)
         globals()[name] = found
         return found
 

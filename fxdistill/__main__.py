@@ -2,7 +2,7 @@
 
 import sys
 
-from fxdistill.cli import main
+from fxdistill.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,11 +10,11 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
 
-from fxdistill.effects import CHECKPOINT, Effects, effects_of
-from fxdistill.program import P, fork_module, output_values
-from fxdistill.split import is_tap
-from fxdistill.taps import LOCAL, Tap
-from fxdistill.transforms import steps_of
+from fxdistill.base.transforms import steps_of
+from fxdistill.graph.effects import CHECKPOINT, Effects, effects_of
+from fxdistill.graph.program import P, fork_module, output_values
+from fxdistill.models.tap import Tap
+from fxdistill.taps.markers import LOCAL, is_tap
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,20 @@ from torch import Tensor, fx
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 from fxdistill import losses
-from fxdistill.compose import SECTION
-from fxdistill.effects import Effects, effects_of
+from fxdistill.base.figures import size
+from fxdistill.base.tensors import is_placed
 from fxdistill.errors import ShapeError, VocabularyError
-from fxdistill.head import Head, Unreadable, is_cut, read_head, target_name, value_of
-from fxdistill.losses.chunked import chunk_tokens_for
-from fxdistill.losses.reduce import is_placed
-from fxdistill.program import P, fork_module
-from fxdistill.total import ON_LOGITS, Summand, read_total
+from fxdistill.graph.effects import Effects, effects_of
+from fxdistill.graph.program import P, fork_module
+from fxdistill.graph.sections import SECTION
+from fxdistill.heads.curve import Unreadable
+from fxdistill.heads.read_head import Head, is_cut, read_head, target_name, value_of
+from fxdistill.heads.read_total import ON_LOGITS, Summand, read_total
+from fxdistill.losses import fused
+from fxdistill.losses.fused.sizes import chunk_tokens_for
 
 if TYPE_CHECKING:
-    from fxdistill.parallel.vocab import Layout
+    from fxdistill.losses.fused.sharded_heads import Layout
 
 
 @dataclass(frozen=True)
@@ -103,14 +106,14 @@ class _Fusion:
         with self.graph.inserting_before(self.stack):
             args, kwargs = self._arguments()
             kwargs |= {"chunk_tokens": chunk, "compile": compiled}
-            fused = self.graph.call_function(losses.vocab_loss, tuple(args), kwargs)
-            out = [self.graph.call_function(operator.getitem, (fused, i)) for i in range(3)]
+            node = self.graph.call_function(losses.vocab_loss, tuple(args), kwargs)
+            out = [self.graph.call_function(operator.getitem, (node, i)) for i in range(3)]
         scalar = value_of(self.summands[0].product)
-        fused.meta["example_value"] = losses.VocabLoss(scalar, scalar, scalar)
-        for node in [n for n in self.graph.nodes if n not in old]:
-            node.meta["custom"] = {SECTION: "objective"}
-        for node in out:
-            node.meta["example_value"] = scalar
+        node.meta["example_value"] = losses.VocabLoss(scalar, scalar, scalar)
+        for new in [n for n in self.graph.nodes if n not in old]:
+            new.meta["custom"] = {SECTION: "objective"}
+        for each in out:
+            each.meta["example_value"] = scalar
         self._rewire(out)
         said = _remark(made, chunk, columns * size)
         return said if self.layout is None else f"{said}; {self.layout.how}"
@@ -162,8 +165,8 @@ def _remark(made: list[Tensor], chunk: int, bytes_of_token: int) -> str:
     tokens = made[0].numel() // made[0].shape[-1]
     if isinstance(tokens, int) and tokens <= chunk:
         return f"logits fused with their losses; {shapes} are one chunk"
-    size = f"{chunk * bytes_of_token / 2**20:.0f} MiB"
-    return f"logits fused with their losses, {chunk} tokens at a time: {size}, not {shapes}"
+    held = size(chunk * bytes_of_token)
+    return f"logits fused with their losses, {chunk} tokens at a time: {held}, not {shapes}"
 
 
 def _one_of_each(summands: tuple[Summand, ...]) -> tuple[Summand | None, Summand | None]:
@@ -240,11 +243,8 @@ def _layout(student: Head, teacher: Head | None) -> "Layout | None":
     heads = [head for head in (student, teacher) if head is not None]
     if not any(is_placed(value_of(node)) for head in heads for node in head.inputs):
         return None
-    # What imports torch.distributed is imported where it is used.
-    from fxdistill.parallel.vocab import Side, layout_of
-
     sides = [
-        Side(
+        fused.sharded_heads.Side(
             value_of(head.hidden),
             value_of(head.weight),
             None if head.bias is None else value_of(head.bias),
@@ -252,9 +252,11 @@ def _layout(student: Head, teacher: Head | None) -> "Layout | None":
         for head in heads
     ]
     try:
-        return layout_of(sides[0], sides[1] if teacher is not None else None)
+        other = sides[1] if teacher is not None else None
+        layout: Layout = fused.sharded_heads.layout_of(sides[0], other)
     except (ShapeError, VocabularyError) as error:
         raise Unreadable(str(error)) from None
+    return layout
 
 
 def _erase_dead(graph: fx.Graph, effects: Effects) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fxdistill.compose import section_of
-from fxdistill.program import P, fork_module
+from fxdistill.base.figures import size
+from fxdistill.graph.program import P, fork_module
+from fxdistill.graph.sections import section_of
 
 # What stands between a parameter's shard and the weight that an operator takes, by operator.
 _GATHER = "_c10d_functional.all_gather_into_tensor"
@@ -49,8 +50,9 @@ class GatherLate:
                 node.meta["ac_graph_id"] = 0
         bytes_of = sum(_bytes(node) for node in gathered if _operator(node) == _GATHER)
         count = sum(_operator(node) == _GATHER for node in gathered)
-        size = f"{bytes_of / 2**20:.1f} MiB"
-        remark = f"{count} gathers of parameters ({size}) at their first use, not all at once"
+        remark = (
+            f"{count} gathers of parameters ({size(bytes_of)}) at their first use, not all at once"
+        )
         return replace(program, gm=gm, remarks=(*program.remarks, remark))
 
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 from torch.utils.checkpoint import CheckpointPolicy
 
-from fxdistill.compose import section_of
-from fxdistill.program import P, fork_module
+from fxdistill.graph.program import P, fork_module
+from fxdistill.graph.sections import section_of
 
 
 @dataclass(frozen=True)

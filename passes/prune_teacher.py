@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from fxdistill.compose import section_of
-from fxdistill.effects import effects_of
-from fxdistill.program import P, fork_module
+from fxdistill.graph.effects import effects_of
+from fxdistill.graph.program import P, fork_module
+from fxdistill.graph.sections import section_of
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxdistill
-from fxdistill.lower import Lowering
+from fxdistill.compiler.lower import Lowering
 
 V, D, B, L = 61, 16, 3, 7
 

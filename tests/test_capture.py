@@ -13,7 +13,7 @@ import fxdistill
 from architectures import ARCHITECTURES
 from fxdistill.errors import CaptureError, LoweringError, StepError
 from fxdistill.passes import ExposeOutputs
-from fxdistill.taps import begin, tap, tapped
+from fxdistill.taps.markers import begin, tap, tapped
 from toys import MAPPING, VOCABULARY, assert_same_gradients, gradients, tokens, toy_pair
 
 AOT = {"backend": "aot_eager"}

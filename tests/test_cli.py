@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 import fxdistill
-import fxdistill.cli
 from families import FAMILIES
 from fxdistill import Matches
-from fxdistill.cli import main
-from fxdistill.examples import example_inputs
-from fxdistill.loading import from_config
-from fxdistill.report.data import SCHEMA, Report, Value
+from fxdistill.cli.example_inputs import example_inputs
+from fxdistill.cli.loading import from_config
+from fxdistill.cli.main import main, parser
+from fxdistill.report.data import SCHEMA, Value
+from fxdistill.report.report import Report
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 
@@ -137,7 +137,7 @@ class TestStart:
 
     def test_arguments_are_read_without_torch_and_rich(self) -> None:
         program = (
-            "import sys; from fxdistill.cli import main; main(['report', '--help']); "
+            "import sys; from fxdistill.cli.main import main; main(['report', '--help']); "
             "main(['modules']); sys.exit(any(m in sys.modules for m in ('torch', 'rich')))"
         )
         assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
@@ -174,7 +174,7 @@ class TestStart:
         shown = [shlex.split(line)[1:] for line in lines if line.startswith("fxdistill ")]
         told = [argv for argv in shown if not argv[0].endswith(":")]
         assert len(told) == 7
-        assert {fxdistill.cli.parser().parse_args(argv).command for argv in told} == {
+        assert {parser().parse_args(argv).command for argv in told} == {
             "report",
             "match",
             "modules",
@@ -645,7 +645,7 @@ class TestErrors:
     def test_what_nobody_foresaw_has_its_code(
         self, run: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("fxdistill.commands.load_model", lambda *args, **options: 1 / 0)
+        monkeypatch.setattr("fxdistill.cli.commands.load_model", lambda *args, **options: 1 / 0)
         done = run("modules", "small")
         assert done.code == 70
         assert done.err == (

@@ -11,12 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 import fxdistill
 import heads
-from fxdistill.deferrable import DeferrableHead
-from fxdistill.deferred import Deferred, deferring
+from fxdistill.compiler.lower import Lowering
 from fxdistill.errors import StepError
-from fxdistill.head import Unreadable
-from fxdistill.head_module import deferrable, head_of, head_path
-from fxdistill.lower import Lowering
+from fxdistill.heads.curve import Unreadable
+from fxdistill.heads.find import deferrable, head_of
+from fxdistill.heads.hold_back import DeferrableHead
+from fxdistill.heads.unmade import Deferred, deferring
+from fxdistill.models.landmarks import head_path
 from heads import LEFT, READ, Model, batch, run, variant
 
 

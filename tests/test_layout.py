@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxdistill.arrange import arrange, arranged_shape
 from fxdistill.errors import LayoutError, OptionError
-from fxdistill.layout import keeps_tokens, layouts, parse, pools_tokens, width_after
+from fxdistill.mapping.layout import keeps_tokens, layouts, parse, pools_tokens, width_after
+from fxdistill.objective.arrange import arrange, arranged_shape
 
 TOKENS = torch.arange(2 * 17 * 6.0).view(2, 17, 6)
 MAP = torch.arange(2 * 5 * 2 * 8.0).view(2, 5, 2, 8)

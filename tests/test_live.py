@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fxdistill
 from architectures import ARCHITECTURES
 from fxdistill import DistillOutput, LossLog, LossRow, errors
-from fxdistill.live import write_csv, write_scalars
+from fxdistill.training.loss_log import write_csv, write_scalars
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 

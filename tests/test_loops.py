@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fxdistill
 from fxdistill import errors
-from fxdistill.effects import effects_of
+from fxdistill.graph.effects import effects_of
 from fxdistill.passes import ExposeOutputs
-from fxdistill.split import is_tap
+from fxdistill.taps.markers import is_tap
 
 AOT = {"backend": "aot_eager"}
 KINDS = ("cond", "scan", "map", "vmap", "grad")

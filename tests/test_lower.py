@@ -6,8 +6,8 @@ import torch
 from torch import fx
 
 import fxdistill
-from fxdistill import lower
-from fxdistill.compose import section_of
+from fxdistill.compiler import lower
+from fxdistill.graph.sections import section_of
 from fxdistill.passes import KeepTeacher
 from toys import MAPPING, assert_same_gradients, gradients, tokens, toy_pair
 

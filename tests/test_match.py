@@ -7,8 +7,8 @@ from torch import nn
 
 import fxdistill
 from architectures import ARCHITECTURES
-from fxdistill.landmarks import embedding_of, logits_of, norms_of
-from fxdistill.structure import stacks_of
+from fxdistill.models.landmarks import embedding_of, logits_of, norms_of
+from fxdistill.models.structure import stacks_of
 
 
 @pytest.mark.parametrize("layers", [1, 2, 5])

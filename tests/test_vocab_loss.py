@@ -10,8 +10,9 @@ from torch import Tensor
 
 import fxdistill
 from fxdistill import errors
-from fxdistill.losses import chunked, vocab_loss, vocab_loss_topk
-from fxdistill.losses.chunk import Shape
+from fxdistill.losses import vocab_loss, vocab_loss_topk
+from fxdistill.losses.fused import operator
+from fxdistill.losses.fused.chunk import Shape
 
 TOKENS, D, D_T, V = 37, 12, 20, 101
 PARTS = ("student_hidden", "student_weight", "student_bias")
@@ -222,8 +223,8 @@ def test_bf16_is_no_worse_than_logits_in_bf16() -> None:
 def test_a_gradient_in_low_precision_is_added_some_columns_at_a_time(monkeypatch: Any) -> None:
     x = operands(torch.bfloat16)
     found = []
-    for size in (chunked.ADDEND, 7 * D * 2):
-        monkeypatch.setattr(chunked, "ADDEND", size)
+    for size in (operator.ADDEND, 7 * D * 2):
+        monkeypatch.setattr(operator, "ADDEND", size)
         x["student_weight"].requires_grad_().grad = None
         vocab_loss(**x, chunk_tokens=16, compile=False).loss.backward()
         found.append(x["student_weight"].grad)
@@ -370,7 +371,7 @@ def test_the_operator_is_as_torch_wants_it() -> None:
     labels, share = x["labels"].clamp_min(0), x["weights"] / x["weights"].sum()
     towers = (h, w, None, x["teacher_hidden"], x["teacher_weight"], None, None)
     rest = (labels, share, share, torch.ones(3), shape.text, 16, "hw", False)
-    torch.library.opcheck(chunked.vocab_operator, (*towers, *rest))
+    torch.library.opcheck(operator.vocab_operator, (*towers, *rest))
 
 
 def test_backward_twice() -> None:

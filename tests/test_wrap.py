@@ -335,7 +335,7 @@ def test_the_class_says_the_task_before_the_checkpoint_does():
     from transformers import BartConfig, BartForSequenceClassification, BertConfig
     from transformers import BertForSequenceClassification as Classifier
 
-    from fxdistill.roles import find_task
+    from fxdistill.models.conventions import find_task
 
     small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     bert = Classifier(BertConfig(**small, intermediate_size=8, vocab_size=9))

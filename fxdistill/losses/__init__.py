@@ -4,24 +4,10 @@ Loss functions are single nodes of a captured graph (``one_node``), so that
 passes can read them; AOTAutograd traces through them.
 """
 
-from collections.abc import Callable
-from typing import Any
-
-from torch import Tensor
-
-from fxdistill.errors import OptionError, did_you_mean
 from fxdistill.losses.hidden import cosine, l1, l2, mse, smooth_l1
 from fxdistill.losses.labels import cross_entropy
 from fxdistill.losses.logits import forward_kl, jsd, reverse_kl, soft_cross_entropy
 from fxdistill.losses.vocab import VocabLoss, vocab_loss, vocab_loss_topk
-
-Loss = Callable[..., Tensor]
-
-FEATURE_LOSSES: dict[str, Loss] = {f.__name__: f for f in (mse, l2, smooth_l1, l1, cosine)}
-LOGIT_LOSSES: dict[str, Loss] = {
-    f.__name__: f for f in (forward_kl, reverse_kl, jsd, soft_cross_entropy)
-}
-LABEL_LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy}
 
 __all__ = [
     "VocabLoss",
@@ -38,22 +24,3 @@ __all__ = [
     "vocab_loss",
     "vocab_loss_topk",
 ]
-
-
-def is_named(loss: Any) -> bool:
-    """Whether ``loss`` is none, or one of those here, by name, as it is or with options."""
-    plain = getattr(loss, "func", loss)
-    known = [*FEATURE_LOSSES.values(), *LOGIT_LOSSES.values(), *LABEL_LOSSES.values()]
-    return plain is None or isinstance(plain, str) or any(plain is f for f in known)
-
-
-def resolve(loss: Any, table: dict[str, Loss], what: str) -> Loss:
-    """Turn a name or a callable into a loss; ``what`` names the argument in the error."""
-    if isinstance(loss, str) and loss in table:
-        return table[loss]
-    if callable(loss):
-        return loss  # type: ignore[no-any-return]
-    raise OptionError(
-        f"{what}={loss!r} is no loss. Nearest: {did_you_mean(str(loss), table)}; all of them: "
-        f"{', '.join(table)}; or pass a callable (functools.partial for options)."
-    )

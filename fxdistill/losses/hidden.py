@@ -8,18 +8,14 @@ DTensors give the value and the gradients of one device; see ``parallel.features
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fxdistill.losses.reduce import counted, is_placed, weighted_mean, wide, width_axes, width_of
-from fxdistill.nodes import one_node
-
-# What a shard of the width has summed -> the sum over all of the width. One device has it all.
-Whole = Callable[[Tensor], Tensor]
-# Of student, teacher, weights, the axes of the width and its size: the value of each token.
-Values = Callable[[Tensor, Tensor, Tensor | None, tuple[int, ...], int, Whole], Tensor]
+from fxdistill.base.nodes import one_node
+from fxdistill.base.tensors import is_placed, wide
+from fxdistill.losses import sharded
+from fxdistill.losses.reduce import Values, Whole, counted, weighted_mean, width_axes, width_of
 
 
 def _loss(
@@ -27,10 +23,9 @@ def _loss(
 ) -> Tensor:
     """Σ w·value / Σ w; values of an ``additive`` loss are sums over the width."""
     if is_placed(student) or is_placed(teacher):
-        # What imports torch.distributed is imported where it is used.
-        from fxdistill.parallel import features
-
-        return features.loss(values, student, teacher, weights, additive=additive)
+        options = {"additive": additive}
+        of_shards: Tensor = sharded.hidden.loss(values, student, teacher, weights, **options)
+        return of_shards
     axes = width_axes(student, weights)
     size = width_of(student, axes)
     return weighted_mean(values(student, teacher, weights, axes, size, _all_here), weights)

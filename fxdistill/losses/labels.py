@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from fxdistill.losses.reduce import counted, is_placed, weighted_mean, wide
-from fxdistill.nodes import one_node
-
-IGNORE = -100
+from fxdistill.base.nodes import one_node
+from fxdistill.base.tensors import is_placed, wide
+from fxdistill.losses import sharded
+from fxdistill.losses.reduce import IGNORE, counted, weighted_mean
 
 
 @one_node
@@ -25,11 +25,9 @@ def cross_entropy(
     (Szegedy et al., 2016); ``z_loss`` adds that multiple of lse² (PaLM, Chowdhery et al., 2022).
     """
     if is_placed(student_logits):
-        # What imports torch.distributed is imported where it is used.
-        from fxdistill.parallel import logits
-
-        options = (label_smoothing, z_loss)
-        return logits.cross_entropy(cross_entropy, student_logits, labels, weights, *options)
+        given = (student_logits, labels, weights, label_smoothing, z_loss)
+        of_shards: Tensor = sharded.logits.cross_entropy(cross_entropy, *given)
+        return of_shards
     labelled = labels != IGNORE
     w = labelled.float() if weights is None else weights * labelled
     z = counted(wide(student_logits), w)

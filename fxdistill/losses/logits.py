@@ -15,8 +15,10 @@ import math
 import torch
 from torch import Tensor
 
-from fxdistill.losses.reduce import counted, is_placed, weighted_mean, wide
-from fxdistill.nodes import one_node
+from fxdistill.base.nodes import one_node
+from fxdistill.base.tensors import is_placed, wide
+from fxdistill.losses import sharded
+from fxdistill.losses.reduce import counted, weighted_mean
 
 FLOOR = -1e4
 
@@ -41,15 +43,11 @@ def on_mesh(
     beta: float = 0.5,
 ) -> Tensor:
     """The divergence ``name`` of DTensors."""
-    # What imports torch.distributed is imported where it is used.
-    from fxdistill.parallel import logits
-    from fxdistill.parallel.place import everywhere
-
-    if not is_placed(student):
-        student = everywhere(student, teacher)  # type: ignore[arg-type]
     plain = functools.partial(jsd, beta=beta) if name == "jsd" else globals()[name]
     kind = (name, 1.0, beta)
-    return logits.divergence(kind, plain, student, teacher, temperature, weights)
+    given = (student, teacher, temperature, weights)
+    of_shards: Tensor = sharded.logits.divergence(kind, plain, *given)
+    return of_shards
 
 
 @one_node

@@ -1,22 +1,22 @@
 """Means that are the same on one device and on shards: sums over counts, never ``mean()``."""
 
-from typing import TYPE_CHECKING, TypeGuard
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+    pass
 
 
-def is_placed(x: object) -> "TypeGuard[DTensor]":
-    """Whether ``x`` is a DTensor; asked so that dynamo can follow, and importing nothing."""
-    return hasattr(x, "placements")
+# What a shard of the width has summed -> the sum over all of the width. One device has it all.
+Whole = Callable[[Tensor], Tensor]
+# Of student, teacher, weights, the axes of the width and its size: the value of each token.
+Values = Callable[[Tensor, Tensor, Tensor | None, tuple[int, ...], int, Whole], Tensor]
 
 
-def wide(x: Tensor) -> Tensor:
-    """At least float32: losses are not formed in half precision."""
-    return x if x.dtype == torch.float64 else x.float()
+IGNORE = -100
 
 
 def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:

@@ -12,12 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxdistill import base
+from fxdistill.base.tensors import is_placed
 from fxdistill.errors import OptionError, ShapeError, VocabularyError
-from fxdistill.losses.chunk import Shape
-from fxdistill.losses.chunked import chunk_tokens_for, gradients_wanted, vocab_operator
-from fxdistill.losses.labels import IGNORE
-from fxdistill.losses.mix import DivergenceLike, divergences
-from fxdistill.losses.reduce import is_placed
+from fxdistill.losses import fused
+from fxdistill.losses.fused.chunk import Shape
+from fxdistill.losses.fused.gradients import gradients_wanted
+from fxdistill.losses.fused.mix import DivergenceLike, divergences
+from fxdistill.losses.fused.operator import vocab_operator
+from fxdistill.losses.fused.sizes import chunk_tokens_for
+from fxdistill.losses.reduce import IGNORE
 
 
 class VocabLoss(NamedTuple):
@@ -157,17 +161,14 @@ def _sharded(
     chunk_tokens: int | None,
     compile: bool,
 ) -> VocabLoss:
-    # What imports torch.distributed is imported where it is used.
-    from fxdistill.parallel.place import local_part, whole
-    from fxdistill.parallel.vocab import Losses, Side, sharded_vocab_loss
-
-    like = local_part(student[0].detach()).new_empty(student[0].shape[:-1].numel(), 0)
-    labels, weights = (None if x is None else whole(x) for x in (labels, weights))
+    heads, placement = fused.sharded_heads, base.placement
+    like = placement.local_part(student[0].detach()).new_empty(student[0].shape[:-1].numel(), 0)
+    labels, weights = (None if x is None else placement.whole(x) for x in (labels, weights))
     logit_share, label_share, flat = _shares(like, labels, weights, num_items)
     settings = _settings(numbers, like)
-    losses = Losses(flat, (logit_share, label_share), settings, shape, chunk_tokens, compile)
-    sides = Side(*student), None if teacher is None else Side(*teacher)
-    total, terms = sharded_vocab_loss(*sides, losses)
+    losses = heads.Losses(flat, (logit_share, label_share), settings, shape, chunk_tokens, compile)
+    sides = heads.Side(*student), None if teacher is None else heads.Side(*teacher)
+    total, terms = heads.sharded_vocab_loss(*sides, losses)
     return VocabLoss(total, terms[0].detach(), terms[1].detach())
 
 

@@ -1,5 +1,7 @@
-"""More than one device: the only folder that imports ``torch.distributed``."""
+"""Models on a mesh, and nothing else: losses on a mesh are in ``losses``."""
 
-from fxdistill.parallel.vocab import sharded_vocab_loss
+from fxdistill.base.later import later
 
-__all__ = ["sharded_vocab_loss"]
+__getattr__ = later(
+    __name__, "agree", "fsdp2", "gradients", "recompute", "setup", "sharding", "wrappers"
+)

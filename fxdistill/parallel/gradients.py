@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
+from fxdistill.base.placement import local_part
+from fxdistill.base.tensors import is_placed
 from fxdistill.errors import OptionError
-from fxdistill.losses.reduce import is_placed
-from fxdistill.parallel.place import local_part
 
 Groups = frozenset[str]  # the names of the process groups over which a value is still to be summed
 ALONE = 2**16  # elements from which a gradient is not copied to be summed together with others

@@ -26,12 +26,11 @@ from torch.distributed.tensor.parallel import (
 from torch.func import functional_call
 
 from fxdistill.errors import MeshError
-from fxdistill.guards import drops
-from fxdistill.head_module import head_path
-from fxdistill.landmarks import embedding_of, norms_of
+from fxdistill.models.landmarks import embedding_of, head_path, norms_of
+from fxdistill.models.modes import drops
+from fxdistill.models.structure import Block, Part, stacks_of
+from fxdistill.models.weights import norm_width, under
 from fxdistill.parallel.styles import GatherTokens, ScatterTokens
-from fxdistill.structure import Block, Part, stacks_of
-from fxdistill.weights import norm_width, under
 
 STREAM = Shard(1)
 _COUNTS_HEADS = ("num_heads", "num_attention_heads", "n_head", "num_key_value_heads")

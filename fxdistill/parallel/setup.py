@@ -12,13 +12,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from fxdistill.base.ranks import Ranks
+from fxdistill.base.tensors import is_placed
 from fxdistill.errors import DeviceError, MeshError, OptionError, PathError, did_you_mean
-from fxdistill.guards import device_of
-from fxdistill.losses.reduce import is_placed
+from fxdistill.models.devices import device_of
+from fxdistill.models.tap import Tap
 from fxdistill.parallel.plan import TensorPlan, ready_made
 from fxdistill.parallel.sharding import DATA, TENSOR, Axes, Sharding, shard
-from fxdistill.ranks import Ranks
-from fxdistill.taps import Tap
 
 Plan = Mapping[str, Any] | None
 

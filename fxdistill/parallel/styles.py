@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from fxdistill.parallel.place import placed
+from fxdistill.base.placement import placed
 
 Side = Literal["inputs", "output"]
 Change = Callable[[Tensor, DeviceMesh], Tensor]

@@ -1,6 +1,6 @@
 """What a distiller says about itself."""
 
-from fxdistill.report.data import Report
-from fxdistill.report.summary import summary
+from fxdistill.report.faces.summary import summary
+from fxdistill.report.report import Report
 
 __all__ = ["Report", "summary"]

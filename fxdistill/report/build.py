@@ -12,17 +12,15 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import fxdistill
-from fxdistill.call import Call
-from fxdistill.capture import Recipe
-from fxdistill.compose import section_of
+from fxdistill.base.tensors import is_placed
+from fxdistill.compiler.backend import Recipe
+from fxdistill.compiler.lower import Lowering
 from fxdistill.errors import CaptureError, FxDistillError, StepError
-from fxdistill.head_module import head_path
-from fxdistill.landmarks import roles_in
-from fxdistill.losses.reduce import is_placed
-from fxdistill.lower import Halves, Lowering
-from fxdistill.matching import loss_name
-from fxdistill.report import costs, memory, reach
-from fxdistill.report.changes import depends_on_values, pass_lines
+from fxdistill.graph.halves import Halves
+from fxdistill.graph.sections import Paths, section_of
+from fxdistill.losses.names import loss_name
+from fxdistill.models.landmarks import head_path, roles_in
+from fxdistill.objective.call import Call
 from fxdistill.report.data import (
     SCHEMA,
     Block,
@@ -30,20 +28,23 @@ from fxdistill.report.data import (
     Memory,
     Pair,
     Plain,
-    Report,
     Term,
     Tower,
     Value,
 )
-from fxdistill.report.fakes import faked, standing_in
-from fxdistill.report.inputs import tensors_of
-from fxdistill.report.summary import between, projection_of
-from fxdistill.report.towers import blocks_of, bytes_here, dtype_name, towers_of
-from fxdistill.report.warn import warnings_of
-from fxdistill.taps import TapTable
+from fxdistill.report.faces.summary import between, projection_of
+from fxdistill.report.read import gradients_and_writes, memory
+from fxdistill.report.read.changes import depends_on_values, pass_lines
+from fxdistill.report.read.costs import by_block, casts, flops, notes_of, traffic
+from fxdistill.report.read.fakes import faked, standing_in
+from fxdistill.report.read.inputs import tensors_of
+from fxdistill.report.read.towers import blocks_of, bytes_here, dtype_name, towers_of
+from fxdistill.report.read.warnings import warnings_of
+from fxdistill.report.report import Report
+from fxdistill.taps.table import TapTable
 
 if TYPE_CHECKING:
-    from fxdistill.distiller import Distiller
+    from fxdistill.distiller.distiller import Distiller
 
 
 def build(distiller: "Distiller", args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Report:
@@ -252,17 +253,17 @@ def _with_costs(report: Report, distiller: "Distiller", call: Call, halves: Halv
     return dataclasses.replace(
         report,
         towers=towers,
-        flops=costs.flops(halves),
+        flops=flops(halves),
         memory=_memory(distiller, halves, paths),
         plain=_plain(distiller, call, paths),
-        collectives=costs.traffic(halves),
-        casts=costs.casts(halves),
-        warnings=(*report.warnings, *reach.warnings_of(distiller, call, halves)),
+        collectives=traffic(halves),
+        casts=casts(halves),
+        warnings=(*report.warnings, *gradients_and_writes.warnings_of(distiller, call, halves)),
         notes=(
             *report.notes,
             *_of_mode(distiller),
-            *reach.notes_of(distiller, halves),
-            *costs.notes_of(halves),
+            *gradients_and_writes.notes_of(distiller, halves),
+            *notes_of(halves),
         ),
     )
 
@@ -270,7 +271,7 @@ def _with_costs(report: Report, distiller: "Distiller", call: Call, halves: Halv
 def _with_blocks(distiller: "Distiller", tower: Tower, halves: Halves) -> Tower:
     """With the costs of its blocks, of which those stay that hold or do something."""
     blocks = list(blocks_of(getattr(distiller, tower.name)))
-    found = costs.by_block(halves, {tower.name: [block.path for block in blocks]})
+    found = by_block(halves, {tower.name: [block.path for block in blocks]})
 
     def counted(block: Block) -> Block:
         forward, backward = (
@@ -282,9 +283,9 @@ def _with_blocks(distiller: "Distiller", tower: Tower, halves: Halves) -> Tower:
     return dataclasses.replace(tower, blocks=tuple(parts))
 
 
-def _memory(distiller: "Distiller", halves: Halves, paths: costs.Paths) -> Memory:
+def _memory(distiller: "Distiller", halves: Halves, paths: Paths) -> Memory:
     weights = _weights(distiller)
-    gradients = bytes_here(reach.learning(distiller, halves).values())
+    gradients = bytes_here(gradients_and_writes.learning(distiller, halves).values())
     # torch's optimizers keep their states in the type of the parameter.
     states = {"SGD": 0, "SGD with momentum": gradients, "Adam, AdamW": 2 * gradients}
     return memory.memory(halves, weights, gradients, states, _heads(distiller), paths)
@@ -312,7 +313,7 @@ def _heads(distiller: "Distiller") -> dict[str, tuple[str, int]]:
     return found
 
 
-def _plain(distiller: "Distiller", call: Call, paths: costs.Paths) -> Plain | None:
+def _plain(distiller: "Distiller", call: Call, paths: Paths) -> Plain | None:
     """The student alone on the same labels."""
     objective = distiller._objective_of(call)
     if objective.label_loss is None:
@@ -323,7 +324,7 @@ def _plain(distiller: "Distiller", call: Call, paths: costs.Paths) -> Plain | No
     if halves is None:  # labels alone teach nothing: what learns is reached by matches
         return None
     weights = {"student": _weights(distiller)["student"]}
-    gradients = bytes_here(reach.learning(distiller, halves).values())
+    gradients = bytes_here(gradients_and_writes.learning(distiller, halves).values())
     found = memory.memory(halves, weights, gradients, {}, _heads(distiller), paths)
-    total = costs.flops(halves).total
+    total = flops(halves).total
     return Plain(total, found.peak, gradients, found.saved, found.head, found.transient)

@@ -11,11 +11,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from typing import Any
 
 SCHEMA = "1.1"
 
@@ -222,8 +218,8 @@ class Cast:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What will happen in a step, or what stood in the way of knowing it (``stopped``).
+class Facts:
+    """What a report knows of a step; ``stopped`` says what stood in the way of knowing more.
 
     A part that could not be known is ``None``, or empty.
     """
@@ -258,25 +254,6 @@ class Report:
     def to_json(self, indent: int | None = 2) -> str:
         """The report as JSON, keys in the order of the fields."""
         return json.dumps(as_json(self), indent=indent, allow_nan=False)
-
-    def to_html(self, path: str | Path) -> Path:
-        """Write the report as one HTML file that needs nothing else, whole or not at all.
-
-        Args:
-            path: Where to; a file that is there is replaced.
-
-        Returns:
-            ``path``.
-        """
-        from fxdistill.report.html import write  # the faces know the data, not the other way round
-
-        return write(self, Path(path))
-
-    def __rich__(self) -> "RenderableType":
-        """The report for a terminal: ``rich.print(report)``."""
-        from fxdistill.report.terminal import terminal
-
-        return terminal(self)
 
 
 def as_json(value: Any) -> Any:

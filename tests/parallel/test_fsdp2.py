@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import fxdistill
-from fxdistill.losses import chunked
+from fxdistill.losses.fused import sizes
 from heads import remarks
 from parallel.models import LM
 from parallel.processes import run
@@ -215,7 +215,7 @@ def test_mixed_precision() -> None:
 
 def largest(rank: int) -> list[int]:
     """The largest piece of memory that a step asks for, by how the head is kept."""
-    chunked.ON_CPU = chunked.Sizes(0, 16)  # chunks as small as they get: 160 tokens
+    sizes.ON_CPU = sizes.Sizes(0, 16)  # chunks as small as they get: 160 tokens
     found = []
     for how, fuse in (("root", False), ("root", True), ("head", True)):
         torch.manual_seed(0)

@@ -109,7 +109,7 @@ def test_parity_with_one_device(ranks: int) -> None:
 
 def many_tokens(rank: int) -> str:
     """Where tokens outnumber the vocabulary, weights are gathered instead."""
-    from fxdistill.parallel.vocab import Side, layout_of
+    from fxdistill.losses.fused.sharded_heads import Side, layout_of
 
     mesh = init_device_mesh("cpu", (2,))
     g = torch.Generator().manual_seed(0)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import fxdistill
-from fxdistill.effects import CHECKPOINT
+from fxdistill.graph.effects import CHECKPOINT
 from fxdistill.passes import ExposeOutputs
-from fxdistill.split import is_tap
+from fxdistill.taps.markers import is_tap
 from toys import tokens, toy_pair
 
 

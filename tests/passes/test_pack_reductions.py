@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard
 
 import fxdistill
-from fxdistill import lower
+from fxdistill.compiler import lower
+from fxdistill.graph.program import Program
 from fxdistill.passes import PackReductions
-from fxdistill.program import Program
 from parallel.models import LM, parallel
 from parallel.processes import run
 from parallel.test_tensor_parallel import AOT, compare, step

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import fxdistill
-from fxdistill.compose import section_of
-from fxdistill.effects import effects_of
+from fxdistill.graph.effects import effects_of
+from fxdistill.graph.sections import section_of
 from fxdistill.passes import PruneTeacher
 from toys import MAPPING, tokens, toy_pair
 

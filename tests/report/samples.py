@@ -15,11 +15,11 @@ from fxdistill.report.data import (
     Pair,
     PassLine,
     Plain,
-    Report,
     Term,
     Tower,
     Value,
 )
+from fxdistill.report.report import Report
 
 MiB = 2**20
 GiB = 2**30

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from fxdistill.base.figures import amount, operations, ratio, share, size
 from fxdistill.report.data import Block
-from fxdistill.report.figures import amount, bar, operations, ratio, share, size, sparkline
-from fxdistill.report.folding import block_index, folded, folds, gathered, ranges, rows
+from fxdistill.report.faces.bars import bar, sparkline
+from fxdistill.report.faces.folding import block_index, folded, folds, gathered, ranges, rows
 from report import samples
 
 

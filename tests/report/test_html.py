@@ -14,8 +14,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
-from fxdistill.report import figures
-from fxdistill.report.html import html
+from fxdistill.base import figures
+from fxdistill.report.faces.html import html
 from report import browser, samples
 
 MiB = 2**20

@@ -5,7 +5,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import families
 import fxdistill
-from fxdistill.report.data import Report
+from fxdistill.report.report import Report
 from parallel.processes import run
 from parallel.test_tensor_parallel import AOT
 

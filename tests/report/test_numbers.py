@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import fxdistill
-from fxdistill.report.flops import LACKING
+from fxdistill.graph.flops import LACKING
 
 AOT = {"backend": "aot_eager"}
 BATCH, LENGTH, WIDTH = 2, 16, 32

@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BatchEncoding
 
 import fxdistill
-from fxdistill import Match, capture
-from fxdistill.report.flops import flops_of
+from fxdistill import Match
+from fxdistill.compiler import capture
+from fxdistill.graph.flops import flops_of
 from tests.report.test_build import AOT, batch, llama, pair
 from toys import MAPPING, Toy, tokens
 

@@ -1,0 +1,46 @@
+"""Numbers as people read them."""
+
+from collections.abc import Sequence
+
+_BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_DECIMAL = ("", "k", "M", "G", "T", "P", "E")
+
+
+def size(count: int) -> str:
+    """Bytes in binary units: ``"1.50 GiB"``."""
+    return _scaled(count, 1024, _BINARY)
+
+
+def operations(count: int) -> str:
+    """Floating point operations in decimal units: ``"2.31 TFLOP"``."""
+    return _scaled(count, 1000, tuple(f"{prefix}FLOP" for prefix in _DECIMAL))
+
+
+def amount(count: int) -> str:
+    """How many parameters there are, as models are named by them: ``"8.03 B"``."""
+    return _scaled(count, 1000, ("", "k", "M", "B", "T")).strip()
+
+
+def ratio(ours: int, theirs: int) -> str:
+    """How many times ``theirs`` is in ``ours``: ``"1.35 ×"``."""
+    return f"{ours / theirs:.2f} ×" if theirs else "–"
+
+
+def share(part: int, whole: int) -> str:
+    """A part in percent of a whole: ``"45 %"``; ``"<1 %"`` for what is there but little."""
+    if not whole:
+        return "–"
+    percent = 100 * part / whole
+    return "<1 %" if 0 < percent < 1 else f"{percent:.0f} %"
+
+
+def _scaled(count: int, base: int, units: Sequence[str]) -> str:
+    """Three digits that count, and the unit that makes them so."""
+    number, unit = float(count), 0
+    # 999.5 would be written as 1000 of the smaller unit.
+    while abs(number) >= base - 0.5 and unit < len(units) - 1:
+        number, unit = number / base, unit + 1
+    if unit == 0:
+        return f"{count} {units[0]}"
+    digits = 2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0
+    return f"{number:.{digits}f} {units[unit]}"

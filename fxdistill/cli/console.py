@@ -1,0 +1,16 @@
+"""What all commands share: exit codes, and the line that says what is being done."""
+
+import contextlib
+from collections.abc import Iterator
+
+FINE, PARTIAL, USAGE, MISFIT, INTERNAL, INTERRUPTED, CLOSED = 0, 1, 2, 3, 70, 130, 141
+
+
+@contextlib.contextmanager
+def working(on: str) -> Iterator[None]:
+    """Show on a terminal that something takes its time."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status(f"{on} ...") if console.is_terminal else contextlib.nullcontext():
+        yield

@@ -1,0 +1,218 @@
+"""The command line: arguments, messages and exit codes. What commands do is in ``commands.py``.
+
+Imports nothing heavy, so that ``--help`` and wrong arguments are answered at once. Results go to
+standard output and nothing else does: what user code prints while a command runs goes, like
+progress and messages, to standard error.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, TextIO
+
+import fxdistill
+from fxdistill.cli.console import CLOSED, INTERNAL, INTERRUPTED, MISFIT, USAGE, working
+from fxdistill.errors import CommandError, FxDistillError, MappingFileError, OptionError
+
+MOST = 2**40  # of samples, and of tokens
+
+
+_CODES = """\
+exit codes:
+  0    fine
+  1    the report is partial: it says what stopped it
+  2    an argument, or a file that it names, is wrong
+  3    the models or the mapping do not fit
+  70   an error that fxdistill did not foresee; --debug shows where
+  130  interrupted
+  141  whoever read the output has gone
+"""
+_MODELS = """\
+A model is file.py:factory or package.module:factory, where the factory is called without arguments
+and returns an nn.Module. With --hf-config, what has no colon is a Hugging Face config.json, or a
+folder with one: the model is made without weights, on the meta device, and nothing is downloaded.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, epilog=_CODES, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and where help is; exit with 2."""
+        self.exit(USAGE, f"{self.prog}: {message}. Help: {self.prog} --help\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of all commands."""
+    top = Parser(prog="fxdistill", description="Look at a distillation before it is run.")
+    top.add_argument("--version", action="version", version=f"fxdistill {fxdistill.__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _report(commands)
+    _modules(commands)
+    _match(commands)
+    return top
+
+
+def _command(commands: Any, name: str, does: str, models: Sequence[str]) -> Any:
+    """A command with what all have."""
+    command = commands.add_parser(name, help=does, description=f"{does}.\n\n{_MODELS}")
+    for model in models:
+        command.add_argument(model.lower(), metavar=model)
+    command.add_argument(
+        "--hf-config", action="store_true", help="what has no colon is a config.json or its folder"
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32", "float16"),
+        help="of the weights; default: bfloat16 with --hf-config, else as the factory makes them",
+    )
+    command.add_argument(
+        "--json", metavar="FILE", help="write JSON; -: to standard output, in place of the tables"
+    )
+    command.add_argument("--debug", action="store_true", help="show tracebacks")
+    return command
+
+
+def _report(commands: Any) -> None:
+    does = "Say what a distillation step will do, before any is run"
+    command = _command(commands, "report", does, ("STUDENT", "TEACHER"))
+    command.add_argument(
+        "--mapping", metavar="FILE", help="a .toml or .json; default: what `match` proposes"
+    )
+    command.add_argument("--batch", type=_positive, help="samples (4)")
+    command.add_argument(
+        "--length", type=_positive, help="tokens a sample (2048, or as many as both models take)"
+    )
+    command.add_argument(
+        "--inputs",
+        metavar="FILE.py:FACTORY",
+        help="returns a dict or a tuple of inputs; default: zeros of the shapes that forward takes",
+    )
+    command.add_argument(
+        "--task",
+        default="auto",
+        choices=("auto", "causal_lm", "masked_lm", "seq2seq", "classification"),
+        help="how labels line up with logits; default: as the student says",
+    )
+    mode = command.add_mutually_exclusive_group()
+    mode.add_argument("--backend", help="lowers the one graph: inductor (the default), aot_eager")
+    mode.add_argument("--regional", action="store_true", help='wrap(..., compile="regional")')
+    mode.add_argument("--eager", action="store_true", help="wrap(..., compile=False)")
+    command.add_argument("--html", metavar="FILE", help="write the report as one page, too")
+
+
+def _modules(commands: Any) -> None:
+    does = "List the modules that a mapping can name"
+    command = _command(commands, "modules", does, ("MODEL",))
+    command.add_argument(
+        "--pattern", default="**", help='which paths: "model.layers.*.mlp"; ** is any number of *'
+    )
+
+
+def _match(commands: Any) -> None:
+    does = "Propose which layers to match, and say why"
+    command = _command(commands, "match", does, ("STUDENT", "TEACHER"))
+    command.add_argument(
+        "--layers",
+        default="uniform",
+        choices=("uniform", "first", "last", "skip"),
+        help="which of the teacher's blocks a student's block learns from (uniform)",
+    )
+    command.add_argument(
+        "--roles",
+        default="mixer,mlp",
+        help="any of mixer, mlp, block, embedding, norm and logits, with commas (mixer,mlp)",
+    )
+    command.add_argument(
+        "--output", metavar="FILE", help="write the mapping (.toml or .json), for --mapping"
+    )
+    command.add_argument("--force", action="store_true", help="--output may replace a file")
+
+
+def _positive(text: str) -> int:
+    # Python itself reads no number of thousands of digits.
+    if not text.isdecimal() or len(text) > 100 or not 1 <= int(text) <= MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {MOST}")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    try:
+        args = parser().parse_args(argv)
+    except SystemExit as done:  # argparse has said why
+        return int(done.code or 0)
+    out = sys.stdout
+    if isinstance(
+        out, io.TextIOWrapper
+    ):  # what an encoding lacks (arrows, α) is escaped, as in JSON
+        out.reconfigure(errors="backslashreplace")
+    try:
+        with contextlib.redirect_stdout(sys.stderr), _warnings_on_one_line(), _path_kept():
+            code = _run(args, out)
+        out.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        return CLOSED
+    return code
+
+
+def _run(args: argparse.Namespace, out: TextIO) -> int:
+    try:
+        with working("importing torch"):
+            from fxdistill.cli import commands
+
+        run = {"report": commands.report, "modules": commands.modules, "match": commands.match}
+        return run[args.command](args, out)
+    except KeyboardInterrupt:
+        return _failed(args, "interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        raise
+    except FxDistillError as error:
+        wrong = isinstance(error, (CommandError, MappingFileError, OptionError))
+        return _failed(args, str(error), USAGE if wrong else MISFIT)
+    except Exception as error:
+        what = f"unforeseen {type(error).__name__}: {error} (--debug shows where)"
+        return _failed(args, what, INTERNAL)
+
+
+def _failed(args: argparse.Namespace, message: str, code: int) -> int:
+    if args.debug:
+        traceback.print_exc()
+    print(f"fxdistill {args.command}: {message}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _warnings_on_one_line() -> Iterator[None]:
+    """Warnings by their text alone: the line that gave them is none of the user's."""
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
+        print(f"{category.__name__}: {message}", file=sys.stderr)
+
+    before = warnings.showwarning
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
+@contextlib.contextmanager
+def _path_kept() -> Iterator[None]:
+    """What commands put on the import path is gone afterwards."""
+    before = list(sys.path)
+    try:
+        yield
+    finally:
+        sys.path[:] = before

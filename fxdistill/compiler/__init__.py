@@ -1,0 +1,1 @@
+"""From one step of Python to compiled code: capture, split, compose, lower."""

@@ -1,0 +1,86 @@
+"""What dynamo's exceptions mean: a line that no graph holds, a wrong call, a failed lowering."""
+
+import os
+import re
+from typing import Any
+
+import torch
+from torch._dynamo import exc
+
+import fxdistill
+from fxdistill import passes
+from fxdistill.errors import CaptureError, FxDistillError, LoweringError, RecompileError, StepError
+
+
+def explained(error: Exception) -> FxDistillError:
+    """The error to raise in place of dynamo's: what stopped, where, and what there is to do."""
+    reason = str(error).strip().split("\n\n")[0]
+    if isinstance(error, exc.FailOnRecompileLimitHit):
+        return RecompileError(
+            f"the step has been compiled for as many kinds of calls as dynamo allows.\n  {reason}\n"
+            "What to do: see with TORCH_LOGS=recompiles what varies from call to call (sizes, "
+            "keywords given and left out, modes, dtypes), and keep it fixed; or raise "
+            "torch._dynamo.config.recompile_limit."
+        )
+    if isinstance(error, exc.BackendCompilerFailed):
+        inner: Any = getattr(error, "inner_exception", error)
+        said, _, graph = str(inner).partition("\n\nWhile executing")
+        return LoweringError(
+            "the step was captured, and the backend failed to compile it: "
+            f"{type(inner).__name__}: {said}{_in_trace(graph)}\n"
+            "What to do: compile={'backend': 'aot_eager'} "
+            "tells whether it is the code generation; compile=False needs no compiler."
+        )
+    if "no fake impl" in reason or "register_fake" in str(error):
+        return CaptureError(
+            f"the step cannot be captured as one graph.{_where(error)}\n  {_short(error)}\n"
+            "What to do: register_fake says what shapes the operator returns; or wrap(..., "
+            'compile="regional"), compile=False: models run as they are.'
+        )
+    failed = isinstance(error, exc.TorchRuntimeError) or "Observed exception" in reason
+    if failed and "INTERNAL ASSERT" not in str(error):  # which is torch's failure, not the step's
+        return StepError(
+            f"the step fails by itself, whether compiled or not.{_where(error)}\n"
+            f"  {_short(error)}\n"
+            "What to do: check the inputs; compile=False shows the exception where it is raised."
+        )
+    return CaptureError(
+        f"the step cannot be captured as one graph.{_where(error)}\n"
+        f"  torch.compile says: {reason}\n"
+        'What to do: change that line; or wrap(..., compile="regional") (the models run as they '
+        'are, the losses are compiled), compile=False (everything eager), or compile={"fallback": '
+        '"regional"} to fall back by itself, with a warning.'
+    )
+
+
+def _where(error: Exception) -> str:
+    """The last line of the user's code on the way to the failure."""
+    stack = list(getattr(error, "real_stack", None) or ())
+    frames = [f for f in stack if not f.filename.startswith((_OURS, _OUR_PASSES))]
+    # A line of torch's own says less than the one that called it.
+    outside = [f for f in frames if not f.filename.startswith(_TORCH)]
+    if not frames:
+        return ""
+    last = (outside or frames)[-1]
+    return f"\n  at {last.filename}:{last.lineno} in {last.name}\n    {last.line or ''}"
+
+
+# Folders: of this package, wherever this file lies in it, of its passes, and of torch.
+_FILES = (fxdistill.__file__, passes.__file__, torch.__file__)
+_OURS, _OUR_PASSES, _TORCH = (os.path.dirname(str(file)) + os.sep for file in _FILES)
+
+
+def _in_trace(text: str) -> str:
+    """The last line of the user's code in a trace that was written to text."""
+    frames = re.findall(r'File "(.+)", line (\d+), in (.+)\n +(.+)', text)
+    outside = [f for f in frames if not f[0].startswith((_OURS, _OUR_PASSES, _TORCH))]
+    return "\n  at {}:{} in {}\n    {}".format(*outside[-1]) if outside else ""
+
+
+def _short(error: Exception) -> str:
+    """What the failing operation said, without dynamo's account of its arguments."""
+    text = str(error).strip()
+    if (told := re.search(r"got (\w+\(.*\))$", text, re.M)) is not None:
+        return told[1]
+    raised = re.search(r"raised exception (.+)", text)
+    return raised[1] if raised is not None else text.splitlines()[0]

@@ -1,0 +1,182 @@
+"""Hand a joint program to AOTAutograd and Inductor. The only file that knows them.
+
+Passes of the joint level run here, on AOTAutograd's functional forward-and-backward graph, just
+before it is partitioned. Private to torch and used here only: ``compile_fx``, the partitioner hook
+of Inductor's configuration, and ``aot_autograd`` of ``torch._dynamo.backends``. If the hook moves,
+joint passes stop running, and ``test_lower.py`` fails.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from functorch.compile import min_cut_rematerialization_partition
+from torch import fx
+from torch._dynamo import list_backends, lookup_backend
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
+from torch._functorch import config as functorch_config
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
+from torch.utils._pytree import tree_leaves
+
+from fxdistill.base.ranks import ACROSS
+from fxdistill.base.tensors import is_placed
+from fxdistill.errors import OptionError, did_you_mean
+from fxdistill.graph import pipeline
+from fxdistill.graph.halves import Halves
+from fxdistill.graph.pipeline import Observer
+from fxdistill.graph.program import Pass, Program
+
+Compiled = Callable[..., Any]
+SMALLEST_BUDGET = 1e-6
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What becomes of the joint program: a backend of torch.compile and its options."""
+
+    backend: str | Callable[..., Any] = "inductor"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    joint_passes: tuple[Pass, ...] = ()
+
+
+def lower(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    lowering: Lowering,
+    observers: Sequence[Observer] = (),
+    watch: Callable[[Halves], None] | None = None,
+) -> Compiled:
+    """Compile ``gm``.
+
+    ``"inductor"`` and ``"aot_eager"`` run the joint passes; other backends are called as they are.
+    ``watch`` is handed both halves of what AOTAutograd has cut.
+    """
+    partition = _Partition(lowering, observers, watch, () if watch is None else example_inputs)
+    if lowering.backend == "inductor":
+        inputs = list(example_inputs)
+        careful = _UNFUSED if _crosses_cpu_ranks(gm, inputs) else {}
+        patches = {"custom_partitioner_fn": partition, **careful, **lowering.options}
+        return cast(Compiled, compile_fx(gm, inputs, config_patches=patches))
+    if lowering.backend == "aot_eager":
+        aot = aot_autograd(
+            fw_compiler=boxed_nop, partition_fn=partition, keep_inference_input_mutations=True
+        )
+        return aot(gm, list(example_inputs))
+    backend = lowering.backend
+    compiler = lookup_backend(backend) if isinstance(backend, str) else backend
+    options = {"options": dict(lowering.options)} if lowering.options else {}
+    return cast(Compiled, compiler(gm, list(example_inputs), **options))
+
+
+# On CPUs Inductor (torch 2.13) loses track of collectives that write in place once it fuses
+# kernels, and reads results before they are there (pytorch issue 185509, mended after 2.13). Only
+# its C++ code does.
+_UNFUSED = {"max_fusion_size": 1}
+
+
+def _crosses_cpu_ranks(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether the graph has collectives between processes on CPUs."""
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    on_cpu = all(x.device.type == "cpu" for x in tensors)
+    summing = any(node.target in ACROSS for node in gm.graph.nodes)
+    return on_cpu and (summing or any(is_placed(x) for x in tensors))
+
+
+def check_lowering(lowering: Lowering) -> None:
+    """Raise OptionError where the backend, or an option of Inductor, is not one that exists."""
+    backend = lowering.backend
+    if not isinstance(backend, str):
+        return
+    known = sorted({*list_backends(exclude_tags=()), "aot_eager"})
+    if backend not in known:
+        near = did_you_mean(backend, known)
+        raise OptionError(f"compile's backend {backend!r} does not exist. Nearest: {near}.")
+    if backend == "inductor":
+        options = torch._inductor.list_options()
+        for name in lowering.options:
+            if name.replace("-", "_") not in options:
+                near = did_you_mean(name, options)
+                raise OptionError(f"Inductor has no option {name!r}. Nearest: {near}.")
+
+
+def mode_options(mode: str, dynamic: bool | None) -> dict[str, Any]:
+    """The options of Inductor that ``mode`` stands for."""
+    modes = torch._inductor.list_mode_options()
+    if mode not in modes:
+        near = did_you_mean(mode, modes)
+        raise OptionError(f"compile's mode {mode!r} does not exist. Nearest: {near}.")
+    named: dict[str, Any] = torch._inductor.list_mode_options(mode, dynamic)
+    return named
+
+
+class _Partition(CustomPartitionerFn):
+    """Run the joint passes, then torch's own partitioner."""
+
+    def __init__(
+        self,
+        lowering: Lowering,
+        observers: Sequence[Observer],
+        watch: Callable[[Halves], None] | None,
+        inputs: Sequence[Any],
+    ) -> None:
+        self.passes, self.observers, self.watch = lowering.joint_passes, observers, watch
+        self.inputs = tuple(inputs)
+        self.fuses = lowering.backend == "inductor"
+
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
+        count = len(tree_leaves(gm.graph.output_node().args))
+        outputs = tuple(f"output_{i}" for i in range(count))
+        program = Program(gm, outputs, level="joint", title="backward")
+        program = pipeline.run(program, self.passes, self.observers)
+        # At a budget of exactly 0 torch saves the inputs only, whatever a pass has marked.
+        budget = max(functorch_config.activation_memory_budget, SMALLEST_BUDGET)
+        with functorch_config.patch(activation_memory_budget=budget):
+            parts = min_cut_rematerialization_partition(program.gm, joint_inputs, **kwargs)
+        outputs = kwargs["num_fwd_outputs"]
+        forward, backward = _meshes_last(parts[0], parts[1], outputs)
+        if self.watch is not None:
+            self.watch(Halves(forward, backward, outputs, self.fuses, self.inputs))
+        return forward, backward
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Inductor pickles its configuration to key its caches; observers change no code."""
+        return {**self.__dict__, "observers": (), "watch": None, "inputs": ()}
+
+    def uuid(self) -> str:
+        """Part of the key of Inductor's caches: a changed pass must not be served old code."""
+        return f"{get_hash_for_files((__file__,))!r} {self.passes!r} {torch.__version__}"
+
+
+def _meshes_last(
+    forward: fx.GraphModule, backward: fx.GraphModule, outputs: int
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Put what is neither tensor nor number (a device mesh) behind all tensors that are saved.
+
+    AOTAutograd expects them there. torch's partitioner (2.13) puts the states of random operators
+    that a checkpoint runs again behind the meshes, as if these were tensors.
+    """
+    last = forward.graph.output_node()
+    values = list(last.args[0])  # type: ignore[arg-type]
+    saved = sorted(values[outputs:], key=_place)
+    if saved == values[outputs:]:
+        return forward, backward
+    last.args = ([*values[:outputs], *saved],)
+    inputs = backward.graph.find_nodes(op="placeholder")
+    names = {node.name for node in saved if _place(node) == 1}
+    tangent = next(node for node in inputs if node.name.startswith("tangents"))
+    for node in [node for node in inputs if node.name in names]:
+        tangent.prepend(node)
+    for part in (forward, backward):
+        part.recompile()
+    return forward, backward
+
+
+def _place(saved: fx.Node) -> int:
+    """Tensors first, then what is no number either, then numbers."""
+    value = saved.meta.get("val")
+    if value is None or isinstance(value, torch.Tensor):
+        return 0
+    return 2 if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)) else 1

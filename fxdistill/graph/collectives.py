@@ -1,0 +1,47 @@
+"""What crosses ranks in a graph."""
+
+from collections import Counter
+from typing import NamedTuple
+
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from fxdistill.graph.sections import section_of
+
+_PREFIX = "_c10d_functional."
+_OTHER = ("wait_tensor",)
+
+
+class Traffic(NamedTuple):
+    """How often a collective runs, and the bytes of what it returns on one rank."""
+
+    times: int
+    bytes: int
+
+
+def collectives(graph: fx.Graph) -> dict[tuple[str | None, str], Traffic]:
+    """Traffic by section (teacher, student, objective) and collective."""
+    counts: Counter[tuple[str | None, str]] = Counter()
+    sizes: Counter[tuple[str | None, str]] = Counter()
+    for node in graph.nodes:
+        name = str(node.target).removeprefix(_PREFIX).split(".")[0]
+        if node.op != "call_function" or not str(node.target).startswith(_PREFIX) or name in _OTHER:
+            continue
+        # What autograd adds behind the last operator has no section: it is what it reads from.
+        key = section_of(node) or next(map(section_of, node.all_input_nodes), None), name
+        counts[key] += 1
+        values = [v for v in tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
+        sizes[key] += sum(int(v.numel()) * v.element_size() for v in values)
+    return {key: Traffic(count, sizes[key]) for key, count in counts.items()}
+
+
+def sum_of(
+    found: dict[tuple[str | None, str], Traffic], sections: tuple[str | None, ...]
+) -> dict[str, Traffic]:
+    """Traffic by collective, of some sections."""
+    total: dict[str, Traffic] = {}
+    for (section, name), (count, size) in found.items():
+        if section in sections:
+            before = total.get(name, Traffic(0, 0))
+            total[name] = Traffic(before.times + count, before.bytes + size)
+    return total

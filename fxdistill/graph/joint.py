@@ -1,0 +1,14 @@
+"""The joint program: models and objective in one graph."""
+
+from fxdistill.graph.program import Program
+
+
+class JointProgram(Program):
+    """Student, teacher and objective in one graph. The first output is the total."""
+
+    def __str__(self) -> str:
+        """One line for each call of a module or a loss: what it returns, FLOPs and bytes."""
+        # A face of the report, which reads programs.
+        from fxdistill.graph.listing import listing
+
+        return listing(self)

@@ -1,0 +1,89 @@
+"""Run passes: call, lint, record, show."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import TypeVar
+
+from fxdistill.base.files import write_whole
+from fxdistill.errors import FxDistillError, PassError
+from fxdistill.graph.program import Pass, PassRecord, Program
+
+P = TypeVar("P", bound=Program)
+Observer = Callable[[PassRecord, Program], None]
+
+
+def pass_name(p: Pass) -> str:
+    """The name of a pass: its class, or the function itself."""
+    return getattr(p, "__name__", type(p).__name__)
+
+
+def run(program: P, passes: Sequence[Pass], between: Sequence[Observer] = ()) -> P:
+    """Apply ``passes`` in order; the graph is valid before and after each.
+
+    Observers see the record and the program after every pass. A pass that raises is named, with the
+    passes before it, in a PassError; errors that tell the user what to do pass through.
+    """
+    for p in passes:
+        name, start, before = pass_name(p), perf_counter(), program
+        try:
+            program = p(program)
+            if program.gm is not before.gm:
+                program.gm.graph.lint()
+                program.gm.recompile()
+        except FxDistillError:
+            raise
+        except Exception as error:
+            done = ", ".join(record.name for record in before.history) or "none"
+            raise PassError(f"pass {name} failed after passes: {done}: {error}") from error
+        record = PassRecord(
+            name,
+            len(before.gm.graph.nodes),
+            len(program.gm.graph.nodes),
+            tuple(o for o in program.outputs if o not in before.outputs),
+            perf_counter() - start,
+            program.gm is not before.gm,
+            program.remarks[len(before.remarks) :],
+            program.level,
+            program.title,
+            before.gm,
+            program.gm,
+        )
+        program = replace(program, history=(*before.history, record))
+        for observer in between:
+            observer(record, program)
+    return program
+
+
+_dumped: dict[str, int] = {}  # how many graphs this process has written, by folder
+
+
+class Dump:
+    """Writes numbered program texts to the folder that ``FXDISTILL_DUMP`` names, for ``diff``.
+
+    One object for each graph that is compiled.
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        self.root = folder if folder is not None else os.environ.get("FXDISTILL_DUMP")
+        self.folder: Path | None = None
+        self.index = 0
+
+    def write(self, name: str, program: Program) -> None:
+        """Write ``NN_name.py``, whole or not at all."""
+        if not self.root:
+            return
+        if self.folder is None:
+            count = _dumped[self.root] = _dumped.get(self.root, 0) + 1
+            # The first graph of a process lies in the folder itself, each other one in its own.
+            self.folder = Path(self.root) if count == 1 else Path(self.root) / f"graph_{count}"
+        target = self.folder / f"{self.index:02d}_{name}.py"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, program.code)
+        self.index += 1
+
+    def __call__(self, record: PassRecord, program: Program) -> None:
+        """Observe a pass."""
+        self.write(f"{program.title}_{record.name}".strip("_"), program)

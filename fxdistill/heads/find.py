@@ -1,0 +1,155 @@
+"""The module that makes a model's logits: where it is, and whether it can be kept from it.
+
+Private to torch and used here only: the dictionaries of backward hooks. If they move, regional mode
+fails in the first call.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fxdistill import parallel
+from fxdistill.base.tensors import is_placed
+from fxdistill.heads.curve import Unreadable
+from fxdistill.heads.hold_back import DeferrableHead
+from fxdistill.taps.hooks import compiles_itself
+
+
+@dataclass(frozen=True)
+class Found:
+    """The heads whose logits only losses read, or why they are made where the models make them."""
+
+    heads: tuple[DeferrableHead, ...] = ()
+    why_not: str = ""
+
+
+def deferrable(
+    student: nn.Module, teacher: nn.Module, paths: Iterable[str | None], *, both: bool
+) -> Found:
+    """The heads of two models, by their paths; unless ``both``, the teacher's is not needed."""
+    towers = ("student", student), ("teacher", teacher)
+    found = [_asked(*tower, path) for tower, path in zip(towers, paths, strict=True)]
+    needed = found if both else found[:1]
+    why_not = next((reason for reason in needed if isinstance(reason, str)), "")
+    heads = [head for head in found if isinstance(head, DeferrableHead)]
+    return Found(why_not=why_not) if why_not else Found(tuple(heads))
+
+
+def _asked(tower: str, model: nn.Module, path: str | None) -> DeferrableHead | str:
+    try:
+        return head_of(model, path)
+    except Unreadable as why:
+        return f"the {tower}'s {why}"
+
+
+def head_of(model: nn.Module, path: str | None) -> DeferrableHead:
+    """The module at ``path``, if it is a linear layer that nothing has changed or compiled.
+
+    Unreadable otherwise, and in wrappers that shard a model in ways unknown here, or wait for its
+    outputs in the backward: those must see its logits.
+    """
+    if path is None:
+        raise Unreadable("head is no module that could be found")
+    head = model.get_submodule(path)
+    found, linear = _in_wrappers(model, head)
+    names = path.split(".")
+    around = [model.get_submodule(".".join(names[:end])) for end in range(len(names) + 1)]
+    if linear is not nn.Linear or "forward" in head.__dict__:
+        raise Unreadable(f"head {path!r} is no plain linear layer")
+    if any(compiles_itself(module) for module in around):
+        raise Unreadable(f"head {path!r} is compiled by itself")
+    # What waits for gradients, of these or of all modules, must see the logits that have them.
+    if any(map(_waits, around)) or _any_waits():
+        raise Unreadable(f"head {path!r} has backward hooks around it")
+    return found
+
+
+def _in_wrappers(model: nn.Module, head: nn.Module) -> tuple[DeferrableHead, type]:
+    """The head, and of what class it was before ``fully_shard``; Unreadable in other wrappers."""
+    wrappers = [m for m in model.modules() if _is_wrapper(type(m).__mro__)]
+    if others := [type(m).__name__ for m in wrappers if not _is_fsdp2(type(m).__mro__)]:
+        raise Unreadable(f"logits are for {others[0]} to see, which wraps the model")
+    found, linear = DeferrableHead(cast(nn.Linear, head)), type(head)
+    if wrappers:
+        found = head_in_fsdp(wrappers, found.module)
+        linear = parallel.fsdp2.class_behind(head)
+    if not found.gathered and any(map(is_traceable_wrapper_subclass, head.parameters())):
+        raise Unreadable("head is sharded, and not by fully_shard alone")
+    return found, linear
+
+
+def sharded_vocabularies(
+    models: Mapping[str, nn.Module], paths: Iterable[str | None]
+) -> dict[str, tuple[int, int]]:
+    """By tower, where its head is sharded: how many entries are here, and how many in all."""
+    found = {}
+    for (tower, model), path in zip(models.items(), paths, strict=True):
+        weight = None if path is None else getattr(model.get_submodule(path), "weight", None)
+        if is_placed(weight):
+            found[tower] = (weight.to_local().shape[0], weight.shape[0])
+    return found
+
+
+def mesh_sizes(model: nn.Module) -> frozenset[int]:
+    """The sizes of the mesh dimensions that may shard a sequence: not those of samples."""
+    meshes = {p.device_mesh for p in model.parameters() if is_placed(p)}
+    if not meshes or any(_is_wrapper(type(module).__mro__) for module in model.modules()):
+        return frozenset()
+    return frozenset(
+        size
+        for mesh in meshes
+        for name, size in zip(mesh.mesh_dim_names or ("",) * mesh.ndim, mesh.shape, strict=True)
+        if name not in ("dp", "replicate")
+    )
+
+
+@functools.cache
+def _is_wrapper(bases: tuple[type, ...]) -> bool:
+    wrappers = ("torch.distributed", "torch.nn.parallel", "deepspeed")
+    # Checkpoints neither shard nor wait; a head inside of one is told when it runs.
+    checkpoints = "torch.distributed.algorithms._checkpoint"
+    modules = [b.__module__ for b in bases if not b.__module__.startswith(checkpoints)]
+    return any(name.startswith(wrappers) for name in modules)
+
+
+def _is_fsdp2(bases: tuple[type, ...]) -> bool:
+    """Whether ``fully_shard`` was called on such a module."""
+    modules = [base.__module__ for base in bases if base.__name__ == "FSDPModule"]
+    return any(module.startswith("torch.distributed.fsdp") for module in modules)
+
+
+def _waits(module: nn.Module) -> bool:
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def _any_waits() -> bool:
+    """Whether there are backward hooks of all modules."""
+    hooks = torch.nn.modules.module
+    return bool(hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
+
+
+def head_in_fsdp(wrappers: Iterable[nn.Module], head: nn.Linear) -> DeferrableHead:
+    """The head of a model whose ``wrappers`` are FSDP2's; Unreadable where logits must be made.
+
+    FSDP2 gathers the head's weights before the module runs that owns them. After it they may be
+    freed (asked when the head runs: the root decides in its first forward); else they live until
+    the backward. Their gradient goes to FSDP2 through the gathered parameter.
+    """
+    owned = [
+        (group, p)
+        for group, p in parallel.fsdp2.sharded_parameters(wrappers)
+        if head in parallel.fsdp2.owners(p)
+    ]
+    if any(p.is_dtensor for _, p in owned):
+        raise Unreadable("head is tensor parallel inside of fully_shard")
+    groups = [group for group, _ in owned]
+
+    def freed() -> bool:
+        return any(group._reshard_after_forward for group in groups)
+
+    return DeferrableHead(head, gathered=bool(owned), freed=freed, awaits=parallel.fsdp2.awaits)

@@ -1,0 +1,146 @@
+"""Reading the total backwards: which losses on logits, of what, with which weight.
+
+The objective is a fixed shape in the graph, Σ weight · loss over a few summands. What a user's own
+loss makes of our divergences (a sum of them, with numbers in front) is read too.
+"""
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxdistill.base.ranks import over_ranks, total_over_ranks
+from fxdistill.heads.curve import Unreadable
+from fxdistill.heads.read_head import target_name
+from fxdistill.losses import cross_entropy
+from fxdistill.losses.fused.chunk import DIVERGENCES, Divergence
+from fxdistill.losses.names import LOGIT_LOSSES
+from fxdistill.objective.tokens import over_items
+
+NAMES: dict[Any, str] = {LOGIT_LOSSES[name]: name for name in DIVERGENCES}
+ON_LOGITS = (*NAMES, cross_entropy)
+OVER = (over_ranks, total_over_ranks)
+_ADD, _MUL = (operator.add, torch.add), (operator.mul, torch.mul)
+
+
+@dataclass(frozen=True)
+class Summand:
+    """``weight · Σ coefficient · loss``, over ``items`` where they are given."""
+
+    weight: Any
+    parts: tuple[tuple[float, fx.Node], ...]
+    items: Any
+    nodes: tuple[fx.Node, ...]  # from the product back to the losses
+    told: tuple[fx.Node, ...]  # the detached values that are outputs
+
+    @property
+    def product(self) -> fx.Node:
+        """The summand as the total takes it."""
+        return self.nodes[0]
+
+    @property
+    def losses(self) -> tuple[fx.Node, ...]:
+        """The nodes of the losses."""
+        return tuple(loss for _, loss in self.parts)
+
+    @property
+    def is_divergence(self) -> bool:
+        """Whether it compares with the teacher, rather than with labels."""
+        return self.losses[0].target in NAMES
+
+    @property
+    def mix(self) -> tuple[Divergence, ...]:
+        """Name, coefficient and β of each divergence."""
+        betas = [loss.kwargs.get("beta", 0.5) for loss in self.losses]
+        if not all(isinstance(beta, (int, float)) for beta in betas):
+            raise Unreadable("the β of a divergence is no constant")
+        return tuple(
+            (NAMES[loss.target], factor, float(beta))  # type: ignore[arg-type]
+            for (factor, loss), beta in zip(self.parts, betas, strict=True)
+        )
+
+    def argument(self, index: int) -> fx.Node:
+        """What all of its losses take at ``index``."""
+        if any(len(loss.args) <= index for loss in self.losses):
+            raise Unreadable("a loss takes its logits by keyword")
+        taken = [loss.args[index] for loss in self.losses]
+        if not isinstance(taken[0], fx.Node) or any(value is not taken[0] for value in taken):
+            raise Unreadable("the losses of one term read different values")
+        return taken[0]
+
+    def option(self, name: str, default: Any = None) -> Any:
+        """What all of its losses are given for ``name``."""
+        given = [loss.kwargs.get(name, default) for loss in self.losses]
+        if any(value is not given[0] and value != given[0] for value in given):
+            raise Unreadable(f"the losses of one term differ in {name}")
+        return given[0]
+
+
+def read_total(graph: fx.Graph) -> tuple[fx.Node, tuple[Summand, ...]]:
+    """The node that stacks the summands of the total, and those that are losses on logits."""
+    out = graph.output_node()
+    for stack in graph.find_nodes(op="call_function", target=torch.stack):
+        if any(user.target == "sum" and out in _ends(user) for user in stack.users):
+            found = [_summand(node) for node in stack.args[0]]
+            return stack, tuple(summand for summand in found if summand is not None)
+    raise Unreadable("the total is no sum of terms")
+
+
+def _ends(node: fx.Node) -> list[fx.Node]:
+    """Who reads ``node``, on this rank or summed over ranks."""
+    return [end for user in node.users for end in (user.users if user.target in OVER else [user])]
+
+
+def _summand(product: Any) -> Summand | None:
+    """``product`` as a summand of losses on logits; ``None`` where it is something else."""
+    if not isinstance(product, fx.Node) or product.target is not operator.mul:
+        return None
+    weight, value = product.args
+    if not isinstance(value, fx.Node):
+        return None
+    nodes, items, mean = [product, value], None, value
+    if value.target is over_items:
+        mean, items = value.args[0], value.args[3]  # type: ignore[assignment]
+    parts = _mix(mean, 1.0, nodes)
+    if not parts:
+        return None
+    labelled = any(loss.target is cross_entropy for _, loss in parts)
+    if labelled and (len(parts) > 1 or parts[0][0] != 1.0):
+        raise Unreadable("a label loss is part of a user's own loss")
+    if len({loss.target is cross_entropy for _, loss in parts}) > 1:
+        raise Unreadable("a divergence and a label loss are one term")
+    told = tuple(user for user in value.users if _is_told(user))
+    nodes = list(dict.fromkeys(nodes))
+    for node in nodes[1:]:
+        for user in node.users:
+            if user not in nodes and user not in told:
+                raise Unreadable(f"the value of a loss is read by {target_name(user)}")
+    summand = Summand(weight, tuple(parts), items, tuple(nodes), told)
+    if items is not None and value.args[1] is not summand.option("weights"):
+        raise Unreadable("a loss and its number of items count different tokens")
+    return summand
+
+
+def _is_told(node: fx.Node) -> bool:
+    """Whether ``node`` is the value of a term as the user gets it."""
+    return node.target == "detach" and all(end.op == "output" for end in _ends(node))
+
+
+def _mix(node: Any, factor: float, nodes: list[fx.Node]) -> list[tuple[float, fx.Node]]:
+    """``node`` as Σ coefficient · loss; empty where it is not."""
+    if not isinstance(node, fx.Node) or (node.kwargs and node.target not in ON_LOGITS):
+        return []
+    nodes.append(node)
+    if node.target in ON_LOGITS:
+        return [(factor, node)]
+    if node.target in _ADD:
+        sides = [_mix(side, factor, nodes) for side in node.args]
+        return [part for side in sides for part in side] if all(sides) else []
+    if node.target in _MUL:
+        a, b = node.args
+        number, rest = (a, b) if isinstance(a, (int, float)) else (b, a)
+        if isinstance(number, (int, float)):
+            return _mix(rest, factor * number, nodes)
+    return []

@@ -1,0 +1,357 @@
+"""Logits that regional mode does not make: a head hands on a stand-in for what it would return.
+
+In regional mode the models run as they are, and so would their heads. For the time of a call the
+``forward`` of a plain linear head returns a tensor without storage instead. It remembers hidden
+state and weight and follows the operators that heads end in (``head.Curve``); anything else that is
+done to it makes the logits there and then, and all that came of them. What reaches the losses still
+unmade is handed to them as ``head.logits_from`` the parts, which ``FuseHead`` reads.
+
+Private to torch and used here only: ``_make_wrapper_subclass`` and
+``_top_saved_tensors_default_hooks``. If they move, regional mode fails in the first call.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_map
+
+from fxdistill.errors import StepError
+from fxdistill.heads.curve import Curve, Unreadable, split_index
+from fxdistill.heads.hold_back import DeferrableHead, Waiting
+from fxdistill.taps.table import current_section
+
+
+class Parts(NamedTuple):
+    """What logits are made from; ``spec`` is a ``Curve`` and the number of columns as text."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    spec: str
+
+
+@dataclass
+class _Origin:
+    """How one stand-in came to be: by the head, or by ``make`` from another one."""
+
+    source: tuple[Tensor, int] | None  # what the head took, and how often it had been written
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    curve: Curve
+    columns: int | None
+    make: Callable[[], Tensor]
+    head: DeferrableHead
+    waiting: Waiting
+    family: "list[Deferred]" = field(default_factory=list)
+
+    def require_unwritten(self) -> None:
+        """StepError where hidden state or weight are not what the head took any more."""
+        if self.head.gathered and self.weight.untyped_storage().nbytes() < self.weight.nbytes:
+            raise StepError(
+                "the weight of a model's head was sharded again before its logits were made. "
+                'outputs=("logits",) makes them where the model does.'
+            )
+        if self.source is not None and self.source[0]._version != self.source[1]:
+            raise StepError(
+                "a model has written, in place, the hidden state that its head had taken, and its "
+                'logits were not made yet. outputs=("logits",) makes them where the model does.'
+            )
+
+
+class Deferred(Tensor):
+    """Logits that are not made yet."""
+
+    origin: _Origin
+    made: Tensor | None
+    modes: "_Modes"
+
+    @staticmethod
+    def __new__(cls: "type[Deferred]", origin: _Origin, like: Tensor) -> "Deferred":
+        """A stand-in of the shape and dtype of ``like``."""
+        sources = (origin.hidden, origin.weight, origin.bias)
+        learns = any(x is not None and x.requires_grad for x in sources)
+        learns = learns and torch.is_grad_enabled()
+        self: Deferred = Tensor._make_wrapper_subclass(
+            cls, like.shape, dtype=like.dtype, device=origin.hidden.device, requires_grad=learns
+        )
+        self.origin, self.made, self.modes = origin, None, _modes()
+        if learns:
+            with torch._C.DisableTorchFunctionSubclass():
+                self.register_hook(_lost)  # type: ignore[no-untyped-call]
+        origin.family.append(self)
+        return self
+
+    # A part of the model that is compiled is not traced through what follows here, but run.
+    @classmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Follow, answer what needs no numbers, or make the logits and go on with those."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _QUESTIONS:
+                return func(*args, **kwargs)
+            if func is Tensor.register_hook and _is_awaited(*args):
+                return args[0].origin.waiting.add(*args)  # nobody reads the handle
+            unmade = [x for x in args[:2] if isinstance(x, Deferred) and x.made is None]
+            one = unmade[0] if len(unmade) == 1 and unmade[0].modes == _modes() else None
+            followed = None if one is None else _followed(func, one, args, kwargs)
+            if followed is not None:
+                return followed
+        args, kwargs = tree_map(_settled, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """What comes past ``__torch_function__`` gets the logits too."""
+        args, kwargs = tree_map(_settled, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Deferred({list(self.shape)}, {self.dtype})"
+
+    @property
+    def parts(self) -> Parts:
+        """What the losses are handed."""
+        origin = self.origin
+        origin.require_unwritten()
+        curve = (origin.curve.inner, origin.curve.outer)
+        return Parts(origin.hidden, origin.weight, origin.bias, repr((*curve, origin.columns)))
+
+
+def handed_on(value: Tensor) -> Tensor | Parts:
+    """A tapped value as the losses take it."""
+    if not isinstance(value, Deferred):
+        return value
+    return value.parts if value.made is None else value.made
+
+
+def _settled(value: Any) -> Any:
+    """The logits themselves, and with them all that stand-ins were followed through so far.
+
+    In their order, so that what an operator in place does to one of them later is done to its
+    aliases, as it would have been.
+    """
+    if not isinstance(value, Deferred):
+        return value
+    for member in value.origin.family:
+        if member.made is None:
+            member.origin.require_unwritten()
+            with _under(member.modes):
+                member.made = member.origin.make()
+            member.origin.waiting.move(member)
+    return value.made
+
+
+def _is_awaited(logits: Tensor, hook: Any) -> bool:
+    """Whether a hook on logits that are not made waits for the backward of all that reads them."""
+    return isinstance(logits, Deferred) and logits.made is None and logits.origin.head.awaits(hook)
+
+
+def _lost(gradient: Tensor) -> None:
+    """Raise where autograd hands a stand-in the gradient that the head should have had."""
+    raise StepError(
+        "a model hands its logits to what no stand-in can be followed through (an "
+        "autograd.Function, a scripted function), and their gradient would be lost. "
+        'outputs=("logits",) makes the logits where the model does.'
+    )
+
+
+_QUESTIONS = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout")),
+    *(getattr(Tensor, name).__get__ for name in ("requires_grad", "is_cuda", "is_meta", "_base")),
+    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "__len__")),
+    *(getattr(Tensor, name) for name in ("element_size", "__repr__", "__hash__", "__format__")),
+    torch.is_floating_point,
+}
+_TIMES = {"mul", "__mul__", "__rmul__"}
+_DIVIDED = {"div", "__truediv__", "true_divide"}
+_TANH = {"tanh"}
+_PLUS = {"add", "__add__", "__radd__"}
+_CAST = {"float", "to", "type", "contiguous"}
+_RESHAPED = {"view", "reshape"}
+_SLICED = {"__getitem__"}
+_KNOWN = _TIMES | _DIVIDED | _TANH | _PLUS | _CAST | _RESHAPED | _SLICED
+
+
+def _followed(func: Any, x: Deferred, args: Any, kwargs: dict[str, Any]) -> Deferred | None:
+    """A stand-in for ``func`` of one, or ``None`` where none can be."""
+    name = getattr(func, "__name__", "")
+    if name not in _KNOWN:
+        return None
+    others = [value for value in args if value is not x]
+    origin = x.origin
+
+    def make() -> Tensor:
+        real, options = tree_map(_made, (args, kwargs))
+        return func(*real, **options)  # type: ignore[no-any-return]
+
+    new = replace(origin, make=make)
+    if name in _CAST:
+        like = _cast(func, x, others, kwargs)
+        return None if like is None else Deferred(new, like)
+    if kwargs or (name in _SLICED and not _is_plain_index(others)):
+        return None
+    like = _like(func, x, args)
+    if name in _TIMES | _DIVIDED | _TANH:
+        found = _curved(name, x, new, args, others)
+    elif name in _PLUS:
+        found = _with_bias(x, new, others)
+    else:
+        found = _moved(name, x, new, others, like)
+    return None if found is None else Deferred(found, like)
+
+
+def _made(value: Any) -> Any:
+    return value.made if isinstance(value, Deferred) else value
+
+
+def _like(func: Any, x: Deferred, args: Any) -> Tensor:
+    """The shape of what ``func`` returns."""
+    meta = torch.empty(x.shape, dtype=x.dtype, device="meta")
+    given = [meta if value is x else value for value in args]
+    given = [v.to("meta") if isinstance(v, Tensor) and v is not meta else v for v in given]
+    return func(*given)  # type: ignore[no-any-return]
+
+
+def _cast(func: Any, x: Deferred, others: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """Casts that lose nothing, on the same device."""
+    given = [*others, *kwargs.values()]
+    if any(isinstance(value, (str, torch.device, Tensor)) for value in given):
+        return None
+    like = func(torch.empty(x.shape, dtype=x.dtype, device="meta"), *others, **kwargs)
+    return like if like.dtype in (x.dtype, torch.float32) else None
+
+
+def _curved(name: str, x: Deferred, new: _Origin, args: Any, others: Any) -> _Origin | None:
+    try:
+        if name in _TANH:
+            return replace(new, curve=new.curve.bent()) if not others else None
+        (number,) = others
+        if not isinstance(number, (int, float)) or not number or args[0] is not x:
+            return None
+        number = float(number)
+        return replace(new, curve=new.curve.times(1 / number if name in _DIVIDED else number))
+    except Unreadable:
+        return None
+
+
+def _with_bias(x: Deferred, new: _Origin, others: Any) -> _Origin | None:
+    (value,) = others
+    plain = new.bias is None and new.curve == Curve() and new.columns is None
+    size = x.shape[-1]
+    if not (plain and isinstance(value, Tensor) and value.dtype == x.dtype and value.ndim):
+        return None
+    if value.numel() == size == value.shape[-1]:
+        return replace(new, bias=value.reshape(-1))
+    return None
+
+
+def _moved(name: str, x: Deferred, new: _Origin, others: Any, like: Tensor) -> _Origin | None:
+    """Tokens are taken from, or laid out anew in, the hidden state; columns from the weight."""
+    if name in _RESHAPED:
+        if like.shape[-1] != x.shape[-1]:
+            return None
+        return replace(new, hidden=new.hidden.reshape(*like.shape[:-1], new.hidden.shape[-1]))
+    try:
+        index, columns = split_index(others[0], x.ndim, x.shape[-1])
+    except Unreadable:
+        return None
+    new = replace(new, columns=new.columns if columns == x.shape[-1] else columns)
+    return replace(new, hidden=new.hidden[index]) if index else new
+
+
+def _is_plain_index(others: Any) -> bool:
+    """Whether an index is made of numbers and slices alone."""
+    index = others[0] if len(others) == 1 else None
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(isinstance(p, slice) or type(p) is int or p is Ellipsis for p in parts)
+
+
+@contextlib.contextmanager
+def deferring(heads: Iterable[DeferrableHead]) -> Iterator[Waiting]:
+    """While the context lasts the heads return stand-ins; one head may be both towers'."""
+    modes, waiting = _modes(), Waiting()
+    changed: list[nn.Linear] = []
+
+    def put(head: DeferrableHead) -> None:
+        def forward(x: Tensor) -> Tensor:
+            here = _modes()
+            # A frozen teacher runs without gradients, as its values are taken.
+            same = here[1:] == modes[1:] and (here[0] == modes[0] or current_section() == "teacher")
+            own = is_traceable_wrapper_subclass(head.module.weight)
+            if x.ndim < 2 or not same or own or _saves_elsewhere():
+                return nn.Linear.forward(head.module, x)
+            return _defer(x, head, waiting)
+
+        head.module.__dict__["forward"] = forward
+        changed.append(head.module)
+
+    try:
+        for head in heads:
+            if head.module not in changed:
+                put(head)
+        yield waiting
+    finally:
+        for module in changed:
+            del module.__dict__["forward"]
+
+
+_Modes = tuple[Any, ...]
+
+
+def _modes() -> _Modes:
+    """What a linear layer depends on besides its arguments: must be the same at the losses."""
+    autocast = [
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in ("cpu", "cuda")
+    ]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
+@contextlib.contextmanager
+def _under(modes: _Modes) -> Iterator[None]:
+    """Under the modes that a stand-in was made under, whoever asks for its logits now."""
+    grad, inference, *autocasts = modes
+    with contextlib.ExitStack() as stack:
+        if inference != torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(inference))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        for given, (kind, enabled, dtype) in zip(_modes()[2:], autocasts, strict=True):
+            if given != (kind, enabled, dtype):
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+        yield
+
+
+def _saves_elsewhere() -> bool:
+    """Whether what autograd saves goes through hooks: checkpoints count on its order."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def _defer(x: Tensor, head: DeferrableHead, waiting: Waiting) -> Deferred:
+    weights: list[Tensor | None] = [head.module.weight, head.module.bias]
+    if head.freed():
+        # A copy costs what keeping the weights would, and no second gathering.
+        weights = [None if value is None else value.clone() for value in weights]
+    weight, bias = weights
+    assert weight is not None
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    like = torch.empty(*x.shape[:-1], weight.shape[0], dtype=dtype, device="meta")
+    inference = x.is_inference()  # then nobody counts how often it is written
+    source = None if inference else (x, x._version)
+    x = x.clone() if inference else x
+    made = functools.partial(F.linear, x, weight, bias)
+    origin = _Origin(source, x, weight, bias, Curve(), None, made, head, waiting)
+    return Deferred(origin, like)

@@ -1,0 +1,5 @@
+"""The vocabulary head and its losses in one operator, a chunk of tokens at a time."""
+
+from fxdistill.base.later import later
+
+__getattr__ = later(__name__, "sharded_body", "sharded_heads")

@@ -1,0 +1,287 @@
+"""One chunk of tokens at the vocabulary: terms, and their gradient by the student's logits.
+
+The formulas of ``logits.py`` and ``labels.py`` once more, with the gradients written out, so that
+both come from one reading of the chunk: tests hold each against autograd of the plain functions.
+
+With z the student's logits, s = z/τ, q = softmax(s), p the teacher's, and v the value of a token
+before the factor τ²:
+
+======================  =============================  ==================================
+divergence              v                              ∂v/∂s
+======================  =============================  ==================================
+forward_kl              Σ p (log p - log q)            q - p
+soft_cross_entropy      -Σ p log q                     q - p
+reverse_kl              Σ q (log q - log p)            q (log q - log p - v)
+jsd, m = βp + (1-β)q    β KL(p‖m) + (1-β) KL(q‖m)      (1-β) q (log q/m - Σ q log q/m)
+======================  =============================  ==================================
+
+and ∂(τ²v)/∂z = τ ∂v/∂s. Cross entropy with smoothing ε and z-loss c has the gradient
+q₁ (1 + 2c·lse) - (1-ε)·onehot - ε/V, with q₁ = softmax(z).
+"""
+
+import ast
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxdistill.base.tensors import wide
+
+FLOOR = -1e4
+Divergence = tuple[str, float, float]  # name, weight, β
+Sums = tuple[Tensor, Tensor]  # of each token [c]: the value, and what the slope needs
+Slope = tuple[Tensor, Tensor]  # the value of each token [c], and its gradient by s [c, V]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is fixed while a chunk is compiled.
+
+    ``columns`` of the vocabulary are compared, the label loss takes the student's whole one. A head
+    returns ``softcap·tanh(scale·x / softcap)`` of what its weight gives, or ``scale·x`` without a
+    cap.
+    """
+
+    divergences: tuple[Divergence, ...] = ()
+    columns: int = 0
+    scales: tuple[float, float] = (1.0, 1.0)
+    softcaps: tuple[float | None, float | None] = (None, None)
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    labelled: bool = False
+
+    @property
+    def text(self) -> str:
+        """All of it as text, which an operator can take."""
+        return repr(astuple(self))
+
+    @classmethod
+    @functools.cache
+    def read(cls, text: str) -> "Shape":
+        """The inverse of ``text``."""
+        return cls(*ast.literal_eval(text))
+
+
+class Chunk(NamedTuple):
+    """Some tokens, as their logits arrive.
+
+    ``student`` ``[c, V]`` and ``teacher`` ``[c, V_T]`` are logits as their weights give them;
+    without a divergence there is no teacher. With ``ids`` ``[c, k]``, ``teacher`` holds the
+    log-probabilities of those entries at τ. ``labels`` ``[c]`` are valid indices (where
+    ``label_share`` is 0, any). The shares ``[c]`` are w / Σw of either term. ``settings`` ``[3]``:
+    the weights of the two terms in the gradient, and τ.
+    """
+
+    student: Tensor
+    teacher: Tensor | None
+    ids: Tensor | None
+    labels: Tensor | None
+    logit_share: Tensor
+    label_share: Tensor
+    settings: Tensor
+
+    @property
+    def live(self) -> Tensor:
+        """``[c, 1]``: which tokens count in either term."""
+        return ((self.logit_share != 0) | (self.label_share != 0))[:, None]
+
+    def rows(self, start: int, stop: int) -> "Chunk":
+        """Some of its tokens."""
+        *by_token, settings = self
+        cut = [None if x is None else x[start:stop] for x in by_token]
+        return Chunk._make([*cut, settings])
+
+
+# ---- for each divergence: sums over the columns, and the slope that follows from them
+
+
+def _forward_kl(log_q: Tensor, log_p: Tensor, beta: float) -> Sums:
+    p = log_p.exp()
+    value = (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)
+    return value, value
+
+
+def _soft_cross_entropy(log_q: Tensor, log_p: Tensor, beta: float) -> Sums:
+    p = log_p.exp()
+    value = -torch.where(p > 0, p * log_q, 0.0).sum(-1)
+    return value, value
+
+
+def _q_minus_p(log_q: Tensor, log_p: Tensor, beta: float, inner: Tensor) -> Tensor:
+    return log_q.exp() - log_p.exp()
+
+
+def _reverse_kl(log_q: Tensor, log_p: Tensor, beta: float) -> Sums:
+    q = log_q.exp()
+    value = (q * torch.where(q > 0, log_q - log_p, 0.0)).sum(-1)
+    return value, value
+
+
+def _reverse_kl_slope(log_q: Tensor, log_p: Tensor, beta: float, inner: Tensor) -> Tensor:
+    q = log_q.exp()
+    return torch.where(q > 0, q * (log_q - log_p - inner[:, None]), 0.0)
+
+
+def _mixture(log_q: Tensor, log_p: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    log_q, log_p = log_q.clamp_min(FLOOR), log_p.clamp_min(FLOOR)
+    return log_q, log_p, torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+
+
+def _jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Sums:
+    log_q, log_p, log_m = _mixture(log_q, log_p, beta)
+    of_q = (log_q.exp() * (log_q - log_m)).sum(-1)
+    return beta * (log_p.exp() * (log_p - log_m)).sum(-1) + (1 - beta) * of_q, of_q
+
+
+def _jsd_slope(log_q: Tensor, log_p: Tensor, beta: float, inner: Tensor) -> Tensor:
+    log_q, log_p, log_m = _mixture(log_q, log_p, beta)
+    return (1 - beta) * log_q.exp() * (log_q - log_m - inner[:, None])
+
+
+@dataclass(frozen=True)
+class Formula:
+    """Sums over the columns, of each token: the value, and what the slope ∂v/∂s needs.
+
+    Sums over a part of the columns add up to those over all: the sharded form relies on it.
+    """
+
+    sums: Callable[[Tensor, Tensor, float], Sums]
+    slope: Callable[[Tensor, Tensor, float, Tensor], Tensor]
+
+
+DIVERGENCES = {
+    "forward_kl": Formula(_forward_kl, _q_minus_p),
+    "soft_cross_entropy": Formula(_soft_cross_entropy, _q_minus_p),
+    "reverse_kl": Formula(_reverse_kl, _reverse_kl_slope),
+    "jsd": Formula(_jsd, _jsd_slope),
+}
+
+
+def formula_of(name: str, beta: float) -> Formula:
+    """The formula; JSD at β = 0 and 1 is forward and reverse KL."""
+    if name == "jsd" and beta in (0, 1):
+        name = "reverse_kl" if beta else "forward_kl"
+    return DIVERGENCES[name]
+
+
+def mixed_sums(log_q: Tensor, log_p: Tensor, divergences: tuple[Divergence, ...]) -> list[Tensor]:
+    """The value of the mix of divergences, then what the slope of each needs."""
+    found = [(w, *formula_of(n, beta).sums(log_q, log_p, beta)) for n, w, beta in divergences]
+    weight, value, _ = found[0]
+    value = weight * value
+    for weight, v, _ in found[1:]:
+        value = value + weight * v
+    return [value, *(inner for _, _, inner in found)]
+
+
+def mixed_slope(
+    log_q: Tensor, log_p: Tensor, divergences: tuple[Divergence, ...], inner: Sequence[Tensor]
+) -> Tensor:
+    """The slope of the mix; nothing is stacked, which would be kept."""
+    slope: Tensor | None = None
+    for (name, weight, beta), total in zip(divergences, inner, strict=True):
+        each = weight * formula_of(name, beta).slope(log_q, log_p, beta, total)
+        slope = each if slope is None else slope + each
+    assert slope is not None
+    return slope
+
+
+def _mixed(log_q: Tensor, log_p: Tensor, divergences: tuple[Divergence, ...]) -> Slope:
+    value, *inner = mixed_sums(log_q, log_p, divergences)
+    return value, mixed_slope(log_q, log_p, divergences, inner)
+
+
+def through_head(raw: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """What a head makes of its weight's output, and the slope of that (``None`` where it is 1)."""
+    x = wide(raw) if scale == 1.0 else wide(raw) * scale
+    if softcap is None:
+        return x, None if scale == 1.0 else torch.full((), scale, device=x.device, dtype=x.dtype)
+    bent = torch.tanh(x / softcap)
+    return softcap * bent, scale * (1 - bent.square())
+
+
+def chunk_terms(c: Chunk, shape: Shape, want_gradient: bool) -> Tensor:
+    """Both terms, ``[2]``; if wanted, the total's gradient overwrites ``c.student``."""
+    logit_weight, label_weight, tau = c.settings.unbind()
+    z, slope = through_head(c.student, shape.scales[0], shape.softcaps[0])
+    z = torch.where(c.live, z, 0.0)
+    terms = [c.settings.new_zeros(()), c.settings.new_zeros(())]
+    gradient = torch.zeros_like(z)
+    if c.teacher is not None and shape.divergences:
+        value, by_s = _divergence(z, c.teacher, c.ids, c.live, tau, shape)
+        terms[0] = tau.square() * shared(value, c.logit_share)
+        gradient = (logit_weight * tau * c.logit_share)[:, None] * by_s
+    if c.labels is not None and shape.labelled:
+        value, by_z = _cross_entropy(z, c.labels, shape)
+        terms[1] = shared(value, c.label_share)
+        gradient = gradient + (label_weight * c.label_share)[:, None] * by_z
+    if want_gradient:
+        write_gradient(c, gradient, slope)
+    return torch.stack(terms)
+
+
+def shared(value: Tensor, share: Tensor) -> Tensor:
+    """Σ share·value, where a value without share may be anything."""
+    return torch.where(share != 0, share * value, 0.0).sum()
+
+
+def write_gradient(c: Chunk, by_z: Tensor, slope: Tensor | None) -> None:
+    """Overwrite the student's logits, through what the head makes of them."""
+    c.student.copy_(by_z if slope is None else torch.where(c.live, by_z * slope, 0.0))
+
+
+def _divergence(
+    z: Tensor, teacher: Tensor, ids: Tensor | None, live: Tensor, tau: Tensor, shape: Shape
+) -> Slope:
+    if ids is not None:
+        # Anything finite where a token does not count: all buckets alike.
+        top = torch.where(live, teacher, -math.log(ids.shape[-1] + 1))
+        return bucket_slopes(z, ids, top, tau, shape.divergences)
+    y, _ = through_head(teacher, shape.scales[1], shape.softcaps[1])
+    log_q = (z[:, : shape.columns] / tau).log_softmax(-1)
+    log_p = (torch.where(live, y, 0.0)[:, : shape.columns] / tau).log_softmax(-1)
+    value, by_s = _mixed(log_q, log_p, shape.divergences)
+    beyond = z.shape[-1] - shape.columns
+    return value, torch.nn.functional.pad(by_s, (0, beyond)) if beyond else by_s
+
+
+def bucket_slopes(
+    z: Tensor, ids: Tensor, top: Tensor, tau: Tensor, divergences: tuple[Divergence, ...]
+) -> tuple[Tensor, Tensor]:
+    """Divergences between distributions over the teacher's k best and one bucket for the rest.
+
+    ``ids`` and ``top`` ``[c, k]`` are the teacher's best and their log-probabilities at τ. With Q
+    the student's buckets and g = ∂v/∂S of S = log Q (as if S were free logits of k + 1 classes),
+    the gradient by s is g at the k best, and g_rest · q / Q_rest at each of the rest.
+    """
+    log_q = (z / tau).log_softmax(-1)
+    best = log_q.gather(-1, ids)
+    rest = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    kept = top.to(z.dtype)
+    left = 1 - kept.exp().sum(-1, keepdim=True)
+    if ids.shape[-1] == z.shape[-1]:  # what is left then is rounding
+        left = torch.zeros_like(left)
+    tail = left.clamp_min(0).log()
+    log_s, log_t = torch.cat([best, rest], -1), torch.cat([kept, tail], -1)
+    value, by_bucket = _mixed(log_s, log_t, divergences)
+    spread = by_bucket[:, -1:] * (log_q - rest).exp()
+    return value, spread.scatter(-1, ids, by_bucket[:, :-1])
+
+
+def _cross_entropy(z: Tensor, labels: Tensor, shape: Shape) -> Slope:
+    lse = z.logsumexp(-1)
+    epsilon, size = shape.label_smoothing, z.shape[-1]
+    value = lse - (1 - epsilon) * z.gather(-1, labels[:, None]).squeeze(-1)
+    q = (z - lse[:, None]).exp()
+    hit = torch.arange(size, device=z.device) == labels[:, None]
+    if epsilon:
+        value = value - epsilon * z.sum(-1) / size
+    by_z = q * (1 + 2 * shape.z_loss * lse[:, None]) if shape.z_loss else q
+    by_z = by_z - torch.where(hit, 1 - epsilon, 0.0) - (epsilon / size if epsilon else 0.0)
+    if shape.z_loss:
+        value = value + shape.z_loss * lse.square()
+    return value, by_z

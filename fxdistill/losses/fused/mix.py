@@ -1,0 +1,37 @@
+"""What may be said for a divergence, or a mix of them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fxdistill.errors import OptionError, did_you_mean
+from fxdistill.losses.fused.chunk import DIVERGENCES, Divergence
+
+DivergenceLike = str | Mapping[str, float] | Callable[..., Tensor] | tuple[Divergence, ...] | None
+
+
+def divergences(divergence: Any) -> tuple[Divergence, ...]:
+    """Name, weight and β of each; OptionError for what is no divergence, or would be ignored."""
+    if divergence is None:
+        return ()
+    if isinstance(divergence, tuple):  # as a graph holds it: name, weight and β of each
+        return tuple((_named(name)[0], float(w), float(beta)) for name, w, beta in divergence)
+    mix = divergence if isinstance(divergence, Mapping) else {divergence: 1.0}
+    if not mix:
+        raise OptionError("divergence={} compares nothing: None, or name some")
+    named = [(*_named(each), float(weight)) for each, weight in mix.items()]
+    return tuple((name, weight, beta) for name, beta, weight in named)
+
+
+def _named(divergence: Any) -> tuple[str, float]:
+    plain = getattr(divergence, "func", divergence)
+    name = plain if isinstance(plain, str) else getattr(plain, "__name__", "")
+    if name not in DIVERGENCES:
+        near = did_you_mean(str(name or divergence), DIVERGENCES)
+        raise OptionError(f"divergence={divergence!r} is not fused. Nearest: {near}.")
+    options = dict(getattr(divergence, "keywords", {}))
+    beta = float(options.pop("beta", 0.5))
+    if options:
+        raise OptionError(f"{', '.join(options)} of a divergence: give it to vocab_loss itself")
+    return name, beta

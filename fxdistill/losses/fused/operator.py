@@ -1,0 +1,224 @@
+"""The loop over chunks, as one opaque operator with its gradients formed in the forward.
+
+Opaque, so that neither dynamo unrolls it (a graph for every length) nor Inductor fuses across
+chunks (measured: 82 MB became 606 MB). The body of a chunk is compiled by itself, for one number of
+tokens: the last chunk is filled up with tokens that do not count. The body takes a few tokens
+of the chunk at a time, so that what it makes of them is small (on a CPU: stays in the cache); the
+projections want as many tokens as the memory allows, because each reads the whole weight.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxdistill.base.nodes import own_code
+from fxdistill.losses import fused
+from fxdistill.losses.fused.chunk import Chunk, Shape, chunk_terms
+from fxdistill.losses.fused.gradients import require_first_order, require_indices, scaled
+from fxdistill.losses.fused.shard import Place
+from fxdistill.losses.fused.sizes import size_of_chunks, sizes_on
+
+Body = Callable[[Chunk], Tensor]
+ADDEND = 64 * 2**20  # bytes that are added to the weight's gradient at a time, in low precision
+
+
+@functools.cache
+def _body(shape: Shape, want_gradient: bool, compiled: bool) -> Body:
+    """The body of a chunk for one kind of loss."""
+
+    def body(chunk: Chunk) -> Tensor:
+        return chunk_terms(chunk, shape, want_gradient)
+
+    if not compiled:
+        return body
+    return torch.compile(own_code(body), fullgraph=True, dynamic=False)
+
+
+@torch.library.custom_op("fxdistill::vocab_loss", mutates_args=())
+def vocab_operator(
+    h: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    t: Tensor | None,
+    t_weight: Tensor | None,
+    t_bias: Tensor | None,
+    ids: Tensor | None,
+    labels: Tensor | None,
+    logit_share: Tensor,
+    label_share: Tensor,
+    settings: Tensor,
+    shape: str,
+    chunk: int,
+    needs: str,
+    compiled: bool,
+    group: str = "",
+    offset: int = 0,
+    size: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Total and terms, and the total's gradients by ``h``, ``w`` and ``bias`` (empty unless asked).
+
+    ``h`` ``[T, D]``, ``w`` ``[V, D]``, ``t`` ``[T, D_T]``, ``t_weight`` ``[V_T, D_T]``, ``labels``
+    and the shares ``[T]``, ``settings`` ``[3]``: weight of either term and τ. ``needs`` names the
+    gradients by letter. With ``ids`` ``[T, k]``, ``t`` ``[T, k]`` are log-probabilities of those
+    entries and there is no ``t_weight``.
+
+    With ``group``, the name of a process group, weights and biases are this rank's rows, from
+    ``offset`` on, of a vocabulary of ``size``; everything else is alike on its ranks, and the
+    gradient by ``h`` is what these rows contribute.
+    """
+    require_indices("label", labels, size or w.shape[0])
+    require_indices("teacher's id", ids, w.shape[0])
+    tokens, rows = size_of_chunks(chunk, h), sizes_on(h.device).rows
+    kind, slopes = Shape.read(shape), bool(needs)
+    if group:
+        place = Place(offset, size)
+        body: Body = fused.sharded_body.ShardedBody(kind, place, group, slopes, compiled)
+        rows = tokens  # it divides them itself, between what crosses the ranks
+    else:
+        body = _body(kind, slopes, compiled)
+    loop = _Loop(h, w, bias, t, t_weight, t_bias, ids, needs, tokens, rows)
+    return loop.run(body, labels, logit_share, label_share, settings)
+
+
+class _Loop:
+    """The buffers that chunks share, and the gradients that they add to."""
+
+    def __init__(
+        self,
+        h: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        t: Tensor | None,
+        t_weight: Tensor | None,
+        t_bias: Tensor | None,
+        ids: Tensor | None,
+        needs: str,
+        size: int,
+        rows: int,
+    ) -> None:
+        self.h, self.w, self.bias, self.needs, self.size = h, w, bias, needs, size
+        self.rows = rows  # that the body takes at a time
+        self.teacher = None if t is None or t_weight is None else (t, t_weight, t_bias)
+        self.stored = None if t is None or ids is None else (t, ids)
+        self.z = h.new_empty(size, w.shape[0])
+        self.y = None if t is None or t_weight is None else t.new_empty(size, t_weight.shape[0])
+        # Sums over many chunks are kept in float32 at least.
+        kind = torch.float64 if h.dtype == torch.float64 else torch.float32
+        self.dh = h.new_empty(h.shape) if "h" in needs else h.new_empty(0)
+        self.dw = w.new_zeros(w.shape, dtype=kind) if "w" in needs else h.new_empty(0)
+        self.db = w.new_zeros(w.shape[0], dtype=kind) if "b" in needs else h.new_empty(0)
+
+    def run(
+        self,
+        body: Body,
+        labels: Tensor | None,
+        logit_share: Tensor,
+        label_share: Tensor,
+        settings: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All chunks: total, terms, gradients."""
+        with torch.no_grad():
+            terms = settings.new_zeros(2)
+            for start in range(0, self.h.shape[0], self.size):
+                terms += self._step(body, start, labels, logit_share, label_share, settings)
+            total = (settings[:2] * terms).sum()
+            return total, terms, *self.gradients()
+
+    def _step(
+        self,
+        body: Body,
+        start: int,
+        labels: Tensor | None,
+        logit_share: Tensor,
+        label_share: Tensor,
+        settings: Tensor,
+    ) -> Tensor:
+        """One chunk: both projections, the body, the gradients."""
+        count = min(self.size, self.h.shape[0] - start)
+        filled = -(-count // self.rows) * self.rows
+        shares = [_taken(share, start, count, filled) for share in (logit_share, label_share)]
+        own = None if labels is None else _taken(labels, start, count, filled)
+        hidden = _taken(self.h, start, count, filled)
+        z, y, ids = self.z[:filled], None, None
+        _project(hidden, self.w, self.bias, z)
+        if self.teacher is not None and self.y is not None:
+            t, t_weight, t_bias = self.teacher
+            y = self.y[:filled]
+            _project(_taken(t, start, count, filled), t_weight, t_bias, y)
+        if self.stored is not None:
+            y, ids = (_taken(x, start, count, filled) for x in self.stored)
+        chunk = Chunk(z, y, ids, own, shares[0], shares[1], settings)
+        terms = settings.new_zeros(2)
+        for some in range(0, filled, self.rows):
+            terms += body(chunk.rows(some, some + self.rows))
+        if "h" in self.needs:
+            torch.mm(z[:count], self.w, out=self.dh[start : start + count])
+        if "w" in self.needs:
+            # A token without share has no gradient, whatever its hidden state holds.
+            self._add_weight(z, torch.where(chunk.live, hidden, 0))
+        if "b" in self.needs:
+            self.db += z.sum(0, dtype=self.db.dtype)
+        return terms
+
+    def _add_weight(self, z: Tensor, hidden: Tensor) -> None:
+        if z.dtype == self.dw.dtype:
+            self.dw.addmm_(z.T, hidden)
+            return
+        # The addend is in lower precision, and a tensor of its own: some columns at a time.
+        count = max(1, ADDEND // (hidden.shape[1] * z.element_size()))
+        for some in range(0, z.shape[1], count):
+            self.dw[some : some + count] += z[:, some : some + count].T @ hidden
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """By hidden state, weight and bias, in their dtypes."""
+        return self.dh, self.dw.to(self.w.dtype), self.db.to(self.w.dtype)
+
+
+def _taken(x: Tensor, start: int, count: int, filled: int) -> Tensor:
+    """The tokens of a chunk, filled up with zeros: tokens that do not count."""
+    rows = x[start : start + count]
+    if count == filled:
+        return rows
+    more = x.new_zeros(filled, *x.shape[1:])
+    more[:count] = rows
+    return more
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(hidden, weight.T, out=out)
+    else:  # as a linear layer: one rounding
+        torch.addmm(bias, hidden, weight.T, out=out)
+
+
+def _fake(h: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    settings, needs = rest[8], rest[11]
+    shapes = (("h", h.shape), ("w", w.shape), ("b", w.shape[:1]))
+    gradients = [h.new_empty(shape if name in needs else (0,)) for name, shape in shapes]
+    return settings.new_empty(()), settings.new_empty(2), *gradients
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.needs = inputs[13]
+    ctx.save_for_backward(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _scale(ctx: Any, of_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """The gradients are there already: the backward only scales them."""
+    require_first_order()
+    grads: list[Tensor | None] = [None, None, None]
+    if of_total is not None:
+        for i, (name, saved) in enumerate(zip("hwb", ctx.saved_tensors, strict=True)):
+            grads[i] = scaled(saved, of_total) if name in ctx.needs else None
+    return (*grads, *[None] * 15)
+
+
+vocab_operator.register_fake(_fake)
+vocab_operator.register_autograd(_scale, setup_context=_save)
+
+# The operator as it stands in graphs.
+HEAD = torch.ops.fxdistill.vocab_loss.default

@@ -1,0 +1,137 @@
+"""One chunk of tokens on one shard of the vocabulary: what ``chunk.py`` does, in three parts.
+
+Between the parts a token's statistics, a few numbers, cross the ranks; its logits never do.
+
+1. ``statistics``: maxima and sums of exponentials on this shard. Gathered, they are the
+   log-sum-exps (``merged``).
+2. ``sums``: the divergence's sums over this shard's columns, which add up.
+3. ``write_slopes``: the gradient by this shard's logits.
+
+Columns from ``shape.columns`` on are not compared, those from the vocabulary's size on do not exist
+(a rank without columns has one of those).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxdistill.losses.fused.chunk import (
+    Chunk,
+    Shape,
+    mixed_slope,
+    mixed_sums,
+    shared,
+    through_head,
+    write_gradient,
+)
+
+LOWEST = -1e30  # instead of -inf, of which the difference to itself is no number
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which columns these are: from ``offset`` on, of a student's vocabulary of ``size``."""
+
+    offset: int
+    size: int
+
+
+def _columns(x: Tensor, place: Place) -> Tensor:
+    return torch.arange(x.shape[-1], device=x.device) + place.offset
+
+
+def _student(c: Chunk, shape: Shape) -> tuple[Tensor, Tensor | None]:
+    z, slope = through_head(c.student, shape.scales[0], shape.softcaps[0])
+    return torch.where(c.live, z, 0.0), slope
+
+
+def _compared(c: Chunk, z: Tensor, shape: Shape, place: Place) -> tuple[Tensor, Tensor]:
+    """Both logits at τ, -inf where columns are not compared."""
+    assert c.teacher is not None
+    y, _ = through_head(c.teacher, shape.scales[1], shape.softcaps[1])
+    y = torch.where(c.live, y, 0.0)
+    inside = _columns(z, place) < shape.columns
+    tau = c.settings[2]
+    return torch.where(inside, z / tau, -torch.inf), torch.where(inside, y / tau, -torch.inf)
+
+
+def _partial_lse(x: Tensor) -> list[Tensor]:
+    most = x.amax(-1).clamp_min(LOWEST)
+    return [most, (x - most[:, None]).exp().sum(-1)]
+
+
+def statistics(c: Chunk, shape: Shape, place: Place) -> Tensor:
+    """``[c, 8]``: maximum and sum for s, t and z; the label's logit; the sum of z."""
+    z, _ = _student(c, shape)
+    exists = _columns(z, place) < place.size
+    nothing = torch.zeros_like(c.logit_share)
+    found = [nothing] * 4
+    if c.teacher is not None and shape.divergences:
+        s, t = _compared(c, z, shape, place)
+        found = [*_partial_lse(s), *_partial_lse(t)]
+    picked = nothing
+    if c.labels is not None and shape.labelled:
+        index = c.labels - place.offset
+        own = (index >= 0) & (index < z.shape[-1])
+        index = index.clamp(0, z.shape[-1] - 1)
+        picked = torch.where(own, z.gather(-1, index[:, None]).squeeze(-1), 0.0)
+    of_labels = _partial_lse(torch.where(exists, z, -torch.inf))
+    return torch.stack([*found, *of_labels, picked, torch.where(exists, z, 0.0).sum(-1)], -1)
+
+
+def merged(gathered: Tensor) -> Tensor:
+    """``[ranks, c, 8]`` → ``[c, 5]``: log-sum-exp of s, t and z; label's logit; sum of z."""
+    most = gathered[..., 0:6:2].amax(0)
+    sums = (gathered[..., 1:6:2] * (gathered[..., 0:6:2] - most).exp()).sum(0)
+    return torch.cat([most + sums.log(), gathered[..., 6:].sum(0)], -1)
+
+
+def sums(c: Chunk, whole: Tensor, shape: Shape, place: Place) -> Tensor:
+    """``[c, 1 + n]``: the mix of n divergences on these columns, and what each slope needs."""
+    z, _ = _student(c, shape)
+    s, t = _compared(c, z, shape, place)
+    log_q, log_p = s - whole[:, 0:1], t - whole[:, 1:2]
+    return torch.stack(mixed_sums(log_q, log_p, shape.divergences), -1)
+
+
+def write_slopes(
+    c: Chunk, whole: Tensor, inner: Tensor | None, shape: Shape, place: Place
+) -> Tensor:
+    """Overwrite the student's logits by the total's gradient; returns an empty tensor."""
+    logit_weight, label_weight, tau = c.settings.unbind()
+    z, slope = _student(c, shape)
+    gradient = torch.zeros_like(z)
+    if inner is not None:
+        s, t = _compared(c, z, shape, place)
+        log_q, log_p = s - whole[:, 0:1], t - whole[:, 1:2]
+        by_s = mixed_slope(log_q, log_p, shape.divergences, inner[:, 1:].unbind(-1))
+        by_s = torch.where(_columns(z, place) < shape.columns, by_s, 0.0)
+        gradient = (logit_weight * tau * c.logit_share)[:, None] * by_s
+    if c.labels is not None and shape.labelled:
+        lse, epsilon = whole[:, 2:3], shape.label_smoothing
+        exists = _columns(z, place) < place.size
+        hit = _columns(z, place) == c.labels[:, None]
+        by_z = (z - lse).exp() * (1 + 2 * shape.z_loss * lse)
+        by_z = by_z - torch.where(hit, 1 - epsilon, 0.0) - epsilon / place.size
+        by_z = torch.where(exists, by_z, 0.0)
+        gradient = gradient + (label_weight * c.label_share)[:, None] * by_z
+    write_gradient(c, gradient, slope)
+    return c.settings.new_empty(0)
+
+
+def terms(c: Chunk, whole: Tensor, inner: Tensor | None, shape: Shape, place: Place) -> Tensor:
+    """Both terms of the chunk, ``[2]``: alike on every rank."""
+    found = [c.settings.new_zeros(()), c.settings.new_zeros(())]
+    if inner is not None:
+        found[0] = c.settings[2].square() * shared(inner[:, 0], c.logit_share)
+    if c.labels is not None and shape.labelled:
+        lse, picked, total = whole[:, 2:].unbind(-1)
+        epsilon = shape.label_smoothing
+        value = lse - (1 - epsilon) * picked
+        if epsilon:  # not 0 times a sum that a column at -inf makes -inf
+            value = value - epsilon * total / place.size
+        if shape.z_loss:
+            value = value + shape.z_loss * lse.square()
+        found[1] = shared(value, c.label_share)
+    return torch.stack(found)

@@ -1,0 +1,210 @@
+"""The fused head where the vocabulary is sharded: no logit crosses a rank, and none is kept.
+
+Two ways, by what moves fewer bytes:
+
+- Every rank holds its columns and takes all tokens. Of each token 8 numbers are gathered and, for n
+  divergences, 1 + n reduced, a chunk of tokens at a time. Where tokens are sharded too (sequence
+  parallel), hidden states are gathered, and the student's gradient is scattered.
+- Where tokens are sharded and many: every rank keeps its tokens and gathers both weights once; the
+  gradient of the student's is scattered.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from fxdistill.base.placement import chunk_of, placed
+from fxdistill.errors import ShapeError, VocabularyError
+from fxdistill.losses.fused.chunk import Shape
+from fxdistill.losses.fused.gradients import gradients_wanted
+from fxdistill.losses.fused.operator import vocab_operator
+from fxdistill.losses.fused.sizes import chunk_tokens_for
+
+
+class Layout(NamedTuple):
+    """Where the vocabulary lies."""
+
+    mesh: DeviceMesh
+    axis: int  # the mesh dimension that shards it
+    gathers_weights: bool
+
+    @property
+    def parts(self) -> int:
+        """In how many parts the columns are taken."""
+        return 1 if self.gathers_weights else self.mesh.size(self.axis)
+
+    @property
+    def how(self) -> str:
+        """For a report."""
+        ranks = self.mesh.size(self.axis)
+        if self.gathers_weights:
+            return f"tokens on {ranks} ranks: both weights are gathered, once"
+        return f"vocabulary on {ranks} ranks: a token's statistics are gathered, never its logits"
+
+
+class Side(NamedTuple):
+    """Hidden state, weight and bias of one tower."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def layout_of(student: Side, teacher: Side | None) -> Layout:
+    """How the heads are sharded, and the cheaper way; ShapeError where there is none."""
+    sides = [side for side in (student, teacher) if side is not None]
+    weights = [side.weight for side in sides if isinstance(side.weight, DTensor)]
+    if not weights:
+        raise ShapeError("a hidden state is a DTensor, and the weights of the heads are not")
+    mesh = weights[0].device_mesh
+    axes = {
+        axis
+        for weight in weights
+        for axis, placement in enumerate(weight.placements)
+        if not placement.is_replicate()
+    }
+    rows = all(p.is_replicate() or p.is_shard(0) for w in weights for p in w.placements)
+    if len(axes) != 1 or not rows or any(w.device_mesh != mesh for w in weights):
+        shown = " and ".join(f"{list(w.shape)} {w.placements} on {w.device_mesh}" for w in weights)
+        raise ShapeError(
+            f"the heads are {shown}: both must lie on one mesh, the vocabulary sharded over one of "
+            "its dimensions (Shard(0) of the weight) and all else replicated."
+        )
+    axis = axes.pop()
+    ranks = mesh.size(axis)
+    each = {-(-side.weight.shape[0] // ranks) for side in sides}
+    if len(each) > 1:
+        sizes = " and ".join(str(side.weight.shape[0]) for side in sides)
+        raise VocabularyError(
+            f"vocabularies of {sizes} entries do not lie on the same {ranks} ranks: pad the "
+            "smaller one, so that a rank holds the same entries of both."
+        )
+    for side in sides:
+        if isinstance(side.hidden, DTensor):
+            others = [p for i, p in enumerate(side.hidden.placements) if i != axis]
+            if any(not p.is_replicate() for p in others) or side.hidden.placements[axis].is_shard(
+                side.hidden.ndim - 1
+            ):
+                raise ShapeError(
+                    f"a hidden state is {side.hidden.placements}: replicated, or with its tokens "
+                    "sharded over the dimension that shards the vocabulary"
+                )
+    return Layout(mesh, axis, _gathers_weights(student, teacher, axis))
+
+
+def _gathers_weights(student: Side, teacher: Side | None, axis: int) -> bool:
+    """Whether gathering weights moves fewer bytes than gathering tokens."""
+    placement = student.hidden.placements[axis] if isinstance(student.hidden, DTensor) else None
+    if placement is None or not placement.is_shard():
+        return False  # tokens are everywhere already
+    tokens = student.hidden.shape[:-1].numel()
+    columns, width = student.weight.shape
+    of_tokens, of_weights = 2 * tokens * width, 2 * columns * width  # there, and gradients back
+    if teacher is not None:
+        of_tokens += tokens * teacher.hidden.shape[-1]
+        of_weights += teacher.weight.numel()
+    return of_weights < of_tokens
+
+
+class Losses(NamedTuple):
+    """What is asked of the heads; ``labels`` and ``shares`` are ``[tokens]``, whole everywhere."""
+
+    labels: Tensor | None
+    shares: tuple[Tensor, Tensor]
+    settings: Tensor
+    shape: Shape
+    chunk: int | None
+    compiled: bool
+
+
+def sharded_vocab_loss(
+    student: Side, teacher: Side | None, losses: Losses
+) -> tuple[Tensor, Tensor]:
+    """Total and terms, alike on every rank; a rank's backward forms the gradient of its shards."""
+    layout = layout_of(student, teacher)
+    form = _on_tokens if layout.gathers_weights else _on_columns
+    return form(layout, student, teacher, losses)
+
+
+def _on_columns(
+    layout: Layout, student: Side, teacher: Side | None, losses: Losses
+) -> tuple[Tensor, Tensor]:
+    """Every rank its columns, with all tokens."""
+    mesh, axis = layout.mesh, layout.axis
+    sizes = [side.weight.shape[0] for side in (student, teacher) if side is not None]
+    first, each = chunk_of(mesh, axis, sizes[0])
+    rows = max(1, *(min(each, max(0, size - first)) for size in sizes))
+    h, w, bias = _local(student, layout, rows)
+    t, t_weight, t_bias = (None,) * 3 if teacher is None else _local(teacher, layout, rows)
+    chunk = losses.chunk or chunk_tokens_for(len(sizes) * rows, h.element_size(), h.device)
+    total, of_terms, *_ = vocab_operator(
+        *(h, w, bias, t, t_weight, t_bias, None),
+        *(losses.labels, *losses.shares, losses.settings),
+        *(losses.shape.text, chunk, gradients_wanted(h, w, bias), losses.compiled),
+        *(mesh.get_group(axis).group_name, first, sizes[0]),
+    )
+    return total, of_terms
+
+
+def _local(side: Side, layout: Layout, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """All tokens, and this rank's rows of weight and bias, filled up to ``rows``."""
+    everywhere: list[Placement] = [Replicate()] * layout.mesh.ndim
+    mine: list[Placement] = list(everywhere)
+    mine[layout.axis] = Shard(0)
+    contribution: list[Placement] = list(everywhere)
+    contribution[layout.axis] = Partial()
+    h = placed(side.hidden, layout.mesh, everywhere).to_local(grad_placements=contribution)
+    w = _filled(placed(side.weight, layout.mesh, mine).to_local(), rows)
+    if side.bias is None:
+        return h.flatten(0, -2), w, None
+    return h.flatten(0, -2), w, _filled(placed(side.bias, layout.mesh, mine).to_local(), rows)
+
+
+def _filled(x: Tensor, rows: int) -> Tensor:
+    missing = rows - x.shape[0]
+    return torch.nn.functional.pad(x, (0, 0) * (x.ndim - 1) + (0, missing)) if missing else x
+
+
+def _on_tokens(
+    layout: Layout, student: Side, teacher: Side | None, losses: Losses
+) -> tuple[Tensor, Tensor]:
+    """Every rank its tokens, with both weights gathered; the total is summed over ranks."""
+    mesh, axis = layout.mesh, layout.axis
+    assert isinstance(student.hidden, DTensor)
+    tokens = student.hidden.placements
+    everywhere: list[Placement] = [Replicate()] * mesh.ndim
+    contribution: list[Placement] = list(everywhere)
+    contribution[axis] = Partial()
+
+    def local(side: Side) -> tuple[Tensor, Tensor, Tensor | None]:
+        h = placed(side.hidden, mesh, list(tokens)).to_local().flatten(0, -2)
+        given = [None if x is None else placed(x, mesh, everywhere) for x in side[1:]]
+        w, bias = (None if x is None else x.to_local(grad_placements=contribution) for x in given)
+        assert w is not None
+        return h, w, bias
+
+    def taken(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        grid = x.reshape(student.hidden.shape[:-1])
+        return placed(grid, mesh, list(tokens)).to_local().flatten()
+
+    h, w, bias = local(student)
+    t, t_weight, t_bias = (None,) * 3 if teacher is None else local(teacher)
+    columns = w.shape[0] + (0 if t_weight is None else t_weight.shape[0])
+    chunk = losses.chunk or chunk_tokens_for(columns, h.element_size(), h.device)
+    total, of_terms, *_ = vocab_operator(
+        *(h, w, bias, t, t_weight, t_bias, None),
+        *(taken(losses.labels), *map(taken, losses.shares), losses.settings),
+        *(losses.shape.text, chunk, gradients_wanted(h, w, bias), losses.compiled),
+    )
+    total, of_terms = (
+        DTensor.from_local(x, mesh, contribution, run_check=False)
+        .redistribute(mesh, everywhere)
+        .to_local()
+        for x in (total, of_terms)
+    )
+    return total, of_terms

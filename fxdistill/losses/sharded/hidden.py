@@ -1,0 +1,92 @@
+"""Losses between hidden states on DTensors: the placements say what has to cross ranks.
+
+- Tokens sharded, by batch or by sequence, evenly or not: one sum of the total.
+- Width sharded: the same, where values are sums over the width (mse, l1, smooth_l1); else the sums
+  of each token too (l2 one number, cosine three).
+- Pending sums (Partial): reduced first, scattered over the tokens.
+- Replicated: nothing.
+
+The teacher's value is brought to the student's placement. What is returned is an ordinary scalar,
+alike on every rank; in the backward each rank forms the gradient of what it holds, and nothing of
+it crosses ranks.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from fxdistill.base.placement import countable, mesh_of, placed, summed, whole
+from fxdistill.base.tensors import wide
+from fxdistill.losses.reduce import Values, width_axes, width_of
+
+
+def loss(
+    values: Values, student: Tensor, teacher: Tensor, weights: Tensor | None, *, additive: bool
+) -> Tensor:
+    """Σ w·value / Σ w over all tokens, where one of the two is a DTensor at least."""
+    mesh = mesh_of(student, teacher)
+    axes = width_axes(student, weights)
+    where = _where(student, teacher, mesh, axes[0])
+    s, t = (placed(x, mesh, where).to_local() for x in (student, teacher))
+    share = _share(student, weights, axes[0], mesh, where, s)
+    wide_dims = {i for i, p in enumerate(where) if _in(p, axes)}
+
+    def of_all_ranks(sums: Tensor) -> Tensor:
+        return summed(sums, mesh, wide_dims)
+
+    counted = None if weights is None else share
+    each = values(s, t, counted, axes, width_of(student, axes), of_all_ranks)
+    own = torch.where(share != 0, each * share, 0).sum()
+    sharded = {i for i, p in enumerate(where) if p.is_shard()}
+    return summed(own, mesh, sharded if additive else sharded - wide_dims)
+
+
+def _in(placement: Placement, axes: tuple[int, ...]) -> bool:
+    return any(placement.is_shard(axis) for axis in axes)
+
+
+def _where(student: Tensor, teacher: Tensor, mesh: DeviceMesh, leading: int) -> list[Placement]:
+    """Where the two are compared: the student's placement, without pending sums."""
+    kinds = [
+        list(x.placements) if isinstance(x, DTensor) else [Replicate()] * mesh.ndim
+        for x in (student, teacher)
+    ]
+    found: list[Placement] = []
+    for dim, (s, t) in enumerate(zip(*kinds, strict=True)):
+        if s.is_partial():
+            # Scattered as the teacher is, else over the tokens: half the bytes of a sum everywhere.
+            taken = [*found, *kinds[0][dim + 1 :]]
+            free = [i for i in range(leading) if Shard(i) not in taken]
+            s = t if t.is_shard() and t not in taken else _scattered(student, free, mesh.size(dim))
+        found.append(countable(s))
+    return found
+
+
+def _scattered(x: Tensor, axes: list[int], ranks: int) -> Placement:
+    """Over the longest of ``axes``, if every rank gets some."""
+    longest = None
+    for axis in axes:
+        if x.shape[axis] >= ranks and (longest is None or x.shape[axis] > x.shape[longest]):
+            longest = axis
+    return Replicate() if longest is None else Shard(longest)
+
+
+def _share(
+    student: Tensor,
+    weights: Tensor | None,
+    leading: int,
+    mesh: DeviceMesh,
+    where: list[Placement],
+    local: Tensor,
+) -> Tensor:
+    """W / Σw, over all tokens, of those that are here."""
+    if weights is None:
+        count = student.shape[:leading].numel()
+        return wide(local).new_full(local.shape[:leading], 1.0 / count)
+    weights = weights.to(wide(local).dtype)
+    total = whole(weights.sum())
+    of_width = tuple(range(weights.ndim, student.ndim))
+    of_tokens = [Replicate() if _in(p, of_width) else p for p in where]
+    mine = placed(weights, mesh, of_tokens).to_local()
+    return mine / torch.where(total == 0, torch.ones_like(total), total)

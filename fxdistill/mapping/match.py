@@ -1,0 +1,72 @@
+"""One pair of values, and how they are made comparable."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from torch import Tensor, nn
+
+from fxdistill.losses.names import loss_name
+
+Reduction = tuple[str, Literal["mean", "max", "sum"]]
+ACCEPTED = "{student path: teacher path or Match}, a list of Match, or what fxdistill.match returns"
+
+
+@dataclass(frozen=True, repr=False)
+class Match:
+    """Compare one value of the student with one of the teacher.
+
+    Args:
+        student: A module path or a pattern; in the dict form of a mapping, the key. ``path@k`` is
+            the k-th further call of a module that runs more than once.
+        teacher: Likewise, of the teacher.
+        loss: A name, or a callable ``(student, teacher, weights) -> scalar``; ``None``: the
+            ``feature_loss`` of ``wrap``.
+        weight: The weight of this match in the mean over all matches.
+        project: What maps the student's value to the teacher's width: ``None`` (the shapes must
+            agree), ``"linear"``, ``"auto"`` (a linear only where the widths differ), or a module,
+            which several matches may share. A linear layer works on the last axis; for feature maps
+            ``[B, C, H, W]`` it is a 1×1 convolution. Both start as torch starts them: weights and
+            biases uniform in ±1/√(student's width).
+        rearrange: An einops pattern for both sides, or a pair ``(student's, teacher's)`` of which
+            either may be ``None``. A group may drop leading or trailing entries, as the class token
+            in ``"b (1 + n) d -> b n d"``. An axis that one side cannot know is read from the other
+            by its name.
+        reduce: ``(pattern, "mean" | "max" | "sum")`` for both sides, or a pair of such, run after
+            ``rearrange``.
+        student_port: ``"output"`` (of a tuple, dict or dataclass: its first tensor),
+            ``"output[i]"``, ``"output.field"``, ``"input"``, ``"input[i]"`` or ``"input.name"``.
+        teacher_port: Likewise, of the teacher.
+        reason: Why the pair was proposed, by ``fxdistill.match``; for reading only.
+    """
+
+    student: str | None = None
+    teacher: str | None = None
+    loss: str | Callable[..., Tensor] | None = field(default=None, kw_only=True)
+    weight: float = field(default=1.0, kw_only=True)
+    project: str | nn.Module | None = field(default=None, kw_only=True)
+    rearrange: str | tuple[str | None, str | None] | None = field(default=None, kw_only=True)
+    reduce: Reduction | tuple[Reduction | None, Reduction | None] | None = field(
+        default=None, kw_only=True
+    )
+    student_port: str = field(default="output", kw_only=True)
+    teacher_port: str = field(default="output", kw_only=True)
+    reason: str = field(default="", kw_only=True, compare=False)
+
+    def __repr__(self) -> str:
+        """Only what is not default."""
+        given = (f for f in fields(self) if getattr(self, f.name) != f.default)
+        return f"Match({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
+
+    @property
+    def options(self) -> str:
+        """What is not default, as text, for tables."""
+        parts = [] if self.loss is None else [loss_name(self.loss)]
+        parts += [] if self.weight == 1.0 else [f"weight {self.weight:g}"]
+        told = self.project == "auto" and self.reason.endswith(" wide")
+        if self.project is not None and not told:
+            is_name = isinstance(self.project, str)
+            parts.append(f"project {self.project if is_name else type(self.project).__name__}")
+        parts += [] if self.rearrange is None else [f"rearrange {self.rearrange}"]
+        parts += [] if self.reduce is None else [f"reduce {self.reduce}"]
+        return ", ".join(parts)

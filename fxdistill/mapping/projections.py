@@ -1,0 +1,127 @@
+"""Projections: layers that map a student's value to the teacher's width.
+
+They belong to the distiller, are trained with the student, and stay out of its export. A linear
+layer works on the last axis, a 1×1 convolution on feature maps ``[B, C, H, W]``. Both start as
+torch starts them: weights and biases uniform in ±1/√(student's width).
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from fxdistill.errors import OptionError, ProjectionError
+from fxdistill.mapping.layout import Layout, width_after
+from fxdistill.mapping.match import Match
+from fxdistill.models.landmarks import embedding_of
+from fxdistill.models.structure import TOKEN_MLP, stacks_of
+from fxdistill.models.tap import Tap
+from fxdistill.models.weights import output_width, weight_of
+
+KINDS = ("auto", "linear")
+
+
+@dataclass(frozen=True)
+class Width:
+    """The width of a value, and whether it is the second axis of a map rather than the last."""
+
+    size: int
+    is_map: bool = False
+
+
+def check_option(match: Match, student: nn.Module) -> None:
+    """Raise OptionError where ``project`` is nothing that can be."""
+    if isinstance(match.project, nn.Module):
+        own = {id(p) for p in student.parameters()}
+        if any(id(p) in own for p in match.project.parameters()):
+            raise OptionError(
+                f"the projection of {match.student!r} is a part of the student: give it a module "
+                "of its own, such as a copy"
+            )
+    if match.project is None or isinstance(match.project, nn.Module) or match.project in KINDS:
+        return
+    raise OptionError(
+        f"project={match.project!r} for {match.student!r}: None (the shapes must agree), 'linear', "
+        "'auto' (a linear only where the widths differ), or an nn.Module"
+    )
+
+
+def made(
+    match: Match, student: Width | None, teacher: Width | None, like: nn.Module
+) -> nn.Module | None:
+    """The projection of a match between values of known widths, on the device of ``like``.
+
+    ``None`` where "auto" finds equal widths.
+    """
+    if student is None or teacher is None:
+        unknown = " and ".join(
+            f"{tower} {path!r}"
+            for tower, path, width in (
+                ("student", match.student, student),
+                ("teacher", match.teacher, teacher),
+            )
+            if width is None
+        )
+        raise ProjectionError(
+            f"project={match.project!r} for {match.student!r}: the width of {unknown} cannot be "
+            "told from the model's structure. Give wrap(..., example_inputs={...}), from which it "
+            "is read, or the module itself: project=nn.Linear(student width, teacher width)."
+        )
+    if match.project == "auto" and student.size == teacher.size:
+        return None
+    first = next(like.parameters(), None)
+    device, dtype = (None, None) if first is None else (first.device, first.dtype)
+    # Made in place: a layer that is moved is written anew, which fake tensors do not take.
+    if student.is_map:
+        return nn.Conv2d(student.size, teacher.size, 1, device=device, dtype=dtype)
+    return nn.Linear(student.size, teacher.size, device=device, dtype=dtype)
+
+
+def widths_by_shape(
+    student: Sequence[int], teacher: Sequence[int], channels_last: bool
+) -> tuple[Width, Width]:
+    """The widths of two values of known shapes: of four axes the second, if it is not the last.
+
+    ``channels_last`` tells where the shapes do not.
+    """
+    s, t = list(student), list(teacher)
+    last = s[:-1] == t[:-1] and (s[-1] != t[-1] or channels_last)
+    is_map = len(s) == 4 and not last
+    axis = 1 if is_map else -1
+    return Width(s[axis], is_map), Width(t[axis], is_map)
+
+
+def structural_widths(model: nn.Module) -> Callable[[Tap, Layout], Width | None]:
+    """Tell widths from a model's structure, without running it; ``None`` where it does not tell."""
+    stacks = stacks_of(model)
+    known: dict[str, Width] = {}
+    for block in (block for stack in stacks for block in stack.blocks):
+        if block.width is not None:
+            # What is around the blocks (a stage, an encoder) returns what the last block does.
+            outer = itertools.accumulate(block.path.split("."), lambda a, b: f"{a}.{b}")
+            known.update((path, Width(block.width, block.is_map)) for path in outer)
+            for part in block.parts:
+                is_map = block.is_map and part.kind == "convolution"
+                known[part.path] = Width(block.width, is_map or part.kind == TOKEN_MLP)
+
+    first = stacks[0].blocks[0] if stacks else None
+    embedding = embedding_of(model, stacks)
+    if embedding is not None and first is not None and first.width_in is not None:
+        known.setdefault(embedding, Width(first.width_in, first.is_map))
+
+    def width(tap: Tap, layout: Layout) -> Width | None:
+        module = model.get_submodule(tap.path)
+        if tap.port == "output":
+            leaf = output_width(module)
+            found = Width(*leaf) if leaf is not None else known.get(tap.path)
+        elif tap.port == "input" and (weight := weight_of(module, "")) is not None:
+            found = Width(weight.fan_in, isinstance(module, nn.Conv2d))
+        else:
+            found = None
+        if found is None or not layout:
+            return found
+        after = width_after(layout, found.size, found.is_map)
+        return None if after is None else Width(*after)
+
+    return width

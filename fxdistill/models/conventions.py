@@ -1,0 +1,112 @@
+"""What a model says about itself: its task, its inputs, its logits, its encoder."""
+
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+from torch import Tensor, nn
+
+from fxdistill.errors import OptionError
+from fxdistill.models.tap import Tap
+
+Task = Literal["causal_lm", "masked_lm", "seq2seq", "classification"]
+Stream = Literal["tokens", "encoder", "decoder"]  # whose tokens a value is indexed by
+TASKS: tuple[Task, ...] = ("causal_lm", "masked_lm", "seq2seq", "classification")
+
+# Endings of Hugging Face class names (transformers' auto classes name models by their head).
+_CLASS_ENDINGS: dict[str, Task] = {
+    "ForCausalLM": "causal_lm",
+    "LMHeadModel": "causal_lm",
+    "DoubleHeadsModel": "causal_lm",
+    "ForConditionalGeneration": "causal_lm",  # without an encoder: vision-language models
+    "ForMaskedLM": "masked_lm",
+    "ForTokenClassification": "masked_lm",
+    "ForSequenceClassification": "classification",
+    "ForImageClassification": "classification",
+    "ForAudioClassification": "classification",
+    "ForMultipleChoice": "classification",
+}
+
+
+def find_task(model: nn.Module, task: str) -> Task | None:
+    """The task that was asked for, or what class name and config say; ``None`` if they do not."""
+    if task in TASKS:
+        return task
+    if task != "auto":
+        raise OptionError(f"task={task!r}: a task is 'auto', {', '.join(map(repr, TASKS))}")
+    models = [model, *_wrapped(model)]
+    configs = [config for m in models if (config := getattr(m, "config", None)) is not None]
+    for found in map(_by_ending, (type(m).__name__ for m in models)):
+        if found is not None and found != "causal_lm":
+            return found
+    # Before "causal_lm": an encoder-decoder's generation class has that ending too.
+    if any(getattr(config, "is_encoder_decoder", False) for config in configs):
+        return "seq2seq"
+    # A checkpoint's architecture comes last: it may be another head than the model at hand has.
+    names = [type(m).__name__ for m in models]
+    names += [name for c in configs for name in (getattr(c, "architectures", None) or ())]
+    return next((found for name in names if (found := _by_ending(name)) is not None), None)
+
+
+def _by_ending(name: str) -> Task | None:
+    return next((task for ending, task in _CLASS_ENDINGS.items() if name.endswith(ending)), None)
+
+
+def _wrapped(model: nn.Module) -> list[nn.Module]:
+    """The models inside wrappers such as DDP, OptimizedModule or PeftModel."""
+    inner = [getattr(model, name, None) for name in ("module", "_orig_mod", "base_model", "model")]
+    return [m for m in inner if isinstance(m, nn.Module)]
+
+
+def input_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of the positional parameters of ``forward``, looking through wrappers."""
+    for m in (model, *_wrapped(model)):
+        parameters = inspect.signature(m.forward).parameters.values()
+        names = tuple(p.name for p in parameters if p.kind in _POSITIONAL)
+        if names:
+            return names
+    return ()
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The model's tensor output, or its ``logits`` field or key."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        return output.get("logits")
+    return getattr(output, "logits", None)
+
+
+def stream_of(model: nn.Module, tap: Tap, task: Task | None) -> Stream:
+    """Whose tokens a tapped value is indexed by."""
+    if task != "seq2seq":
+        return "tokens"
+    encoder = encoder_of(model)
+    module = model.get_submodule(tap.path)
+    if encoder is not None:
+        return "encoder" if any(m is module for m in encoder.modules()) else "decoder"
+    return "encoder" if "encoder" in tap.path.split(".") else "decoder"
+
+
+def encoder_of(model: nn.Module) -> nn.Module | None:
+    """The encoder of an encoder-decoder, where the model has a way to say so."""
+    get = getattr(model, "get_encoder", None)
+    encoder = get() if callable(get) else getattr(model, "encoder", None)
+    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
+
+
+def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor | None:
+    """The decoder's tokens made from labels as the model's own class makes them."""
+    for name in ("prepare_decoder_input_ids_from_labels", "_shift_right"):
+        if callable(make := getattr(model, name, None)):
+            return cast(Tensor, make(labels))
+    # Whisper and its kin shift with a function of their module.
+    make = getattr(sys.modules[type(model).__module__], "shift_tokens_right", None)
+    config: Any = getattr(model, "config", None)
+    if make is None or config is None:
+        return None
+    return cast(Tensor, make(labels, config.pad_token_id, config.decoder_start_token_id))

@@ -1,0 +1,108 @@
+"""Train and eval mode, and buffers: settled for a step, put back after an error."""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from fxdistill.errors import (
+    FxDistillError,
+    ModeError,
+)
+
+
+def settle_modes(student: nn.Module, teacher: nn.Module) -> None:
+    """Put the teacher in eval mode; modules that are the student's too keep the student's mode.
+
+    Raises ModeError where that would change what the teacher computes.
+    """
+    shared = {id(m) for m in student.modules()}
+    for name, module in teacher.named_modules():
+        if id(module) in shared and module.training and (reason := _mode_matters(module)):
+            raise ModeError(
+                f"teacher module {name or 'itself'!r} ({type(module).__name__}, {reason}) is the "
+                "student's module too: the student trains, the teacher must be in eval mode. Set "
+                "its probability to 0, keep the shared part in eval mode, or give the teacher a "
+                "copy."
+            )
+    for module in teacher.modules():
+        if id(module) not in shared and module.training:
+            module.training = False
+
+
+@contextlib.contextmanager
+def modes_kept_on_error(model: nn.Module) -> Iterator[None]:
+    """Put the train and eval modes of ``model`` back if the body raises."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, training in modes:
+            module.training = training
+        raise
+
+
+@contextlib.contextmanager
+def buffers_kept_on_error(*models: nn.Module) -> Iterator[None]:
+    """Put buffers (running statistics) back if the body raises an error of ours."""
+    before = {b: b.detach().clone() for model in models for b in model.buffers()}
+    try:
+        yield
+    except FxDistillError:
+        with torch.no_grad():
+            for buffer, value in before.items():
+                buffer.copy_(value)
+        raise
+
+
+def _probabilities(module: nn.Module) -> dict[str, float]:
+    """The probabilities with which ``module`` itself drops, or shakes, values in training."""
+    if isinstance(module, _DropoutNd):
+        return {"p": module.p}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if ("drop" in name or "jitter" in name) and isinstance(value, float)
+    }
+
+
+def drops(module: nn.Module) -> str | None:
+    """Name and value of the probability of ``module`` that is not 0; ``None`` without one."""
+    return next((f"{name}={p}" for name, p in _probabilities(module).items() if p > 0), None)
+
+
+def _mode_matters(module: nn.Module) -> str | None:
+    """Why ``module`` computes something else in train mode; ``None`` if it does not seem to."""
+    if isinstance(module, (_BatchNorm, _InstanceNorm)):
+        return "batch statistics" if module.track_running_stats else None
+    if isinstance(module, nn.RReLU):
+        return "random slopes"
+    if (dropped := drops(module)) is not None:
+        return dropped
+    # A layer that asks for its mode, and has no probability that would say that it does not matter.
+    leaf = next(module.children(), None) is None
+    own = type(module).__module__.split(".")[0] != "torch"
+    if (
+        leaf
+        and own
+        and not _probabilities(module)
+        and "self.training" in _source(type(module).forward)
+    ):
+        return "its forward asks for self.training"
+    return None
+
+
+@functools.cache
+def _source(function: Callable[..., Any]) -> str:
+    """The source of a function; empty where there is none to read."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return ""

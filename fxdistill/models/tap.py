@@ -1,0 +1,32 @@
+"""The name of one value of a model."""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+def module_names(module: nn.Module) -> list[str]:
+    """The paths of all submodules of ``module``, in order: what a mapping can name."""
+    return [name for name, _ in module.named_modules(remove_duplicate=False) if name]
+
+
+@dataclass(frozen=True, order=True)
+class Tap:
+    """One value of a model: a port of the ``call``-th call of the module at ``path``."""
+
+    path: str
+    port: str = "output"
+    call: int = 0
+    # As text, made here: dynamo makes the numbers that it meets symbolic, and prints none of those.
+    name: str = field(init=False, compare=False, repr=False, default="")
+    call_text: str = field(init=False, compare=False, repr=False, default="")
+
+    def __post_init__(self) -> None:
+        """``name`` is ``path``, with ``@call`` and ``:port`` where they are not the default."""
+        call = f"@{self.call}" if self.call else ""
+        port = f":{self.port}" if self.port != "output" else ""
+        object.__setattr__(self, "name", f"{self.path}{call}{port}")
+        object.__setattr__(self, "call_text", str(self.call))
+
+    def __str__(self) -> str:
+        return self.name

@@ -1,0 +1,151 @@
+"""Sorting what a call brings: model inputs, and what the objective takes for itself."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fxdistill.base.tensors import scalar
+from fxdistill.errors import BatchError, MatchWarning
+from fxdistill.models.conventions import decoder_inputs, input_names
+from fxdistill.models.devices import device_of
+from fxdistill.objective.tokens import TOKEN_FIELDS, Batch
+
+CALL_KEYWORDS = (
+    "labels",
+    "loss_mask",
+    "token_weights",
+    "num_items",
+    "num_items_in_batch",
+    "num_feature_items",
+    "teacher_inputs",
+)
+
+
+class Inputs(NamedTuple):
+    """What one model is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, sorted: what goes to which model, and what stays here."""
+
+    student: Inputs
+    teacher: Inputs
+    batch: Batch
+
+
+def sort_call(
+    student_model: nn.Module,
+    teacher_model: nn.Module,
+    task: str | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Call:
+    """Sort the arguments of a call: for the student, for the teacher, for the objective.
+
+    Positional arguments stay positional; the objective reads them by the names that the student's
+    ``forward`` gives them. An encoder-decoder whose decoder gets nothing gets the labels, shifted.
+    """
+    own = {key: kwargs[key] for key in CALL_KEYWORDS if kwargs.get(key) is not None}
+    _require_tensors(own)
+    shared = {key: value for key, value in kwargs.items() if key not in CALL_KEYWORDS}
+    student = Inputs(args, dict(shared))
+    teacher = _laid_over(teacher_model, Inputs(args, shared), own.get("teacher_inputs", {}))
+    labels = own.get("labels")
+    if task == "seq2seq" and labels is not None:
+        for model, inputs in ((student_model, student), (teacher_model, teacher)):
+            _give_decoder(model, inputs, labels)
+    device = device_of(student_model)
+    items = own.get("num_items", own.get("num_items_in_batch"))
+    feature_items = own.get("num_feature_items")
+    seen = _by_name(student_model, student)
+    decoder = seen.get("decoder_input_ids", seen.get("decoder_inputs_embeds"))
+    batch = Batch(
+        labels=labels,
+        loss_mask=own.get("loss_mask"),
+        token_weights=own.get("token_weights"),
+        attention_mask=_tensor(seen.get("attention_mask")),
+        num_items=None if items is None else scalar(items, device),
+        num_feature_items=None if feature_items is None else scalar(feature_items, device),
+        tokens=_token_grid(args, seen, own, task),
+        decoder_tokens=_tensor(labels if decoder is None else decoder),
+    )
+    return Call(student, teacher, batch)
+
+
+def _require_tensors(own: Mapping[str, Any]) -> None:
+    for name in TOKEN_FIELDS:
+        if not isinstance(own.get(name, _NOTHING), Tensor):
+            raise BatchError(f"{name} is a {type(own[name]).__name__}, not a tensor")
+    for name in ("num_items", "num_items_in_batch", "num_feature_items"):
+        value = own.get(name)
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise BatchError(
+                f"{name} has shape {list(value.shape)}: one number, the count of all items "
+                "that one optimizer step is averaged over"
+            )
+
+
+_NOTHING = torch.empty(0)
+
+
+def _by_name(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+    """The inputs with positional ones under their names; those without a name are left out."""
+    names = input_names(model) if inputs.args else ()
+    if sum(isinstance(arg, Tensor) for arg in inputs.args[len(names) :]) > 1:
+        warnings.warn(
+            f"{type(model).__name__}.forward names no positional inputs, so that an attention mask "
+            "among them cannot be seen: pass inputs by keyword",
+            MatchWarning,
+            stacklevel=2,
+        )
+    # A model of one's own may take the whole batch as one mapping.
+    whole = {k: v for arg in inputs.args if isinstance(arg, Mapping) for k, v in arg.items()}
+    return {**whole, **dict(zip(names, inputs.args, strict=False)), **inputs.kwargs}
+
+
+def _laid_over(model: nn.Module, shared: Inputs, own: Mapping[str, Any]) -> Inputs:
+    """``shared``, with what the model gets of its own in place of what has the same name."""
+    names = input_names(model)[: len(shared.args)] if own else ()
+    if not any(name in own for name in names):
+        return Inputs(shared.args, {**shared.kwargs, **own})
+    # Positional ones that are replaced: all that have a name are passed by it.
+    named = {**dict(zip(names, shared.args, strict=False)), **shared.kwargs, **own}
+    return Inputs(shared.args[len(names) :], named)
+
+
+def _give_decoder(model: nn.Module, inputs: Inputs, labels: Tensor) -> None:
+    given = _by_name(model, inputs)
+    names = ("decoder_input_ids", "decoder_inputs_embeds")
+    if all(given.get(name) is None for name in names):
+        inputs.kwargs["decoder_input_ids"] = decoder_inputs(model, labels)
+
+
+def _tensor(value: Any) -> Tensor | None:
+    return value if isinstance(value, Tensor) else None
+
+
+def _token_grid(
+    args: tuple[Any, ...], seen: dict[str, Any], own: dict[str, Any], task: str | None
+) -> Tensor | None:
+    """A tensor whose leading two sizes are those of the (encoder's) tokens."""
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(found := seen.get(name), Tensor) and found.ndim >= 2:
+            return found
+    mask = seen.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return mask
+    first = args[0] if args else None
+    if isinstance(first, Tensor) and first.ndim == 2 and not first.is_floating_point():
+        return first
+    if task in ("causal_lm", "masked_lm"):
+        candidates = (own.get(name) for name in ("labels", "loss_mask", "token_weights"))
+        return next((t for t in candidates if isinstance(t, Tensor)), None)
+    return None

@@ -1,0 +1,210 @@
+"""What is checked about all matches at once, when their values' shapes are known.
+
+That is while the first step is traced, or, eagerly, between the models and the first loss; always
+before anything of the student changes. Everything found is reported together.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fxdistill.base.tensors import is_placed
+from fxdistill.errors import (
+    DeviceError,
+    DtypeError,
+    FrozenStudentError,
+    FxDistillError,
+    LayoutError,
+    MeshError,
+    ProjectionError,
+    ShapeError,
+    raise_together,
+)
+from fxdistill.models.tap import Tap
+from fxdistill.models.weights import weight_of
+from fxdistill.objective.arrange import arranged_shape
+from fxdistill.taps.table import TapTable, not_executed
+
+if TYPE_CHECKING:
+    from fxdistill.objective.objective import Objective
+    from fxdistill.objective.term import Term
+
+
+def verify(objective: "Objective", projections: nn.ModuleList, table: TapTable) -> None:
+    """Check every match against the values in ``table``; add warnings to it, raise errors."""
+    problems: list[FxDistillError] = []
+    frozen: list[Term] = []
+    for term in objective.features:
+        found = [table.values.get((tower, tap)) for tower, tap in term.taps]
+        missing = [
+            table.problems.get((tower, tap.path, tap.port)) or not_executed(table, tower, tap)
+            for (tower, tap), value in zip(term.taps, found, strict=True)
+            if value is None
+        ]
+        if missing:
+            problems += missing
+            continue
+        student, teacher = (value for value in found if value is not None)
+        problems += _parts(table, "student", term.student, student)
+        problems += _parts(table, "teacher", term.teacher, teacher)
+        problems += _kinds(term, student, teacher)
+        problems += _meshes(term, student, teacher)
+        problems += _shapes(term, student, teacher, projections)
+        if torch.is_grad_enabled() and not student.requires_grad:
+            frozen.append(term)
+            table.warnings.append(
+                f"student {str(term.student)!r} depends on no trainable parameter: its match with "
+                f"teacher {str(term.teacher)!r} teaches nothing. Unfreeze something before it, or "
+                "drop the match."
+            )
+    if frozen and not problems and _nothing_learns(objective, frozen):
+        problems.append(
+            FrozenStudentError(
+                "no term depends on a trainable parameter: there are only matches of frozen "
+                f"values ({', '.join(term.name for term in frozen)}). Unfreeze what should learn."
+            )
+        )
+    raise_together(problems)
+
+
+def _parts(table: TapTable, tower: str, tap: Tap, value: Tensor) -> list[FxDistillError]:
+    """A plain value that looks like one rank's part of the sequence: never compare those."""
+    if is_placed(value) or value.ndim < 3:
+        return []
+    ranks = table.ranks.get(tower, frozenset())
+    sharded = [
+        length
+        for batch, length in table.grids
+        for size in ranks
+        if value.shape[0] == batch and value.shape[1] == -(-length // size) != length
+    ]
+    if not sharded or tuple(value.shape[:2]) in table.grids:
+        return []
+    return [
+        MeshError(
+            f"{tower} {str(tap)!r} is a plain tensor {list(value.shape)}: this rank's part, as it "
+            f"seems, of a sequence of {sharded[0]}. Give the parallel styles around it "
+            "use_local_output=False, so that it says where it belongs, or match a module whose "
+            "style does."
+        )
+    ]
+
+
+def _meshes(term: "Term", student: Tensor, teacher: Tensor) -> list[FxDistillError]:
+    """Two values on two meshes."""
+    if not is_placed(student) or not is_placed(teacher):
+        return []
+    if student.device_mesh == teacher.device_mesh:
+        return []
+    return [
+        MeshError(
+            f"student {str(term.student)!r} lies on {student.device_mesh}, teacher "
+            f"{str(term.teacher)!r} on {teacher.device_mesh}: parallelize both models on one mesh."
+        )
+    ]
+
+
+def _nothing_learns(objective: "Objective", frozen: list["Term"]) -> bool:
+    others = objective.logit_loss is not None or objective.label_loss is not None
+    return (
+        len(frozen) == len(objective.features)
+        and not others
+        and objective.freeze_teacher
+        and all(term.projection is None for term in frozen)
+    )
+
+
+def _kinds(term: "Term", student: Tensor, teacher: Tensor) -> list[FxDistillError]:
+    problems: list[FxDistillError] = [
+        DtypeError(
+            f"{tower} {str(tap)!r} is {value.dtype}, and a loss compares real numbers: map a "
+            "value of floating point, or name another port."
+        )
+        for (tower, tap), value in zip(term.taps, (student, teacher), strict=True)
+        if not value.dtype.is_floating_point
+    ]
+    if student.device != teacher.device:
+        problems.append(
+            DeviceError(
+                f"student {str(term.student)!r} is on {student.device}, teacher "
+                f"{str(term.teacher)!r} on {teacher.device}: matched values must be on one device."
+            )
+        )
+    return problems
+
+
+def _shapes(
+    term: "Term", student: Tensor, teacher: Tensor, projections: nn.ModuleList
+) -> list[FxDistillError]:
+    s_name, t_name = str(term.student), str(term.teacher)
+    ours, theirs = term.layouts
+    try:
+        s: Sequence[int] = arranged_shape(student, ours, teacher, theirs)
+        t: Sequence[int] = arranged_shape(teacher, theirs, student, ours)
+    except LayoutError as error:
+        return [LayoutError(f"student {s_name!r} and teacher {t_name!r}: {error}")]
+    if term.projection is not None:
+        projection = projections[term.projection]
+        if (wrong := _dtype_problem(s_name, student, projection)) is not None:
+            return [wrong]
+        projected = projected_shape(s, projection, f"{s_name!r} -> {t_name!r}")
+        if isinstance(projected, ProjectionError):
+            return [projected]
+        if projected is None:  # a module of the user's own: judged by what it returns
+            return []
+        s = projected
+    problem = shape_problem(s, t, s_name, t_name)
+    return [] if problem is None else [problem]
+
+
+def _dtype_problem(name: str, value: Tensor, projection: nn.Module) -> DtypeError | None:
+    first = next(projection.parameters(), None)
+    kind = value.device.type
+    # "meta" has no autocast, and may not be asked.
+    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if first is None or first.dtype == value.dtype or casts:
+        return None
+    return DtypeError(
+        f"the projection of {name!r} is {first.dtype}, and the student's value {value.dtype}: "
+        f"project=...to({value.dtype}), or let project='auto' make it."
+    )
+
+
+def projected_shape(
+    shape: Sequence[int], projection: nn.Module, name: str
+) -> Sequence[int] | ProjectionError | None:
+    """The shape behind a single linear layer or 1×1 convolution; ``None`` for other modules."""
+    weight = weight_of(projection, "")
+    if weight is None or weight.kind != "linear":
+        return None
+    axis = 1 if isinstance(projection, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else len(shape) - 1
+    if shape[axis] != weight.fan_in:
+        return ProjectionError(
+            f"the projection of {name} takes {weight.fan_in} features, and axis {axis} of the "
+            f"student's value {list(shape)} has {shape[axis]}: make it {type(projection).__name__}"
+            f"({shape[axis]}, {weight.fan_out}, ...), or let project='auto' make it."
+        )
+    return (*shape[:axis], weight.fan_out, *shape[axis + 1 :])
+
+
+def shape_problem(
+    student: Sequence[int], teacher: Sequence[int], s_name: str, t_name: str
+) -> ShapeError | None:
+    """What to say, and to do, where two values cannot be compared."""
+    s, t = list(student), list(teacher)
+    if s == t:
+        return None
+    if len(s) != len(t):
+        advice = "bring them to the same axes: Match(..., rearrange=(...), reduce=(...))"
+    elif s[:-1] == t[:-1]:
+        advice = f"project the student: Match(..., project='auto' or nn.Linear({s[-1]}, {t[-1]}))"
+    elif len(s) == 4 and s[2:] == t[2:] and s[0] == t[0]:
+        advice = f"project the student: Match(..., project='auto' or nn.Conv2d({s[1]}, {t[1]}, 1))"
+    else:
+        advice = "map values of one shape, or reduce both: Match(..., reduce=(...))"
+    return ShapeError(
+        f"student {s_name!r} is {s} and teacher {t_name!r} is {t}: a loss needs equal shapes; "
+        f"{advice}."
+    )

@@ -1,0 +1,146 @@
+"""Matches -> terms of the objective, and the projections that they ask for."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from fxdistill.errors import FxDistillError, LayoutError, gather, raise_together
+from fxdistill.losses.names import FEATURE_LOSSES, Loss, resolve
+from fxdistill.mapping import projections
+from fxdistill.mapping.layout import Layout, keeps_tokens, layouts, pools_tokens
+from fxdistill.mapping.match import Match
+from fxdistill.mapping.matches import Matches
+from fxdistill.mapping.projections import Width, structural_widths
+from fxdistill.mapping.resolve import tap_of
+from fxdistill.models.conventions import Task, stream_of
+from fxdistill.models.tap import Tap
+from fxdistill.objective.arrange import arranged_shape
+from fxdistill.objective.term import GLOBAL_SETTINGS, Term
+
+RESERVED = ("loss", "logits", "labels", "features", *GLOBAL_SETTINGS)
+Shapes = Mapping[tuple[str, Tap], Tensor]  # meta tensors: what a tap has been seen to be
+
+
+def make_terms(
+    student: nn.Module,
+    matches: Matches,
+    default: str | Callable[..., Tensor],
+    task: Task | None,
+) -> tuple[Term, ...]:
+    """One term a match, named by the student's tap; ``#2`` where that is matched again.
+
+    Raises what is wrong with the matches' options, all together.
+    """
+    seen: dict[str, int] = {}
+    terms, problems = [], list[FxDistillError]()
+    for match in matches:
+        tap = tap_of(match, "student")
+        base = str(tap)
+        if base in RESERVED:  # a module called like a term: say its port
+            base += ":output"
+        seen[base] = seen.get(base, 0) + 1
+        name = base if seen[base] == 1 else f"{base}#{seen[base]}"
+        loss, both = check_options(match, name, student, default, problems)
+        if loss is not None and both is not None:
+            terms.append(
+                Term(
+                    name,
+                    loss,
+                    tap,
+                    tap_of(match, "teacher"),
+                    match.weight,
+                    stream_of(student, tap, task),
+                    layouts=both,
+                    keeps_tokens=keeps_tokens(both[0], _token_axis(student, tap)),
+                    pools_tokens=(pools_tokens(both[0]), pools_tokens(both[1])),
+                )
+            )
+    raise_together(problems)
+    return tuple(terms)
+
+
+def check_options(
+    match: Match,
+    name: str,
+    student: nn.Module,
+    default: str | Callable[..., Tensor],
+    problems: list[FxDistillError],
+) -> tuple[Loss | None, tuple[Layout, Layout] | None]:
+    """The loss and the layouts of a match; what is wrong with its options joins ``problems``."""
+    gather(problems, projections.check_option, match, student)
+    loss = gather(problems, resolve, match.loss or default, FEATURE_LOSSES, "loss")
+    return loss, gather(problems, layouts, match.rearrange, match.reduce, name)
+
+
+def _token_axis(model: nn.Module, tap: Tap) -> int:
+    """Where the tokens of a value lie: behind the channels in what a 1-D convolution returns."""
+    channels_first = isinstance(model.get_submodule(tap.path), (nn.Conv1d, nn.BatchNorm1d))
+    return 2 if channels_first and tap.port == "output" else 1
+
+
+def asks_for_width(matches: Matches) -> bool:
+    """Whether a projection has to be made."""
+    return any(isinstance(match.project, str) for match in matches)
+
+
+def with_projections(
+    terms: Sequence[Term],
+    matches: Matches,
+    student: nn.Module,
+    teacher: nn.Module,
+    shapes: Shapes,
+    problems: list[FxDistillError],
+) -> tuple[tuple[Term, ...], nn.ModuleList]:
+    """Terms that know their projections, and those. A module given to several matches is shared.
+
+    Widths are those of ``shapes`` where a tap is in it, else what the models' structure tells. A
+    term whose projection cannot be made is left out, and the reason joins ``problems``.
+    """
+    models = {"student": student, "teacher": teacher}
+    structure = {}
+    if asks_for_width(matches):
+        structure = {tower: structural_widths(model) for tower, model in models.items()}
+    made: list[nn.Module] = []
+    found = []
+
+    def projection(term: Term, match: Match) -> nn.Module | None:
+        if isinstance(match.project, nn.Module):
+            return match.project
+        like = student.get_submodule(term.student.path)
+        like = like if list(like.parameters()) else student
+        return projections.made(match, *_widths(term, shapes, structure), like)
+
+    for term, match in zip(terms, matches, strict=True):
+        before = len(problems)
+        module = None if match.project is None else gather(problems, projection, term, match)
+        if len(problems) > before:
+            continue
+        if module is not None and not any(m is module for m in made):
+            made.append(module)
+        index = next((i for i, m in enumerate(made) if m is module), None)
+        found.append(replace(term, projection=index))
+    return tuple(found), nn.ModuleList(made)
+
+
+def _widths(
+    term: Term,
+    shapes: Shapes,
+    structure: Mapping[str, Callable[[Tap, Layout], Width | None]],
+) -> tuple[Width | None, Width | None]:
+    (ours, theirs), ends = term.layouts, term.taps
+    s, t = (
+        structure[tower](tap, layout)
+        for (tower, tap), layout in zip(ends, (ours, theirs), strict=True)
+    )
+    if not all(end in shapes for end in ends):
+        return s, t
+    values = [shapes[end] for end in ends]
+    try:
+        return projections.widths_by_shape(
+            arranged_shape(values[0], ours, values[1], theirs),
+            arranged_shape(values[1], theirs, values[0], ours),
+            s is not None and not s.is_map,
+        )
+    except LayoutError as error:
+        raise LayoutError(f"student {str(term.student)!r}: {error}") from None

@@ -1,0 +1,189 @@
+"""Which tokens count, and how much: one rule for every term.
+
+``labels``, ``loss_mask`` and ``token_weights`` are indexed by token. Token j's weight scales the
+features at j, and the label and logit terms of the prediction *of* j: made at j - 1 by a causal
+model, at j otherwise. A prediction counts only where the position that makes it is attended too.
+
+B batch, L sequence, D width, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxdistill.base.nodes import one_node
+from fxdistill.errors import BatchError
+from fxdistill.losses.reduce import IGNORE
+from fxdistill.models.conventions import Stream, Task
+from fxdistill.taps.markers import check
+
+TOKEN_FIELDS = ("labels", "loss_mask", "token_weights")
+
+
+class Batch(NamedTuple):
+    """What a call says about its tokens; every field is optional.
+
+    ``tokens`` and ``decoder_tokens`` are read for their leading two sizes only.
+    """
+
+    labels: Tensor | None = None
+    loss_mask: Tensor | None = None
+    token_weights: Tensor | None = None
+    attention_mask: Tensor | None = None
+    num_items: Tensor | None = None
+    num_feature_items: Tensor | None = None
+    tokens: Tensor | None = None
+    decoder_tokens: Tensor | None = None
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Batch and length of what is indexed by token."""
+        given = [x for x in (self.tokens, self.decoder_tokens) if x is not None and x.ndim > 1]
+        return tuple((x.shape[0], x.shape[1]) for x in given)
+
+
+def chosen_weights(batch: Batch) -> Tensor | None:
+    """loss_mask × token_weights, ``None`` where neither is given."""
+    mask, weights = batch.loss_mask, batch.token_weights
+    if mask is None:
+        return None if weights is None else weights.float()
+    return mask.float() if weights is None else mask.float() * weights.float()
+
+
+def attended(batch: Batch) -> Tensor | None:
+    """The 2-D attention mask as weights, ``None`` where there is none."""
+    mask = batch.attention_mask
+    return mask.float() if mask is not None and mask.ndim == 2 else None
+
+
+def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return a if b is None else b
+    return a * b
+
+
+def align_labels(labels: Tensor, task: Task) -> Tensor:
+    """Labels by the position that predicts them: a causal model's move left by one."""
+    if task != "causal_lm":
+        return labels
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)], dim=1)
+
+
+def prediction_weights(batch: Batch, task: Task | None, logits: Tensor) -> Tensor:
+    """The weight of every prediction, shaped like ``logits`` without the vocabulary."""
+    chosen = chosen_weights(batch)
+    mask = attended(batch) if task in ("causal_lm", "masked_lm") else None
+    _check(batch, logits, mask)
+    if task != "causal_lm":
+        counted = None if batch.labels is None else (batch.labels != IGNORE).float()
+        weights = _times(_times(chosen, mask), counted)
+        return _ones(logits) if weights is None else weights
+    if batch.labels is None and chosen is None:
+        if mask is None:
+            return _ones(logits)
+        return mask * torch.cat([mask[:, 1:], torch.ones_like(mask[:, :1])], dim=1)
+    of_token = _times(chosen, mask)
+    if batch.labels is not None:
+        of_token = _times(of_token, (batch.labels != IGNORE).float())
+    assert of_token is not None
+    predicted = torch.cat([of_token[:, 1:], torch.zeros_like(of_token[:, :1])], dim=1)
+    return predicted if mask is None else predicted * mask
+
+
+def _ones(logits: Tensor) -> Tensor:
+    """One for each prediction; made without reading the logits, which need not exist."""
+    return torch.ones(logits.shape[:-1], dtype=torch.float32, device=logits.device)
+
+
+def _check(batch: Batch, logits: Tensor, mask: Tensor | None) -> None:
+    """Every token-indexed tensor must have the shape of the predictions."""
+    require_grid("labels", batch.labels, logits)
+    require_grid("loss_mask", batch.loss_mask, logits)
+    require_grid("token_weights", batch.token_weights, logits)
+    require_grid("attention_mask", mask, logits)
+
+
+@check
+def require_grid(name: str, tensor: Tensor | None, logits: Tensor) -> None:
+    """Raise unless ``tensor`` is shaped like ``logits`` without the vocabulary."""
+    grid = logits.shape[:-1]
+    if tensor is not None and tensor.shape != grid:
+        raise BatchError(
+            f"{name} has shape {list(tensor.shape)}, but the student's logits are {list(grid)} "
+            f"predictions over the vocabulary. {name} is indexed by token (by sample in "
+            "classification)."
+        )
+
+
+@check
+def require_tokens(weights: Tensor, tokens: Tensor) -> None:
+    """Raise unless ``weights`` are shaped like the batch of tokens."""
+    if weights.shape != tokens.shape[:2]:
+        raise BatchError(
+            "loss_mask, token_weights and attention_mask make weights of shape "
+            f"{list(weights.shape)}, but there are {list(tokens.shape[:2])} tokens."
+        )
+
+
+def feature_weights(
+    batch: Batch, task: Task | None, stream: Stream, feature: Tensor
+) -> Tensor | None:
+    """The weights of a feature's leading axes; ``None`` where those are not tokens or samples.
+
+    A feature is matched to the tokens by its leading axes, ``[B, L, ...]`` or flattened ``[B·L,
+    D]``. In classification the chosen weights are per sample, and scale all of the sample's
+    positions.
+    """
+    tokens = batch.decoder_tokens if stream == "decoder" else batch.tokens
+    chosen = None if stream == "encoder" else chosen_weights(batch)
+    mask = None if stream == "decoder" else attended(batch)
+    if task == "classification":
+        return _sample_feature_weights(chosen, mask, tokens, feature)
+    if tokens is None:
+        return None
+    grid = tokens.shape[:2]
+    weights = _times(chosen, mask)
+    if weights is None:
+        weights = torch.ones(grid, device=feature.device)
+    else:
+        require_tokens(weights, tokens)
+    return _lay_over(weights, feature)
+
+
+def _lay_over(weights: Tensor, feature: Tensor) -> Tensor | None:
+    """Weights ``[B, L]`` in the shape of the feature's leading axes, if those are the tokens."""
+    if feature.ndim >= 3 and feature.shape[:2] == weights.shape:
+        return weights
+    if feature.ndim >= 2 and feature.shape[0] == weights.shape[0] * weights.shape[1]:
+        return weights.reshape(-1)
+    return None
+
+
+def _sample_feature_weights(
+    sample: Tensor | None, mask: Tensor | None, tokens: Tensor | None, feature: Tensor
+) -> Tensor | None:
+    if tokens is not None:
+        grid = tokens.shape[:2]
+        of_token = torch.ones(grid, device=feature.device) if mask is None else mask
+        of_token = of_token if sample is None else of_token * sample.unsqueeze(1)
+        if (laid := _lay_over(of_token, feature)) is not None:
+            return laid
+    if sample is None or sample.shape[0] != feature.shape[0]:
+        return None
+    if feature.ndim == 3:  # [B, N, D]: the sample's weight, spread over its N positions
+        return (sample.unsqueeze(1) / feature.shape[1]).expand(feature.shape[:2])
+    return sample
+
+
+def rescaled(value: Tensor, weights: Tensor | None, count: int, items: Tensor | None) -> Tensor:
+    """``over_items`` where there are any."""
+    return value if items is None else over_items(value, weights, count, items)
+
+
+@one_node
+def over_items(value: Tensor, weights: Tensor | None, count: int, items: Tensor) -> Tensor:
+    """Turn a mean over Σ w into a sum over ``items``: gradient accumulation's denominator."""
+    total: Tensor | int = count if weights is None else weights.sum()
+    # No items at all: nothing counts, and the value is 0 already.
+    return value * (total / torch.where(items == 0, torch.ones_like(items), items))

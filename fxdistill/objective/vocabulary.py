@@ -1,0 +1,105 @@
+"""Whether two vocabularies, and the labels, fit each other."""
+
+from torch import Tensor
+
+from fxdistill.errors import BatchError, LogitsError, ShapeError, TaskError, VocabularyError
+from fxdistill.objective.tokens import Batch
+from fxdistill.taps.markers import check
+
+PADDING_LIMIT = 0.05
+
+
+def shared_vocabulary(
+    student: Tensor, teacher: Tensor, vocab_size: int | None
+) -> tuple[Tensor, Tensor]:
+    """Cut trailing padding columns: what is beyond both vocabularies has probability zero."""
+    require_vocabulary(student, teacher, vocab_size)
+    size = min(student.shape[-1], teacher.shape[-1]) if vocab_size is None else vocab_size
+    if student.shape[-1] != size:
+        student = student[..., :size]
+    if teacher.shape[-1] != size:
+        teacher = teacher[..., :size]
+    return student, teacher
+
+
+@check
+def require_vocabulary(student: Tensor, teacher: Tensor, vocab_size: int | None) -> None:
+    """Raise where the vocabularies differ by more than padding."""
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ShapeError(
+            f"the student's logits are {list(student.shape)}, the teacher's {list(teacher.shape)}: "
+            "they must agree in all but the vocabulary."
+        )
+    require_padding_only(student.shape[-1], teacher.shape[-1], vocab_size)
+
+
+def require_padding_only(v_s: int, v_t: int, vocab_size: int | None) -> None:
+    """Raise VocabularyError where two vocabularies differ by more than padding columns."""
+    if vocab_size is not None and vocab_size > min(v_s, v_t):
+        raise VocabularyError(
+            f"vocab_size={vocab_size}, but the student has {v_s} columns and the teacher {v_t}."
+        )
+    if vocab_size is None and abs(v_s - v_t) > PADDING_LIMIT * max(v_s, v_t):
+        raise VocabularyError(
+            f"the student's vocabulary has {v_s} entries and the teacher's {v_t}: more than "
+            "padding. If they do share their first entries, say how many are real: vocab_size=...; "
+            "if the tokenizers differ, use logit_loss=None."
+        )
+
+
+@check
+def require_vocabulary_last(logits: Tensor, task: str | None) -> None:
+    """Raise where the losses would take another axis for the vocabulary."""
+    tokens = task in ("causal_lm", "masked_lm", "seq2seq")
+    if logits.ndim >= 4 or logits.ndim < (3 if tokens else 2):
+        raise LogitsError(
+            f"the student's logits are {list(logits.shape)}, and the losses take [B, L, V] or "
+            "[B, C], the vocabulary or the classes last"
+            + (f" (task {task!r})." if tokens else ".")
+            + " Wrap the model so that it returns that, or give losses of your own: "
+            "logit_loss=f(student, teacher, *, temperature, weights)."
+        )
+
+
+@check
+def require_indices(labels: Tensor | None) -> None:
+    """Raise where labels are not class or token numbers."""
+    if labels is not None and labels.is_floating_point():
+        raise BatchError(
+            f"labels are {labels.dtype}, and cross entropy takes the numbers of tokens or classes: "
+            "labels.long(), or a label_loss of your own for other targets."
+        )
+
+
+def require_task(task: str | None, logits: Tensor, batch: Batch) -> None:
+    """Make sure that what is indexed by token can be lined up with the logits."""
+    require_alignment(
+        task,
+        logits,
+        batch.labels,
+        batch.loss_mask,
+        batch.token_weights,
+        batch.attention_mask,
+    )
+
+
+@check
+def require_alignment(
+    task: str | None,
+    logits: Tensor,
+    labels: Tensor | None,
+    loss_mask: Tensor | None,
+    token_weights: Tensor | None,
+    attention_mask: Tensor | None,
+) -> None:
+    """Raise where tokens are labelled, weighted or masked and nothing says what predicts them."""
+    given = {"labels": labels, "loss_mask": loss_mask, "token_weights": token_weights}
+    if attention_mask is not None and attention_mask.shape == logits.shape[:-1]:
+        given["attention_mask"] = attention_mask
+    names = [name for name, tensor in given.items() if tensor is not None]
+    if task is None and names:
+        raise TaskError(
+            f"{' and '.join(names)} given, but the student does not say how tokens line up with "
+            'its logits. Say it: wrap(..., task="causal_lm") where logits predict the next token, '
+            '"masked_lm" or "seq2seq" where they predict their own, "classification" for [B, C].'
+        )

@@ -1,0 +1,1 @@
+"""Showing a report: in a terminal, and as one HTML page."""

@@ -1,0 +1,68 @@
+"""A report as one HTML file: no network, no fonts, no second file; what it shows is in it as JSON.
+
+The page itself lies beside this file: ``page.html`` is its frame, ``page.css`` its look, and
+``page*.js`` draw what the JSON says. They put every text in as text, never as markup.
+"""
+
+import dataclasses
+import html as markup
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fxdistill.base.files import write_whole
+from fxdistill.report.data import Facts, as_json
+from fxdistill.report.faces.folding import block_index, blocks_of, folds, gathered, models_of, rows
+
+_SCRIPTS = ("page.js", "page_towers.js", "page_charts.js", "page_sections.js")  # in this order
+_PLACE = re.compile(r"\{\{(\w+)\}\}")
+
+
+def html(report: Facts) -> str:
+    """The whole page."""
+    filled = {
+        "title": markup.escape(_title(report)),
+        "style": _file("page.css"),
+        "report": _json(as_json(report)),
+        "folded": _json(_folded(report)),
+        "script": "\n".join(_file(name) for name in _SCRIPTS),
+    }
+    # One pass: what is filled in may itself look like a place to fill.
+    return _PLACE.sub(lambda found: filled[found[1]], _file("page.html"))
+
+
+def write(report: Facts, path: Path) -> Path:
+    """Write the page to ``path``, whole or not at all, and return ``path``. A link stays one."""
+    write_whole(path, html(report))
+    return path
+
+
+def _title(report: Facts) -> str:
+    return " ← ".join(models_of(report)) or "fxdistill"
+
+
+def _file(name: str) -> str:
+    return resources.files("fxdistill.report.faces").joinpath(name).read_text(encoding="utf-8")
+
+
+def _json(value: Any) -> str:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")
+
+
+def _folded(report: Facts) -> dict[str, Any]:
+    """Runs of alike blocks, folded pairs and outputs, and the blocks that each pair joins."""
+    students, teachers = blocks_of(report, "student"), blocks_of(report, "teacher")
+    ends = [
+        (block_index(students, pair.student), block_index(teachers, pair.teacher))
+        for pair in report.pairs
+    ]
+    return {
+        "rows": {t.name: [dataclasses.asdict(r) for r in rows(t.blocks)] for t in report.towers},
+        "folds": [dataclasses.asdict(fold) for fold in folds(report.pairs)],
+        "ends": ends,
+        "exposed": [gathered(line.exposed) for line in report.passes],
+    }

@@ -1,0 +1,92 @@
+"""The compile-time summary: pairs, and what each pass did to the program."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from fxdistill.graph.program import Program
+from fxdistill.graph.sections import section_of
+from fxdistill.losses.names import loss_name
+from fxdistill.models.weights import weight_of
+from fxdistill.objective.objective import Objective
+from fxdistill.objective.term import Term
+
+
+def summary(
+    objective: Objective,
+    projections: nn.ModuleList,
+    program: Program | None,
+    mode: str,
+    notes: Iterable[str],
+) -> Group:
+    """Tables for 80 columns. Without a program (eager, or not called yet): only the pairs."""
+    parts: list[Table | Text] = [_terms(objective, projections)]
+    if program is None:
+        eager = "all runs as it is, no graph is made"
+        later = "no graph yet: one is captured at the first call"
+        parts.append(Text(f"mode {mode}: {eager if mode == 'eager' else later}"))
+    else:
+        parts += [_passes(program), _sections(program)]
+    return Group(*parts, *(Text(f"note: {note}", overflow="fold") for note in notes))
+
+
+def _terms(objective: Objective, projections: nn.ModuleList) -> Table:
+    table = Table(title="Terms", title_justify="left")
+    for column in ("student", "teacher", "loss"):
+        table.add_column(column, overflow="fold")
+    if any(between(term, projections) for term in objective.features):
+        table.add_column("between", overflow="fold")
+    for term in objective.features:
+        cells = [str(term.student), str(term.teacher), loss_name(term.loss)]
+        table.add_row(*cells, *([between(term, projections)] if len(table.columns) > 3 else []))
+    if objective.logit_loss is not None:
+        table.add_row("logits", "logits", loss_name(objective.logit_loss))
+    if objective.label_loss is not None:
+        table.add_row("logits", "labels, where given", loss_name(objective.label_loss))
+    return table
+
+
+def between(term: Term, projections: nn.ModuleList) -> str:
+    """What is done to the student's value, then to the teacher's, before they are compared."""
+    ours, theirs = (
+        "; ".join(f"{pattern} {reduction}".strip() for pattern, reduction in layout)
+        for layout in term.layouts
+    )
+    parts = [part for part in (ours, projection_of(term, projections)) if part]
+    return ", ".join(parts) + (f" | {theirs}" if theirs else "")
+
+
+def projection_of(term: Term, projections: nn.ModuleList) -> str:
+    """Class and widths of what projects the student's value; empty where nothing does."""
+    if term.projection is None:
+        return ""
+    module = projections[term.projection]
+    weight = weight_of(module, "")
+    widths = f" {weight.fan_in} → {weight.fan_out}" if weight is not None else ""
+    return f"{type(module).__name__}{widths}"
+
+
+def _passes(program: Program) -> Table:
+    table = Table("pass", "nodes", "result", "ms", title="Passes", title_justify="left")
+    for record in program.history:
+        result = f"{len(record.added)} values exposed" if record.added else ""
+        result = "; ".join([result, *record.remarks] if result else record.remarks)
+        if not record.changed and not result:
+            result = "nothing to do"
+        nodes = f"{record.nodes_before} -> {record.nodes_after}"
+        table.add_row(record.name, nodes, result, f"{record.seconds * 1e3:.0f}")
+    return table
+
+
+def _sections(program: Program) -> Text:
+    """How many nodes of the one graph come from where."""
+    if program.title == "terms":
+        nodes = len(program.gm.graph.nodes)
+        return Text(f"The models run as they are; one graph of the terms: {nodes} nodes")
+    counts = Counter(section_of(node) for node in program.gm.graph.nodes)
+    parts = [f"{section} {counts[section]}" for section in ("teacher", "student", "objective")]
+    return Text(f"One graph: {', '.join(parts)} nodes; outputs: {len(program.outputs)}")

@@ -1,0 +1,77 @@
+"""Both towers beside each other in a terminal, repeated blocks folded."""
+
+from collections import Counter
+
+from rich.text import Text
+
+from fxdistill.report.data import Facts
+from fxdistill.report.faces.folding import Row, block_index, blocks_of, rows
+from fxdistill.report.faces.terminal_tables import Part, row, table
+
+
+def sketch(report: Facts) -> list[Part]:
+    """A line for each run of alike blocks; between them, how many pairs join the two."""
+    ours = rows(blocks_of(report, "student"))
+    theirs = rows(blocks_of(report, "teacher"))
+    if not ours or not theirs:
+        return []
+    joined = _joined(report, ours, theirs)
+    made = table("Towers, and how many pairs join their blocks", "student", "", "teacher")
+    for left, right in _lines(len(ours), len(theirs), joined):
+        between = _between(left, right, joined, theirs)
+        row(made, _told(ours, left), between, _told(theirs, right))
+    return [made]
+
+
+def _told(of: tuple[Row, ...], at: int | None) -> Text:
+    if at is None:
+        return Text()
+    kinds = ", ".join(of[at].kinds)
+    count = f" ×{of[at].count}" if of[at].count > 1 else ""
+    return Text.assemble(f"{of[at].label}{count}", (f"\n  {kinds}" if kinds else "", "dim"))
+
+
+def _joined(
+    report: Facts, ours: tuple[Row, ...], theirs: tuple[Row, ...]
+) -> Counter[tuple[int, int]]:
+    """How many pairs go from a row of the student to a row of the teacher."""
+    counts: Counter[tuple[int, int]] = Counter()
+    students, teachers = blocks_of(report, "student"), blocks_of(report, "teacher")
+    for pair in report.pairs:
+        left, right = block_index(students, pair.student), block_index(teachers, pair.teacher)
+        if left is not None and right is not None:
+            counts[_row_of(ours, left), _row_of(theirs, right)] += 1
+    return counts
+
+
+def _row_of(of: tuple[Row, ...], block: int) -> int:
+    return next(i for i, one in enumerate(of) if one.first <= block < one.first + one.count)
+
+
+def _lines(
+    ours: int, theirs: int, joined: Counter[tuple[int, int]]
+) -> list[tuple[int | None, int | None]]:
+    """Rows of both, in order, joined ones on one line where that keeps the order."""
+    lines: list[tuple[int | None, int | None]] = []
+    right = 0
+    for left in range(ours):
+        ends = [t for s, t in joined if s == left and t >= right]
+        # The last of each tower are on one line too: heads face heads.
+        goal = min(ends) if ends else theirs - ours + left if not joined else right
+        goal = min(max(goal, right), theirs - 1) if right < theirs else theirs
+        lines += [(None, between) for between in range(right, goal)]
+        lines.append((left, goal if goal < theirs else None))
+        right = goal + 1 if goal < theirs else theirs
+    return lines + [(None, rest) for rest in range(right, theirs)]
+
+
+def _between(
+    left: int | None, right: int | None, joined: Counter[tuple[int, int]], theirs: tuple[Row, ...]
+) -> str:
+    if left is None:
+        return ""
+    told = []
+    for (ours, end), count in sorted(joined.items()):
+        if ours == left:
+            told.append(f"── {count} ──" if end == right else f"{count} → {theirs[end].label}")
+    return "\n".join(told)

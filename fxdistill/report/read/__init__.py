@@ -1,0 +1,1 @@
+"""Reading models and captured graphs: each file answers one question of the report."""

@@ -1,0 +1,96 @@
+"""What the two halves of a step cost: FLOPs by part and block, traffic between ranks, casts."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from fxdistill.graph.collectives import collectives
+from fxdistill.graph.flops import WITH_RANDOM_STATE, bodies_of, flops_of
+from fxdistill.graph.halves import Halves
+from fxdistill.graph.sections import Paths, holding, part_of, place_of
+from fxdistill.report.data import Cast, Collective, Flops
+
+
+def both(halves: Halves) -> Iterator[tuple[str, fx.Node]]:
+    """All nodes of the step with their half."""
+    for phase, gm in (("forward", halves.forward), ("backward", halves.backward)):
+        for node in gm.graph.nodes:
+            yield phase, node
+
+
+# ---------------------------------------------------------------------- floating point operations
+
+
+def flops(halves: Halves) -> Flops:
+    """By what they are for."""
+    found: Counter[str] = Counter()
+    forward = {node.name for node in halves.forward.graph.nodes if node.op == "call_function"}
+    for phase, node in both(halves):
+        count = flops_of(node)
+        if count:
+            repeated = node.name in forward or node.target in WITH_RANDOM_STATE
+            again = phase == "backward" and repeated
+            found["again" if again else _purpose(phase, node)] += count
+    parts = ("teacher", "forward", "backward", "losses", "projections", "again")
+    return Flops(**{part: found[part] for part in parts}, total=sum(found.values()))
+
+
+def _purpose(phase: str, node: fx.Node) -> str:
+    part = part_of(node)
+    if part == "objective":
+        return "projections" if place_of(node)[0] == "projections" else "losses"
+    return "teacher" if part == "teacher" else phase
+
+
+def notes_of(halves: Halves) -> Iterator[str]:
+    """What is not known of loops and branches."""
+    names = {str(node.target) for _, node in both(halves) if any(True for _ in bodies_of(node))}
+    if names:
+        yield f"what {', '.join(sorted(names))} holds while it runs is not in the memory"
+    if once := sorted(names.intersection(("while_loop", "associative_scan"))):
+        yield f"the body of {', '.join(once)} is counted once: how often it runs is not known"
+
+
+def by_block(halves: Halves, paths: Paths) -> dict[tuple[str, str, str], int]:
+    """FLOPs by tower, block and half, for the blocks of either tower."""
+    found: Counter[tuple[str, str, str]] = Counter()
+    for phase, node in both(halves):
+        if count := flops_of(node):
+            tower, path = place_of(node)
+            block = holding(path, paths.get(tower, ()))
+            if block is not None:
+                found[tower, block, phase] += count
+    return dict(found)
+
+
+# ---------------------------------------------------------------------- traffic and casts
+
+
+def traffic(halves: Halves) -> tuple[Collective, ...]:
+    """What crosses ranks in both halves."""
+    found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    for gm in (halves.forward, halves.backward):
+        for (section, kind), (times, size) in collectives(gm.graph).items():
+            owner = {"objective": "terms", None: "student"}.get(section, section)
+            entry = found[str(owner), kind]
+            entry[0] += times
+            entry[1] += size
+    return tuple(Collective(*key, *entry) for key, entry in sorted(found.items()))
+
+
+_CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+
+
+def casts(halves: Halves) -> tuple[Cast, ...]:
+    """Floating point values that change their type in the forward."""
+    found: Counter[tuple[str, str, str]] = Counter()
+    for node in halves.forward.graph.nodes:
+        if node.target in _CASTS:
+            before, after = node.all_input_nodes[0].meta["val"].dtype, node.meta["val"].dtype
+            if before != after and before.is_floating_point and after.is_floating_point:
+                old, new = (str(d).removeprefix("torch.") for d in (before, after))
+                part = part_of(node)
+                found["losses" if part == "objective" else part, old, new] += 1
+    return tuple(Cast(*key, times) for key, times in sorted(found.items()))

@@ -1,0 +1,45 @@
+"""The tensors that a step is called with, by name."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fxdistill.objective.call import Call, Inputs
+from fxdistill.objective.tokens import TOKEN_FIELDS
+
+_OF_TERMS = (*TOKEN_FIELDS, "num_items", "num_feature_items")
+
+
+def tensors_of(call: Call) -> dict[str, Tensor]:
+    """Those of the student, of the terms, and what only the teacher gets (``teacher_inputs``).
+
+    A tensor within a mapping or a list is named by the way to it: ``batch.input_ids``.
+    """
+    ours = dict(_named(call.student))
+    terms = {name: getattr(call.batch, name) for name in _OF_TERMS}
+    known = {id(value) for value in ours.values()}
+    theirs = {
+        f"teacher_inputs.{name}": value
+        for name, value in _named(call.teacher)
+        if id(value) not in known
+    }
+    return {**ours, **{name: x for name, x in terms.items() if isinstance(x, Tensor)}, **theirs}
+
+
+def _named(inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
+    for i, value in enumerate(inputs.args):
+        yield from _within(f"argument {i}", value)
+    for name, value in inputs.kwargs.items():
+        yield from _within(name, value)
+
+
+def _within(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _within(f"{name}.{key}", inner)
+    elif isinstance(value, (list, tuple)):
+        for i, inner in enumerate(value):
+            yield from _within(f"{name}.{i}", inner)

@@ -1,0 +1,112 @@
+"""What a step holds at each moment, by owner, and its worst moment."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxdistill.graph.halves import Halves
+from fxdistill.graph.liveness import Instant, storages, timeline
+from fxdistill.graph.program import output_values
+from fxdistill.graph.sections import Paths, holding, part_of, place_of
+from fxdistill.losses.fused.operator import HEAD
+from fxdistill.losses.fused.sizes import size_of_chunks, sizes_on
+from fxdistill.report.data import Memory, Moment
+from fxdistill.report.read.owners import Heads, owners
+
+MOMENTS = 200  # of a timeline, at most
+
+
+def memory(
+    halves: Halves,
+    weights: dict[str, int],
+    gradients: int,
+    states: dict[str, int],
+    heads: Heads,
+    paths: Paths,
+) -> Memory:
+    """Everything that is alive at each moment, and its worst."""
+    instants = list(timeline(halves, owners(halves, heads), own_bytes))
+    worst = max(range(len(instants)), key=lambda i: instants[i].total)
+    peak = instants[worst]
+    saved = _saved(halves)
+    base = sum(weights.values())
+    live = peak.held.get("gradients", 0)
+    at_peak = min(saved, peak.total - live) if peak.phase == "backward" else saved
+    return Memory(
+        weights=weights,
+        gradients=gradients,
+        optimizers=states,
+        saved=saved,
+        taps=max(i.held.get("taps", 0) for i in instants),
+        head=max(i.held.get("head", 0) + _of_head(i) for i in instants),
+        transient=max(0, peak.total - live - at_peak),
+        peak=base + peak.total,
+        peak_at=_where(peak, paths),
+        timeline=tuple(_moments(instants, worst, base, paths)),
+    )
+
+
+def _of_head(instant: Instant) -> int:
+    return instant.own if instant.node.target is HEAD else 0
+
+
+def own_bytes(node: fx.Node) -> int:
+    """What the fused head needs for itself: logits of a chunk, and what is made of some tokens."""
+    if node.target is not HEAD:
+        return 0
+    given: list[Any] = [n.meta["val"] if isinstance(n, fx.Node) else n for n in node.args]
+    h, w, _, _, t_weight = given[:5]
+    chunk, wanted, compiled = given[12:15]
+    columns = w.shape[0] + (0 if t_weight is None else t_weight.shape[0])
+    chunk = size_of_chunks(chunk, h) * columns * h.element_size()
+    kind = 8 if h.dtype == torch.float64 else 4
+    # Run one by one, the operators of the body keep this many values of its tokens alive at once.
+    body = 0 if compiled else BODY * sizes_on(h.device).rows * w.shape[0] * kind
+    wide = w.numel() * kind if "w" in str(wanted) and kind != w.element_size() else 0
+    return int(chunk + body + wide)
+
+
+BODY = 7
+
+
+def _saved(halves: Halves) -> int:
+    """What the forward leaves for the backward."""
+    inputs = {s for n in halves.forward.graph.find_nodes(op="placeholder") for s in storages(n)}
+    sizes: dict[int, int] = {}
+    for value in output_values(halves.forward.graph)[halves.outputs :]:
+        if isinstance(value, fx.Node):
+            sizes.update(storages(value))
+    return sum(size for storage, size in sizes.items() if storage not in inputs)
+
+
+def _moments(instants: list[Instant], worst: int, base: int, paths: Paths) -> Iterator[Moment]:
+    """Of each stretch of the step the instant that holds most."""
+    width = max(1, len(instants) // MOMENTS)
+    for start in range(0, len(instants), width):
+        some = range(start, min(start + width, len(instants)))
+        top = worst if worst in some else max(some, key=lambda i: instants[i].total)
+        instant = instants[top]
+        held = {name: size for name, size in instant.held.items() if size}
+        if instant.own:
+            whose = "head" if instant.node.target is HEAD else _lender(instant)
+            held[whose] = held.get(whose, 0) + instant.own
+        yield Moment(instant.phase, _where(instant, paths), {"weights": base, **held})
+
+
+def _lender(instant: Instant) -> str:
+    """Whose memory a kernel writes over: who holds most."""
+    return max(instant.held, key=lambda name: instant.held[name])
+
+
+def _where(instant: Instant, paths: Paths) -> str:
+    node = instant.node
+    if node.target is HEAD:
+        return "fused head"
+    tower, path = place_of(node)
+    block = holding(path, paths.get(tower, ()))
+    if block is not None:
+        return f"{tower} {block}".rstrip()
+    part = part_of(node)
+    return "losses" if part == "objective" else part

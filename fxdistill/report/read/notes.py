@@ -1,0 +1,29 @@
+"""What works and may surprise."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from fxdistill.objective.objective import Objective
+
+
+def notes_of(objective: Objective, settings: Mapping[str, float | Tensor]) -> list[str]:
+    """Of an objective and its weights."""
+    weightless = [
+        term.name
+        for term in objective.features
+        if not term.keeps_tokens and not any(term.pools_tokens)
+    ]
+    notes = []
+    if weightless and objective.task != "classification":
+        names = ", ".join(weightless)
+        notes.append(f"token weights and masks do not apply to {names}: no axes [B, L] in front")
+    zero = settings["feature_weight"]
+    if objective.features and not isinstance(zero, Tensor) and zero == 0:
+        notes.append("feature_weight is 0: matches teach nothing until set(feature_weight=...)")
+    return notes
+
+
+def settled(count: int) -> list[str]:
+    """Of a teacher of which ``count`` modules were in training mode."""
+    return [f"{count} modules of the teacher were in training mode: eval now"] if count > 0 else []

@@ -1,0 +1,73 @@
+"""Whose the values of a step are: teacher, student, matched values, head, losses."""
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor, fx
+
+from fxdistill.graph.halves import Halves
+from fxdistill.graph.kernels import is_view
+from fxdistill.graph.liveness import Label, Storage, storages
+from fxdistill.graph.sections import holding, part_of, place_of
+from fxdistill.losses.fused.operator import HEAD
+
+Heads = Mapping[str, tuple[str, int]]  # by tower: the path of the head, and how wide logits are
+
+
+def owners(halves: Halves, heads: Heads) -> Label:
+    """A function that names the owner of what an operator allocates.
+
+    "taps" are the forward's matched values, "head" are logits with what the losses make of them
+    that is as large, and what the fused head returns.
+    """
+    head, taps = _logits(halves, heads), _tapped(halves.forward.graph)
+
+    def owner(node: fx.Node, storage: Storage) -> str:
+        if node.target is HEAD or node.name in head:
+            return "head"
+        if storage in taps:
+            return "taps"
+        part = part_of(node)
+        return "losses" if part == "objective" else part
+
+    return owner
+
+
+def _tapped(forward: fx.Graph) -> set[Storage]:
+    """What the objective reads of the towers, but for what only the fused head does."""
+    found: set[Storage] = set()
+    for node in forward.nodes:
+        if node.op == "call_function" and part_of(node) != "objective" and _is_compared(node):
+            found.update(storages(node))
+    return found
+
+
+def _is_compared(node: fx.Node) -> bool:
+    readers = [user for user in node.users if user.op != "output" and user.target is not HEAD]
+    ours = [user for user in readers if part_of(user) == "objective"]
+    return any(_is_compared(user) if is_view(user) else True for user in ours)
+
+
+def _logits(halves: Halves, heads: Heads) -> set[str]:
+    """The names of logits, and of what the objective makes of them that has as many columns."""
+    widths = {width for _, width in heads.values()}
+    found: set[str] = set()
+    for gm in (halves.forward, halves.backward):
+        for node in gm.graph.nodes:
+            if node.op == "call_function" and _columns(node) in widths:
+                within = part_of(node) == "objective" and any(
+                    n.name in found for n in node.all_input_nodes
+                )
+                if within or _is_made_by(node, heads):
+                    found.add(node.name)
+    return found
+
+
+def _is_made_by(node: fx.Node, heads: Heads) -> bool:
+    tower, path = place_of(node)
+    own: Collection[str] = (heads[tower][0],) if tower in heads else ()
+    return bool(own) and holding(path, own) is not None
+
+
+def _columns(node: fx.Node) -> int | None:
+    value = node.meta.get("val")
+    return int(value.shape[-1]) if isinstance(value, Tensor) and value.ndim > 1 else None

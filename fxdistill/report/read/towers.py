@@ -1,0 +1,78 @@
+"""What the models of a distiller are made of, by their structure alone."""
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from fxdistill.base.tensors import is_placed
+from fxdistill.models.structure import Block as Structure
+from fxdistill.models.structure import stacks_of
+from fxdistill.report.data import Block, Tower
+
+
+def towers_of(
+    student: nn.Module, teacher: nn.Module, projections: nn.ModuleList, *, frozen: bool
+) -> tuple[Tower, ...]:
+    """Teacher, student and, where there are any, projections."""
+    found = [
+        tower("teacher", teacher, trains=not frozen),
+        tower("student", student, trains=True),
+    ]
+    if len(projections):
+        found.append(tower("projections", projections, trains=True))
+    return tuple(found)
+
+
+def tower(name: str, model: nn.Module, *, trains: bool) -> Tower:
+    """Count ``model``; what is shared within it is counted once."""
+    parameters = list(model.parameters())
+    return Tower(
+        name,
+        type(model).__name__,
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters if trains and p.requires_grad),
+        bytes_here((*parameters, *model.buffers())),
+        tuple(sorted({dtype_name(p) for p in parameters})),
+        any(module.training for module in model.modules()),
+        tuple(block for block in blocks_of(model) if block.parameters),
+        tuple(sorted({str(p.device) for p in parameters})),
+    )
+
+
+def bytes_here(values: Iterable[Tensor]) -> int:
+    """Bytes on this device: of a DTensor its own shard; what is there twice counts once."""
+    sizes = {}
+    for value in values:
+        local = value.to_local() if is_placed(value) else value
+        sizes[id(value)] = local.numel() * local.element_size()
+    return sum(sizes.values())
+
+
+def dtype_name(value: Tensor) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(value.dtype).removeprefix("torch.")
+
+
+def blocks_of(model: nn.Module) -> Iterator[Block]:
+    """Repeated blocks, modules beside them, and for themselves the modules that hold those.
+
+    Of a module that holds others only what is directly its own counts, which may be nothing.
+    """
+    if isinstance(model, nn.ModuleList):  # the projections, which have nothing in common
+        for name, module in model.named_children():
+            yield Block(name, (), sum(p.numel() for p in module.parameters()))
+        return
+    inside = {block.path: block for stack in stacks_of(model) for block in stack.blocks}
+    yield from _under(model, "", inside)
+
+
+def _under(module: nn.Module, path: str, inside: dict[str, Structure]) -> Iterator[Block]:
+    holds = any(found.startswith(f"{path}.") or not path for found in inside)
+    if path in inside or not holds or not list(module.children()):
+        parts = inside[path].parts if path in inside else ()
+        kinds = tuple((part.path, part.kind) for part in parts)
+        yield Block(path, kinds, sum(p.numel() for p in module.parameters()))
+        return
+    yield Block(path, (), sum(p.numel() for p in module.parameters(recurse=False)))
+    for name, child in module.named_children():
+        yield from _under(child, f"{path}.{name}" if path else name, inside)

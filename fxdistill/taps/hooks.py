@@ -1,0 +1,219 @@
+"""Hooks that put taps into running models, for the time of one call."""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxdistill.base.tensors import is_placed
+from fxdistill.errors import TapError
+from fxdistill.models.tap import Tap
+from fxdistill.taps.markers import handed_on, raw, reject, tap
+from fxdistill.taps.table import capturing
+
+
+def pick(value: Any, port: str) -> Tensor | None:
+    """Find the tensor that ``port`` means in what a module took or returned.
+
+    ``"output"`` and ``"input"`` mean the first tensor; ``[i]`` an element; ``.field`` a field or
+    key.
+    """
+    selector = port.removeprefix("output").removeprefix("input")
+    if selector.startswith("["):
+        value = list(_elements(value))[int(selector[1:-1])]
+    elif selector.startswith("."):
+        name = selector[1:]
+        value = value[name] if isinstance(value, Mapping) else getattr(value, name)
+    return _first_tensor(value)
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value
+    for element in _elements(value):
+        if (found := _first_tensor(element)) is not None:
+            return found
+    return None
+
+
+def _elements(value: Any) -> Iterable[Any]:
+    if isinstance(value, (tuple, list)):
+        return value
+    if isinstance(value, Mapping):
+        return value.values()
+    if hasattr(value, "__dataclass_fields__"):
+        return [getattr(value, name) for name in value.__dataclass_fields__]
+    return ()
+
+
+def _take(value: Any, section: str, path: str, port: str, required: bool) -> None:
+    try:
+        found = pick(value, port)
+    except (IndexError, KeyError, AttributeError):
+        found = None
+    if found is not None:
+        tap(found, section, path, port)
+    elif required:
+        reject(section, path, port, _no_port(value, section, path, port))
+
+
+def _no_port(value: Any, section: str, path: str, port: str) -> str:
+    side = "takes" if port.startswith("input") else "returns"
+    if isinstance(value, Mapping):
+        there = f"it {side} {', '.join(map(str, value)) or 'nothing'}"
+    elif isinstance(value, (tuple, list)):
+        there = f"it {side} {len(value)} values"
+    else:
+        there = f"it {side} a {type(value).__name__}"
+    return (
+        f"{section} module {path!r} has no tensor at port {port!r}: {there}. Ports are 'output', "
+        "'output[i]', 'output.field', 'input', 'input[i]' and 'input.name'."
+    )
+
+
+@contextlib.contextmanager
+def hooked(
+    model: nn.Module, section: str, taps: Iterable[Tap], *, required: bool = True
+) -> Iterator[None]:
+    """Put a hook on every tapped module of ``model`` for as long as the context lasts.
+
+    Unless ``required``, modules that return no tensor are passed over.
+    """
+    handles: list[Any] = []
+    traced = capturing()
+    try:
+        handles += _watch_styles(model)
+        for path, port in dict.fromkeys((tap.path, tap.port) for tap in taps):
+            module = model.get_submodule(path)
+            if not traced:
+                _reject_compiled_parents(model, section, path)
+            if not traced and compiles_itself(module):
+                handles.append(_CompiledCall(module, section, path, port, required))
+            elif port.startswith("input"):
+                pre = _input_hook(section, path, port, required, _names(module))
+                handles.append(module.register_forward_pre_hook(pre, with_kwargs=True))
+            else:
+                post = _output_hook(section, path, port, required)
+                handles.append(module.register_forward_hook(post))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch_styles(model: nn.Module) -> list[Any]:
+    """Hooks around those of parallel styles, which may hand on this rank's part of a DTensor.
+
+    A style is a hook on a module; its DTensor is seen before it, and the part behind it.
+    """
+    if not any(is_placed(parameter) for parameter in model.parameters()):
+        return []
+    handles: list[Any] = []
+    for module in model.modules():
+        if module._forward_hooks:
+            handles.append(module.register_forward_hook(_see_output(raw), prepend=True))
+            handles.append(module.register_forward_hook(_see_output(handed_on)))
+        if module._forward_pre_hooks:
+            see = _see_inputs(raw), _see_inputs(handed_on)
+            handles += [
+                module.register_forward_pre_hook(see[0], with_kwargs=True, prepend=True),
+                module.register_forward_pre_hook(see[1], with_kwargs=True),
+            ]
+    return handles
+
+
+def _see_output(marker: Callable[..., None]) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        values = (output,) if isinstance(output, Tensor) else _elements(output)
+        marker(*[value for value in values if isinstance(value, Tensor)])
+
+    return hook
+
+
+def _see_inputs(marker: Callable[..., None]) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        marker(*[value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
+
+    return hook
+
+
+def compiles_itself(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called."""
+    return module._compiled_call_impl is not None
+
+
+class _CompiledCall:
+    """Taps a module that was compiled by ``module.compile()``: its hooks would be compiled too.
+
+    The compiled call is an attribute of the instance; for the time of a step it is one that taps
+    what goes in or comes out. Private to torch and used here only: ``_compiled_call_impl``.
+    """
+
+    def __init__(
+        self, module: nn.Module, section: str, path: str, port: str, required: bool
+    ) -> None:
+        self.module, self.original = module, module._compiled_call_impl
+        module._compiled_call_impl = self.call
+        self.take = functools.partial(
+            _take, section=section, path=path, port=port, required=required
+        )
+        self.port = port
+        self.names = _names(module)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Call what was compiled, and tap."""
+        if self.port.startswith("input"):
+            self.take(_inputs(args, kwargs, self.port, self.names))
+        assert self.original is not None
+        result = self.original(*args, **kwargs)
+        if not self.port.startswith("input"):
+            self.take(result)
+        return result
+
+    def remove(self) -> None:
+        """Put the compiled call back."""
+        self.module._compiled_call_impl = self.original
+
+
+def _reject_compiled_parents(model: nn.Module, section: str, path: str) -> None:
+    """A tap inside a compiled part would be compiled with it, or not be seen at all."""
+    parents = path.split(".")[:-1]
+    for end in range(len(parents) + 1):
+        parent = model.get_submodule(".".join(parents[:end]))
+        if parent is not model.get_submodule(path) and compiles_itself(parent):
+            raise TapError(
+                f"{section} tap {path!r} lies inside {'.'.join(parents[:end]) or 'a model'!r}, "
+                "which torch.compile compiles by itself. Do not compile the parts of the models "
+                "that hold taps (compile=True compiles all as one graph), or tap the part itself."
+            )
+
+
+def _names(module: nn.Module) -> tuple[str, ...]:
+    """What ``forward`` calls its positional inputs."""
+    try:
+        return tuple(inspect.signature(module.forward).parameters)
+    except ValueError:
+        return ()
+
+
+def _inputs(args: Any, kwargs: dict[str, Any], port: str, names: tuple[str, ...]) -> Any:
+    if port.startswith("input."):
+        return {**dict(zip(names, args, strict=False)), **kwargs}
+    return (*args, *kwargs.values())
+
+
+def _output_hook(section: str, path: str, port: str, required: bool) -> Any:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        _take(output, section, path, port, required)
+
+    return hook
+
+
+def _input_hook(section: str, path: str, port: str, required: bool, names: tuple[str, ...]) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        _take(_inputs(args, kwargs, port, names), section, path, port, required)
+
+    return hook

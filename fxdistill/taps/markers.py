@@ -1,0 +1,197 @@
+"""Taps: reading values out of a running model without touching it.
+
+Three markers carry everything. ``begin(section)`` says whose operators follow, ``tap(x, ...)``
+names a value inside a tower, ``tapped(...)`` asks for it back outside. Run eagerly they go through
+a table of real tensors. Traced by dynamo they stay in the graph as single calls
+(``allow_in_graph``) while the table holds fake tensors, so that the traced objective knows shapes
+and dtypes; the passes then replace ``tapped`` by the value itself, threading it out of checkpointed
+regions. The markers read and write nothing that dynamo can see, which is why they may stand inside
+such regions.
+
+``tap`` is a plain function rather than a custom operator: an operator may not return its argument,
+and would need a sharding rule for every placement.
+"""
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from fxdistill import taps
+from fxdistill.base.nodes import one_node
+from fxdistill.base.tensors import is_placed
+from fxdistill.errors import CheckpointError, FxDistillError, LogitsError, PortError, TapError
+from fxdistill.models.tap import Tap
+from fxdistill.taps.table import TapTable, _active, not_executed
+
+
+def is_tap(node: fx.Node) -> bool:
+    """Whether ``node`` is a tap marker."""
+    return node.op == "call_function" and node.target is tap
+
+
+@one_node
+def begin(section: str) -> None:
+    """Mark that the operators which follow belong to ``section``."""
+    if _active.table is not None:
+        _active.table.begin(section)
+
+
+@one_node
+def tap(x: Tensor, section: str, path: str, port: str) -> Tensor:
+    """Name ``x`` in ``section``, and return it.
+
+    A module that stands in both towers is hooked for both; a tap of the other section is not taken.
+    The value is the one at return: what is kept is a copy, since ``x`` may be written later.
+    """
+    table = _active.table
+    if table is None or table.section != section:
+        return x
+    if not table.capturing and _is_traced(x):
+        raise table.fail(
+            TapError(
+                f"{section} tap {path!r} lies inside a part that torch.compile compiles by itself. "
+                "Do not compile the parts of the models that hold taps (compile=True compiles all "
+                "as one graph), or tap outside of the compiled part."
+            )
+        )
+    value = _behind(table, x)
+    if (path, port) == ("", "logits"):
+        _require_whole_vocabulary(table, section, value)
+    learns = section == "student" or not table.frozen_teacher
+    if learns and _inside_reentrant_checkpoint():
+        raise table.fail(
+            CheckpointError(
+                f"{section} tap {path!r} lies inside a checkpoint with use_reentrant=True, which "
+                "runs its body without gradients: the tap would teach the student nothing. Use "
+                "use_reentrant=False (Hugging Face: gradient_checkpointing_enable("
+                'gradient_checkpointing_kwargs={"use_reentrant": False})).'
+            )
+        )
+    table.add(path, port, value.clone())
+    return x
+
+
+def _behind(table: TapTable, x: Tensor) -> Tensor:
+    """The DTensor that ``x`` was made local from by a parallel style; else ``x``."""
+    reference, placed = table.behind.get(id(x), (None, None))
+    return placed(x) if placed is not None and reference is not None and reference() is x else x
+
+
+def _require_whole_vocabulary(table: TapTable, section: str, logits: Tensor) -> None:
+    """One rank's columns in a plain tensor look like a small vocabulary: never compare those."""
+    here, whole = table.vocabularies.get(section, (0, 0))
+    if here != whole and logits.shape[-1] == here and not is_placed(logits):
+        raise table.fail(
+            LogitsError(
+                f"the {section}'s logits are a plain tensor {list(logits.shape)}: the {here} "
+                f"entries of this rank, of {whole}. Give its head "
+                "ColwiseParallel(output_layouts=Shard(-1), use_local_output=False), so that they "
+                "say where they belong."
+            )
+        )
+
+
+def keep(x: Tensor, path: str, port: str) -> None:
+    """Tap a value that exists in no captured graph, and of which there can be no copy."""
+    if _active.table is not None:
+        _active.table.add(path, port, x)
+
+
+@one_node
+def tapped(section: str, path: str, port: str, call: str) -> Tensor:
+    """Return the value that ``tap`` has named. ``call`` is text: dynamo makes numbers symbolic."""
+    table = _active.table
+    assert table is not None, "tapped() is only called while a table is recording"
+    key = Tap(path, port, int(call))
+    if (value := table.values.get((section, key))) is not None:
+        return value
+    raise table.fail(not_executed(table, section, key))
+
+
+def check(fn: Callable[..., None]) -> Callable[..., None]:
+    """Make ``fn`` a check: it sees shapes while the graph is traced, and leaves nothing in it.
+
+    What it raises reaches the user as it is, although dynamo wraps the exceptions of traced code.
+    """
+
+    @functools.wraps(fn)
+    def checked(*args: Any) -> None:
+        try:
+            fn(*args)
+        except FxDistillError as error:
+            if _active.table is not None:
+                _active.table.fail(error)
+            raise
+
+    marker = one_node(checked)
+    CHECKS.add(marker)
+    return marker
+
+
+LOCAL = "fxdistill_local"  # in the meta of a node of a captured graph: made local by a style
+CHECKS: set[Callable[..., None]] = set()
+
+
+@check
+def verified() -> None:
+    """Check all that was tapped, before the objective reads it."""
+    table = _active.table
+    if table is not None and table.verify is not None:
+        table.verify(table)
+
+
+@check
+def raw(*values: Tensor) -> None:
+    """Note what goes into, or comes out of, a module before a parallel style's hooks see it."""
+    if _active.table is not None:
+        _active.table.raw = values
+
+
+@check
+def handed_on(*values: Tensor) -> None:
+    """Note what those hooks hand on: behind a plain tensor a tap finds the DTensor it came from."""
+    if (table := _active.table) is None:
+        return
+    for before, after in zip(table.raw, values, strict=False):
+        if is_placed(before) and not is_placed(after):
+            # Not the value itself, which the model may let go.
+            table.behind[id(after)] = (weakref.ref(after), taps.placed_behind.behind(before, after))
+    table.raw = ()
+
+
+@one_node
+def reject(section: str, path: str, port: str, message: str) -> None:
+    """Remember that there is nothing at a port; ``verified`` tells, with all else that is wrong."""
+    if _active.table is not None:
+        _active.table.problems[section, path, port] = PortError(message)
+
+
+@one_node
+def named(x: Tensor, name: str) -> Tensor:
+    """Name an output of the objective."""
+    return x.view_as(x)
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether ``x`` is a stand-in of a tracer rather than a value."""
+    return isinstance(x, (FakeTensor, FunctionalTensor))
+
+
+def _inside_reentrant_checkpoint() -> bool:
+    """Whether a ``torch.utils.checkpoint`` that runs its body under ``no_grad`` is on the stack."""
+    if torch.is_grad_enabled():
+        return False
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_filename.endswith("utils/checkpoint.py"):
+            return True
+        frame = frame.f_back
+    return False
