@@ -55,7 +55,7 @@ def version(o: argparse.Namespace, mesh: DeviceMesh, how: str) -> Step:
         options = {"compile": "regional"}
     distiller = fxdistill.wrap(student, teacher, **options)
     if how.endswith("logits made"):
-        distiller.plan = dataclasses.replace(distiller.plan, fuse_head=False)
+        distiller.options = dataclasses.replace(distiller.options, fuse_head=False)
 
     def step() -> None:
         distiller(input_ids=ids, labels=ids).loss.backward()

@@ -1,10 +1,12 @@
 """What crosses ranks in a step, and what of it the terms add."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from fxdistill.base.figures import size
 from fxdistill.graph.collectives import Traffic, collectives, sum_of
-from fxdistill.graph.program import P
+from fxdistill.graph.program import Level, P
+from fxdistill.graph.sections import OBJECTIVE
 
 
 @dataclass(frozen=True)
@@ -13,16 +15,18 @@ class CountCollectives:
 
     Forward and backward, as they are lowered: a gather that the backward does again is counted
     once. What opaque operators do inside (a fused head on a sharded vocabulary) is not seen here;
-    the remark of FuseHead tells it. Changes nothing. Works on the joint level.
+    the remark of FuseHead tells it. Changes nothing.
     """
+
+    level: ClassVar[Level] = "joint"
 
     def __call__(self, program: P) -> P:
         """Count; a program without collectives is returned as it is."""
         found = collectives(program.gm.graph)
         if not found:
             return program
-        models = sum_of(found, ("teacher", "student", None))
-        terms = sum_of(found, ("objective",))
+        models = sum_of(found, lambda section: section != OBJECTIVE)
+        terms = sum_of(found, lambda section: section == OBJECTIVE)
         remarks = (f"models: {_shown(models)}", f"terms add: {_shown(terms)}")
         return replace(program, remarks=(*program.remarks, *remarks))
 

@@ -4,7 +4,7 @@ import fnmatch
 import operator
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import fx
@@ -12,7 +12,7 @@ from torch._ops import HigherOrderOperator
 
 from fxdistill.base.transforms import steps_of
 from fxdistill.graph.effects import CHECKPOINT, Effects, effects_of
-from fxdistill.graph.program import P, fork_module, output_values
+from fxdistill.graph.program import Level, P, fork_module, output_values
 from fxdistill.models.tap import Tap
 from fxdistill.taps.markers import LOCAL, is_tap
 
@@ -32,10 +32,11 @@ class ExposeOutputs:
        often it runs is not known.
 
     ``only`` restricts what is exposed to the names that match one of its patterns; the markers of
-    the others are erased too. Works on the captured level.
+    the others are erased too.
     """
 
     only: tuple[str, ...] | None = None
+    level: ClassVar[Level] = "captured"
 
     def __call__(self, program: P) -> P:
         """Expose; a program without markers is returned as it is."""

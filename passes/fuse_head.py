@@ -8,7 +8,7 @@ tests/passes/test_fuse_head.py fails.
 import operator
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -19,16 +19,17 @@ from fxdistill.base.figures import size
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import ShapeError, VocabularyError
 from fxdistill.graph.effects import Effects, effects_of
-from fxdistill.graph.program import P, fork_module
+from fxdistill.graph.program import Level, P, fork_module
 from fxdistill.graph.sections import SECTION
 from fxdistill.heads.curve import Unreadable
 from fxdistill.heads.read_head import Head, is_cut, read_head, target_name, value_of
 from fxdistill.heads.read_total import ON_LOGITS, Summand, read_total
 from fxdistill.losses import fused
+from fxdistill.losses.fused.call import HeadSide
 from fxdistill.losses.fused.sizes import chunk_tokens_for
 
 if TYPE_CHECKING:
-    from fxdistill.losses.fused.sharded_heads import Layout
+    from fxdistill.losses.fused.sharded_heads import ShardedHeads
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,13 @@ class FuseHead:
     3. What a model makes of its logits and nobody reads goes.
     4. Logits ``[B, C]`` are left alone: classes are few.
 
-    Works on the captured level. ``compiled``: whether the body of a chunk is compiled. ``made``:
-    why the models made their logits before this graph, for the remark.
+    ``compiled``: whether the body of a chunk is compiled. ``made``: why the models made their
+    logits before this graph, for the remark.
     """
 
     compiled: bool = True
     made: str = ""
+    level: ClassVar[Level] = "captured"
 
     def __call__(self, program: P) -> P:
         """Fuse; a program without losses on logits is returned as it is."""
@@ -74,7 +76,7 @@ class _Fusion:
     labelled: Summand | None
     student: Head
     teacher: Head | None
-    layout: "Layout | None"  # where the heads are sharded
+    layout: "ShardedHeads | None"  # where the heads are sharded
 
     @classmethod
     def read(cls, gm: fx.GraphModule) -> "_Fusion":
@@ -238,13 +240,13 @@ def _require_readers(tower: str, logits: fx.Node, allowed: Collection[fx.Node]) 
             raise Unreadable(f"the {tower}'s logits are also read by {target_name(reader)}")
 
 
-def _layout(student: Head, teacher: Head | None) -> "Layout | None":
+def _layout(student: Head, teacher: Head | None) -> "ShardedHeads | None":
     """How sharded heads are taken; ``None`` for heads on one device."""
     heads = [head for head in (student, teacher) if head is not None]
     if not any(is_placed(value_of(node)) for head in heads for node in head.inputs):
         return None
     sides = [
-        fused.sharded_heads.Side(
+        HeadSide(
             value_of(head.hidden),
             value_of(head.weight),
             None if head.bias is None else value_of(head.bias),
@@ -253,7 +255,7 @@ def _layout(student: Head, teacher: Head | None) -> "Layout | None":
     ]
     try:
         other = sides[1] if teacher is not None else None
-        layout: Layout = fused.sharded_heads.layout_of(sides[0], other)
+        layout: ShardedHeads = fused.sharded_heads.sharded_heads_of(sides[0], other)
     except (ShapeError, VocabularyError) as error:
         raise Unreadable(str(error)) from None
     return layout

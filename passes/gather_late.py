@@ -2,14 +2,15 @@
 
 import operator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from fxdistill.base.figures import size
-from fxdistill.graph.program import P, fork_module
+from fxdistill.graph.program import Level, P, fork_module
 from fxdistill.graph.sections import section_of
+from fxdistill.models.tap import Tower
 
 # What stands between a parameter's shard and the weight that an operator takes, by operator.
 _GATHER = "_c10d_functional.all_gather_into_tensor"
@@ -27,13 +28,17 @@ class GatherLate:
 
     1. A step names all of its weights before it uses the first: as traced, whole models would be
        gathered at once. Each gather, with what leads to it and from it, moves to its first reader.
-    2. The partitioner is told to gather the student's again in the backward, rather than save whole
-       weights in the forward (what FSDP calls resharding after the forward).
+    2. The partitioner is told to gather the weights of a model that learns again in the backward,
+       rather than save whole ones in the forward (FSDP: resharding after the forward).
     3. Gradients are scattered as soon as they are formed. As traced that comes last: autograd works
        backwards, and the gathers were the first thing that the forward did.
 
-    Works on the joint level; a graph without gathered parameters is returned as it is.
+    A graph without gathered parameters is returned as it is. ``teachers`` are the names of models
+    that learn nothing.
     """
+
+    teachers: tuple[Tower, ...] = ("teacher",)
+    level: ClassVar[Level] = "joint"
 
     def __call__(self, program: P) -> P:
         """Move and mark."""
@@ -45,7 +50,7 @@ class GatherLate:
             return program
         _reorder(gm.graph, leading, _scatters(gm.graph))
         for node in gathered:
-            if section_of(node) != "teacher":
+            if section_of(node) not in self.teachers:
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
                 node.meta["ac_graph_id"] = 0
         bytes_of = sum(_bytes(node) for node in gathered if _operator(node) == _GATHER)

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from fxdistill.graph.program import P, fork_module
+from fxdistill.graph.program import Level, P, fork_module
 
 REDUCE = "_c10d_functional.all_reduce.default"
 WAIT = "_c10d_functional.wait_tensor.default"
@@ -41,9 +41,9 @@ class PackReductions:
     4. All ranks must come to the same packs, or they wait for each other forever, and their graphs
        may differ in the sizes of what is here: so only the number of dimensions counts, and [1]
        is no scalar.
-
-    Works on the joint level.
     """
+
+    level: ClassVar[Level] = "joint"
 
     def __call__(self, program: P) -> P:
         """Pack; a program with nothing to pack is returned as it is."""

@@ -141,7 +141,7 @@ def run(
     options = {"task": "causal_lm", **options}
     distiller = fxdistill.wrap(student, teacher, compile=compile, **options)
     if compile == "regional":  # its terms without Inductor, for speed
-        distiller.plan = dataclasses.replace(distiller.plan, lowering=Lowering("aot_eager"))
+        distiller.options = dataclasses.replace(distiller.options, lowering=Lowering("aot_eager"))
     ids, own = batch()
     out = distiller(ids, **(own if call is None else call))
     out.loss.backward()

@@ -310,7 +310,7 @@ def test_a_wrong_call_is_the_calls_fault_and_falls_back_nowhere():
     distiller(tokens())
     with pytest.raises(StepError, match=r'(?s)test_capture\.py.*raise ValueError\("too long"\)'):
         distiller(tokens(3, 8))
-    assert distiller.plan.mode == "one_graph"
+    assert distiller.options.mode == "one_graph"
     distiller(tokens())
 
 
@@ -323,7 +323,7 @@ def test_a_fallback_that_fails_too_changes_nothing():
     distiller = fxdistill.wrap(*toy_pair(), MAPPING, feature_loss=fails_untraced, compile=options)
     with pytest.raises(CaptureError):
         distiller(tokens())
-    assert distiller.plan.mode == "one_graph"
+    assert distiller.options.mode == "one_graph"
 
 
 def test_a_backend_that_fails_is_named_as_such():

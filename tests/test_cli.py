@@ -459,7 +459,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def report(self: Any, *args: Any, **kwargs: Any) -> Report:
         seen.append((self, args, kwargs))
         inputs = {key: Value(tuple(x.shape), str(x.dtype)) for key, x in kwargs.items()}
-        stopped = None if self.plan.mode != "regional" else "a line\nof the model"
+        stopped = None if self.options.mode != "regional" else "a line\nof the model"
         return Report(**{**vars(MADE), "inputs": inputs, "stopped": stopped})
 
     def to_html(self: Report, path: Any) -> Any:
@@ -480,7 +480,7 @@ class TestReport:
         assert "one_graph" in done.out
         ((distiller, args, inputs),) = asked
         assert distiller.matches.keys() == ["model.norm"]
-        assert distiller.plan.lowering.backend == "aot_eager"
+        assert distiller.options.lowering.backend == "aot_eager"
         assert {p.dtype for p in distiller.parameters()} == {torch.float32}
         assert all(x.is_meta and x.shape == (2, 7) for x in inputs.values())
         assert list(inputs) == ["input_ids", "attention_mask", "labels"]
@@ -506,7 +506,7 @@ class TestReport:
         done = run("report", *models, "--inputs", f"towers.py:{factory}", "--eager")
         assert done.code == 0
         distiller, args, kwargs = asked[0]
-        assert distiller.plan.mode == "eager"
+        assert distiller.options.mode == "eager"
         values: list[Tensor] = [*args, *kwargs.values()]
         assert [tuple(x.shape) for x in values] == [(3, 5)]
         assert bool(args) == (factory == "positional")

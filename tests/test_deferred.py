@@ -16,7 +16,7 @@ from fxdistill.errors import StepError
 from fxdistill.heads.curve import Unreadable
 from fxdistill.heads.find import deferrable, head_of
 from fxdistill.heads.hold_back import DeferrableHead
-from fxdistill.heads.unmade import Deferred, deferring
+from fxdistill.heads.unmade import UnmadeLogits, deferring
 from fxdistill.models.landmarks import head_path
 from heads import LEFT, READ, Model, batch, run, variant
 
@@ -110,7 +110,7 @@ def test_evaluation(mode: Any) -> None:
     losses = []
     for compile in ("regional", False):
         distiller = fxdistill.wrap(student, teacher, task="causal_lm", compile=compile)
-        distiller.plan = dataclasses.replace(distiller.plan, lowering=Lowering("aot_eager"))
+        distiller.options = dataclasses.replace(distiller.options, lowering=Lowering("aot_eager"))
         ids, own = batch()
         with mode():
             losses.append(distiller(ids, **own).loss)
@@ -159,11 +159,11 @@ def test_which_heads_can_be_deferred() -> None:
     model.lm_head.compile(backend="eager")
     with pytest.raises(Unreadable, match="compiled by itself"):
         head_of(model, "lm_head")
-    teacher = Model(1)
-    paths = ["lm_head", "lm_head"]
-    found = deferrable(teacher, model, paths, both=False)
-    assert [head.module for head in found.heads] == [teacher.lm_head]
-    found = deferrable(teacher, model, paths, both=True)
+    models = {"teacher": model, "student": Model(1)}
+    paths = dict.fromkeys(models, "lm_head")
+    found = deferrable(models, paths, ["student"])
+    assert [head.module for head in found.heads] == [models["student"].lm_head]
+    found = deferrable(models, paths, ["student", "teacher"])
     assert not found.heads
     assert found.why_not == "the teacher's head 'lm_head' is compiled by itself"
 
@@ -173,16 +173,16 @@ def test_a_stand_in_answers_without_being_made() -> None:
     x = torch.randn(2, 5, 16)
     with deferring([DeferrableHead(model.lm_head)]):
         logits = model.lm_head(x)
-        assert isinstance(logits, Deferred)
+        assert isinstance(logits, UnmadeLogits)
         assert (logits.shape, logits.dtype, logits.ndim) == ((2, 5, 61), torch.float32, 3)
         assert (logits.size(-1), logits.dim(), len(logits)) == (61, 3, 2)
         capped = (logits[:, 1:].float() / 2).tanh() * 2
-        assert isinstance(capped, Deferred)
-        assert logits.made is None
+        assert isinstance(capped, UnmadeLogits)
+        assert logits.materialised is None
         assert capped.shape == (2, 4, 61)
     exact = ((x @ model.lm_head.weight.T)[:, 1:] / 2).tanh() * 2
     torch.testing.assert_close(capped.softmax(-1), exact.softmax(-1))
-    assert logits.made is not None
+    assert logits.materialised is not None
 
 
 # ---- what a model may do to its logits before it hands them over

@@ -7,7 +7,7 @@ from torch import nn
 
 import fxdistill
 from architectures import ARCHITECTURES
-from fxdistill.models.landmarks import embedding_of, logits_of, norms_of
+from fxdistill.models.landmarks import embedding_of, logits_module_of, norms_of
 from fxdistill.models.structure import stacks_of
 
 
@@ -26,7 +26,7 @@ def test_every_block_mixer_and_mlp_is_found(name: str, layers: int) -> None:
         s.mlps for s in expected
     ]
     assert norms_of(model, found) == [s.norm for s in expected]
-    assert logits_of(model, found) == architecture.logits
+    assert logits_module_of(model, found) == architecture.logits
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -12,7 +12,7 @@ import fxdistill
 from fxdistill import errors
 from fxdistill.losses import vocab_loss, vocab_loss_topk
 from fxdistill.losses.fused import operator
-from fxdistill.losses.fused.chunk import Shape
+from fxdistill.losses.fused.chunk import ChunkSpec
 
 TOKENS, D, D_T, V = 37, 12, 20, 101
 PARTS = ("student_hidden", "student_weight", "student_bias")
@@ -367,7 +367,7 @@ def test_the_operator_is_as_torch_wants_it() -> None:
     x = operands()
     w = x["student_weight"].T.contiguous().T.requires_grad_()
     h = x["student_hidden"].T.contiguous().T.requires_grad_()
-    shape = Shape((("jsd", 1.0, 0.5),), V, labelled=True)
+    shape = ChunkSpec((("jsd", 1.0, 0.5),), V, labelled=True)
     labels, share = x["labels"].clamp_min(0), x["weights"] / x["weights"].sum()
     towers = (h, w, None, x["teacher_hidden"], x["teacher_weight"], None, None)
     rest = (labels, share, share, torch.ones(3), shape.text, 16, "hw", False)

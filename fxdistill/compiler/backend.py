@@ -10,52 +10,46 @@ from torch import Tensor, fx
 from torch._dynamo.utils import get_metrics_context
 
 from fxdistill.compiler.compose import compose
-from fxdistill.compiler.journal import Past
+from fxdistill.compiler.journal import Journal
 from fxdistill.compiler.lower import Lowering, lower
 from fxdistill.compiler.split import split
-from fxdistill.distiller.options import Plan
 from fxdistill.errors import OptionError
 from fxdistill.graph import pipeline
 from fxdistill.graph.halves import Halves
 from fxdistill.graph.joint import JointProgram
 from fxdistill.graph.pipeline import Dump, Observer
 from fxdistill.graph.program import Pass, PassRecord, Program, output_values
-from fxdistill.passes import ExposeOutputs, FuseHead, PackReductions, PruneTeacher
-from fxdistill.taps.markers import CHECKS, LOCAL, begin, handed_on
+from fxdistill.passes.order import Stage, Wanted, passes_at
+from fxdistill.taps.markers import CHECKS, LOCAL, begin, note_localised
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What the backend does between capture and code, and where it notes what it did.
 
-    Dynamo keeps backends for good. So a backend knows nothing that holds a model, and its notes by
-    a weak reference only: they are a distiller's, which lives while it is called.
+    Dynamo never frees a backend, so a recipe must not keep a model alive: it holds the journal of
+    a distiller by weak reference. Dynamo cannot trace a weak reference: make the recipe outside of
+    any surrounding compile.
     """
 
     lowering: Lowering = Lowering()
-    passes: tuple[Pass, ...] = ()
-    fuse_head: bool = True
-    past: Past = field(default_factory=Past)
+    wanted: Wanted = Wanted()
+    journal: Journal = field(default_factory=Journal)
     dry: bool = False
     watch: Callable[[Halves], None] | None = None  # a dry run goes on until it has been called
 
-    @property
-    def fusing(self) -> tuple[Pass, ...]:
-        """The pass that fuses the head, if it is wanted."""
+    def passes(self, stage: Stage) -> tuple[Pass, ...]:
+        """The passes of a stage, as they are wanted at this moment."""
         compiled = self.lowering.backend == "inductor"
-        return (FuseHead(compiled, self.past.logits_made),) if self.fuse_head else ()
+        wanted = replace(self.wanted, compiled=compiled, made=self.journal.logits_made)
+        return passes_at(stage, wanted)
 
-    @classmethod
-    def of(cls, plan: Plan) -> "Recipe":
-        """What ``plan`` says of it."""
-        return cls(plan.lowering, plan.passes, plan.fuse_head)
-
-    def noting(self, past: Past) -> "Recipe":
-        """The same, with its notes in ``past``."""
-        return replace(self, past=weakref.proxy(past))
+    def noting(self, journal: Journal) -> "Recipe":
+        """The same, with its notes in ``journal``."""
+        return replace(self, journal=weakref.proxy(journal))
 
 
-class _Captured(Exception):
+class Captured(Exception):
     """Thrown out of the backend when only the capture was wanted."""
 
 
@@ -76,31 +70,41 @@ def backend(
             f"the backend 'fxdistill' takes no {' and '.join(unknown)} from torch.compile: give "
             'them to wrap(..., compile={"options": ..., "mode": ...})'
         )
-    given, recipe = recipe, recipe or Recipe()
-    dump = Dump()
-    if not any(node.target is begin for node in gm.graph.nodes):
-        names = tuple(f"output_{i}" for i in range(len(output_values(gm.graph))))
-        terms = JointProgram(gm, names, title="terms")
-        dump.write("terms", terms)
-        if given is None:
-            return lower(terms.gm, example_inputs, recipe.lowering)
-        recipe.past.made_graph(_why_again())
-        _erase_checks(gm)
-        terms = pipeline.run(terms, recipe.fusing, [dump])
-        recipe.past.program = terms
-        # There is no teacher in it to be kept.
-        lowering = replace(recipe.lowering, joint_passes=(PackReductions(),))
-        return lower(terms.gm, example_inputs, lowering, (dump, _note(recipe, terms)))
-    recipe.past.made_graph(_why_again())
-    joint = joint_program(gm, (*recipe.passes, *recipe.fusing, PruneTeacher()), dump)
-    recipe.past.program = joint
+    if any(node.target is begin for node in gm.graph.nodes):
+        return _step(gm, example_inputs, recipe or Recipe())
+    return _terms(gm, example_inputs, recipe)
+
+
+def _step(gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: Recipe) -> Callable[..., Any]:
+    """Models and objective, in one graph."""
+    dump, journal = Dump(), recipe.journal
+    journal.made_graph(_why_again())
+    joint = joint_program(gm, recipe, dump)
+    journal.program = joint
     if recipe.dry and (recipe.watch is None or not _learns(joint)):  # there is nothing to cut
-        raise _Captured
-    observers = (dump, _note(recipe, joint))
-    compiled = lower(joint.gm, example_inputs, recipe.lowering, observers, recipe.watch)
+        raise Captured
+    passes, observers = recipe.passes("step"), (dump, _note(journal, joint))
+    compiled = lower(joint.gm, example_inputs, recipe.lowering, passes, observers, recipe.watch)
     if recipe.dry:  # nothing had to be cut: no output depends on what learns
-        raise _Captured
+        raise Captured
     return compiled
+
+
+def _terms(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: Recipe | None
+) -> Callable[..., Any]:
+    """A graph without models: the objective on values of models that run as they are."""
+    names = tuple(f"output_{i}" for i in range(len(output_values(gm.graph))))
+    terms, dump = JointProgram(gm, names, title="terms"), Dump()
+    dump.write("terms", terms)
+    if recipe is None:  # somebody else's
+        return lower(terms.gm, example_inputs, Lowering(), ())
+    recipe.journal.made_graph(_why_again())
+    _erase_checks(gm)
+    terms = pipeline.run(terms, recipe.passes("terms"), [dump])
+    recipe.journal.program = terms
+    passes, observers = recipe.passes("terms step"), (dump, _note(recipe.journal, terms))
+    return lower(terms.gm, example_inputs, recipe.lowering, passes, observers)
 
 
 def _learns(joint: JointProgram) -> bool:
@@ -117,30 +121,31 @@ def _why_again() -> str | None:
     return None if found is None else re.sub(r"^\d+/\d+: ", "", str(found))
 
 
-def _note(recipe: Recipe, program: JointProgram) -> Observer:
+def _note(journal: Journal, program: JointProgram) -> Observer:
     """What passes of the joint level did becomes part of the history of ``program``."""
     history = list(program.history)
 
     def note(record: PassRecord, _: Program) -> None:
         history.append(record)
-        recipe.past.program = replace(program, history=tuple(history))
+        journal.program = replace(program, history=tuple(history))
 
     return note
 
 
-def joint_program(gm: fx.GraphModule, passes: Sequence[Pass], dump: Dump) -> JointProgram:
+def joint_program(gm: fx.GraphModule, recipe: Recipe, dump: Dump) -> JointProgram:
     """Everything that happens on the captured level."""
     names = tuple(f"output_{i}" for i in range(len(output_values(gm.graph))))
     dump.write("capture", Program(gm, names, title="capture"))
     _erase_checks(gm)
-    *towers, objective = split(gm).items()
+    *models, objective = split(gm).items()
+    passes = recipe.passes("each model")
     observers: list[Observer] = [dump]
-    exposed = {name: pipeline.run(p, (ExposeOutputs(),), observers) for name, p in towers}
+    exposed = {name: pipeline.run(p, passes, observers) for name, p in models}
     joint = compose(gm, {**exposed, objective[0]: objective[1]})
     records = tuple(record for program in exposed.values() for record in program.history)
     joint = JointProgram(joint.gm, joint.outputs, records, title=joint.title)
     dump.write("joint_compose", joint)
-    return pipeline.run(joint, passes, observers)
+    return pipeline.run(joint, recipe.passes("joint"), observers)
 
 
 def _erase_checks(gm: fx.GraphModule) -> None:
@@ -148,7 +153,7 @@ def _erase_checks(gm: fx.GraphModule) -> None:
         if isinstance(module, fx.GraphModule):
             for node in reversed(module.graph.nodes):
                 if node.op == "call_function" and node.target in CHECKS:
-                    if node.target is handed_on:
+                    if node.target is note_localised:
                         _note_local(node)
                     module.graph.erase_node(node)
 

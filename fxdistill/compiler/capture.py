@@ -20,9 +20,9 @@ from torch._dynamo import exc
 from torch._functorch import config as functorch_config
 
 from fxdistill.base.nodes import own_code
-from fxdistill.compiler.backend import Recipe, _Captured, backend
+from fxdistill.compiler.backend import Captured, Recipe, backend
 from fxdistill.compiler.explain import explained
-from fxdistill.compiler.journal import Past
+from fxdistill.compiler.journal import Journal
 from fxdistill.compiler.split import split
 from fxdistill.errors import FxDistillError
 from fxdistill.graph.halves import Halves
@@ -58,7 +58,7 @@ def _call(compiled: Step, table: TapTable, *args: Any) -> Any:
         if table.failure is not None:
             raise table.failure from None
         inner = getattr(error, "inner_exception", None)
-        if isinstance(inner, (FxDistillError, _Captured)):
+        if isinstance(inner, (FxDistillError, Captured)):
             raise inner from None
         raise explained(error) from error
 
@@ -82,13 +82,13 @@ def _dynamo_settings() -> Iterator[None]:
 
 def dry_run(step: Step, recipe: Recipe, table: TapTable, *args: Any) -> tuple[JointProgram, None]:
     """Capture ``step`` on the shapes of ``args`` and return the program; nothing is executed."""
-    past = Past()
-    compiled = one_graph(step, replace(recipe, dry=True).noting(past))
+    journal = Journal()
+    compiled = one_graph(step, replace(recipe, dry=True).noting(journal))
     try:
         compiled(table, *args)
-    except _Captured:
-        assert past.program is not None
-        return past.program, None
+    except Captured:
+        assert journal.program is not None
+        return journal.program, None
     raise AssertionError("a dry run ends in the backend")
 
 
@@ -96,22 +96,22 @@ def dry_halves(
     step: Step, recipe: Recipe, table: TapTable, *args: Any
 ) -> tuple[JointProgram, Halves | None]:
     """As ``dry_run``, on to where AOTAutograd has cut the step; ``None`` if nothing learns."""
-    past, cut = Past(), list[Halves]()
+    journal, cut = Journal(), list[Halves]()
 
     def stop(halves: Halves) -> None:
         cut.append(halves)
-        raise _Captured
+        raise Captured
 
-    compiled = one_graph(step, replace(recipe, dry=True, watch=stop).noting(past))
+    compiled = one_graph(step, replace(recipe, dry=True, watch=stop).noting(journal))
     try:
         # A cached graph would not be cut again.
         with functorch_config.patch(enable_autograd_cache=False):
             compiled(table, *args)
-    except _Captured:
-        assert past.program is not None
-        return past.program, cut[0] if cut else None
+    except Captured:
+        assert journal.program is not None
+        return journal.program, cut[0] if cut else None
     finally:
-        cut.clear()  # dynamo keeps backends for good
+        cut.clear()  # dynamo never frees a backend
     raise AssertionError("a dry run ends in the backend")
 
 
@@ -119,12 +119,12 @@ def dry_values(run: Callable[..., Any], table: TapTable, *args: Any) -> None:
     """Trace ``run`` and execute nothing: ``table`` then holds stand-ins with the taps' shapes."""
 
     def stop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        raise _Captured
+        raise Captured
 
     compiled = torch.compile(own_code(run), backend=stop, fullgraph=True)
     try:
         _call(compiled, table, *args)
-    except _Captured:
+    except Captured:
         return
     raise AssertionError("a capture ends in the backend")
 
@@ -142,7 +142,7 @@ def trace(module: nn.Module, *args: Any, **kwargs: Any) -> Program:
         program = split(gm)["module"]
         names = tuple(f"output_{i}" for i in range(len(program.outputs)))
         programs.append(replace(program, outputs=names))
-        raise _Captured
+        raise Captured
 
     def step(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         begin("module")
@@ -156,6 +156,6 @@ def trace(module: nn.Module, *args: Any, **kwargs: Any) -> Program:
     ):
         try:
             _call(compiled, table, module, args, kwargs)
-        except _Captured:
+        except Captured:
             return programs[0]
     raise AssertionError("a capture ends in the backend")

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from fxdistill.graph.joint import JointProgram
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def _mapped(fn: Callable[[Any], Any], tree: Any) -> Any:
     return tree_map(one, tree)
 
 
-class Past:
+class Journal:
     """The last call, and what happened while graphs were made."""
 
     def __init__(self) -> None:
@@ -57,18 +57,18 @@ class Past:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has made no graph, and inputs may be what cannot be copied."""
-        return Past().__dict__
+        return Journal().__dict__
 
     def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember the shapes of a call."""
         self._last = _mapped(_Like.of, (args, kwargs))
 
     @property
-    def last(self) -> Inputs | None:
-        """Inputs like those of the last call; their numbers are 0."""
+    def last(self) -> Arguments | None:
+        """Arguments like those of the last call; their numbers are 0."""
         if self._last is None:
             return None
-        inputs: Inputs = _mapped(lambda x: x.made() if isinstance(x, _Like) else x, self._last)
+        inputs: Arguments = _mapped(lambda x: x.made() if isinstance(x, _Like) else x, self._last)
         return inputs
 
     def made_graph(self, why: str | None) -> None:

@@ -6,8 +6,10 @@ of Inductor's configuration, and ``aot_autograd`` of ``torch._dynamo.backends``.
 joint passes stop running, and ``test_lower.py`` fails.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,6 +23,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 from torch.utils._pytree import tree_leaves
 
+from fxdistill import passes
 from fxdistill.base.ranks import ACROSS
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import OptionError, did_you_mean
@@ -28,6 +31,7 @@ from fxdistill.graph import pipeline
 from fxdistill.graph.halves import Halves
 from fxdistill.graph.pipeline import Observer
 from fxdistill.graph.program import Pass, Program
+from fxdistill.losses import fused
 
 Compiled = Callable[..., Any]
 SMALLEST_BUDGET = 1e-6
@@ -39,27 +43,28 @@ class Lowering:
 
     backend: str | Callable[..., Any] = "inductor"
     options: Mapping[str, Any] = field(default_factory=dict)
-    joint_passes: tuple[Pass, ...] = ()
 
 
 def lower(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     lowering: Lowering,
+    joint_passes: Sequence[Pass] = (),
     observers: Sequence[Observer] = (),
     watch: Callable[[Halves], None] | None = None,
 ) -> Compiled:
-    """Compile ``gm``.
+    """Compile ``gm``; ``joint_passes`` are those of the joint level.
 
-    ``"inductor"`` and ``"aot_eager"`` run the joint passes; other backends are called as they are.
+    ``"inductor"`` and ``"aot_eager"`` run them; other backends are called as they are.
     ``watch`` is handed both halves of what AOTAutograd has cut.
     """
-    partition = _Partition(lowering, observers, watch, () if watch is None else example_inputs)
+    inputs = () if watch is None else tuple(example_inputs)
+    fuses = lowering.backend == "inductor"
+    partition = _Partition(tuple(joint_passes), tuple(observers), watch, inputs, fuses)
     if lowering.backend == "inductor":
-        inputs = list(example_inputs)
-        careful = _UNFUSED if _crosses_cpu_ranks(gm, inputs) else {}
+        careful = _UNFUSED if _crosses_cpu_ranks(gm, example_inputs) else {}
         patches = {"custom_partitioner_fn": partition, **careful, **lowering.options}
-        return cast(Compiled, compile_fx(gm, inputs, config_patches=patches))
+        return cast(Compiled, compile_fx(gm, list(example_inputs), config_patches=patches))
     if lowering.backend == "aot_eager":
         aot = aot_autograd(
             fw_compiler=boxed_nop, partition_fn=partition, keep_inference_input_mutations=True
@@ -112,19 +117,23 @@ def mode_options(mode: str, dynamic: bool | None) -> dict[str, Any]:
     return named
 
 
+@functools.cache
+def _source_hash() -> bytes:
+    """Of every file whose change may change the code that is made."""
+    folders = [Path(passes.__file__).parent, Path(fused.__file__).parent, Path(__file__).parent]
+    files = sorted(str(file) for folder in folders for file in folder.glob("*.py"))
+    return get_hash_for_files(tuple(files))
+
+
+@dataclass
 class _Partition(CustomPartitionerFn):
     """Run the joint passes, then torch's own partitioner."""
 
-    def __init__(
-        self,
-        lowering: Lowering,
-        observers: Sequence[Observer],
-        watch: Callable[[Halves], None] | None,
-        inputs: Sequence[Any],
-    ) -> None:
-        self.passes, self.observers, self.watch = lowering.joint_passes, observers, watch
-        self.inputs = tuple(inputs)
-        self.fuses = lowering.backend == "inductor"
+    passes: tuple[Pass, ...]
+    observers: tuple[Observer, ...]
+    watch: Callable[[Halves], None] | None
+    inputs: tuple[Any, ...]
+    fuses: bool
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
         count = len(tree_leaves(gm.graph.output_node().args))
@@ -147,7 +156,7 @@ class _Partition(CustomPartitionerFn):
 
     def uuid(self) -> str:
         """Part of the key of Inductor's caches: a changed pass must not be served old code."""
-        return f"{get_hash_for_files((__file__,))!r} {self.passes!r} {torch.__version__}"
+        return f"{_source_hash()!r} {self.passes!r} {torch.__version__}"
 
 
 def _meshes_last(
@@ -160,12 +169,12 @@ def _meshes_last(
     """
     last = forward.graph.output_node()
     values = list(last.args[0])  # type: ignore[arg-type]
-    saved = sorted(values[outputs:], key=_place)
+    saved = sorted(values[outputs:], key=_order)
     if saved == values[outputs:]:
         return forward, backward
     last.args = ([*values[:outputs], *saved],)
     inputs = backward.graph.find_nodes(op="placeholder")
-    names = {node.name for node in saved if _place(node) == 1}
+    names = {node.name for node in saved if _order(node) == 1}
     tangent = next(node for node in inputs if node.name.startswith("tangents"))
     for node in [node for node in inputs if node.name in names]:
         tangent.prepend(node)
@@ -174,7 +183,7 @@ def _meshes_last(
     return forward, backward
 
 
-def _place(saved: fx.Node) -> int:
+def _order(saved: fx.Node) -> int:
     """Tensors first, then what is no number either, then numbers."""
     value = saved.meta.get("val")
     if value is None or isinstance(value, torch.Tensor):

@@ -1,50 +1,192 @@
-"""The three ways in which a distiller runs a step: one graph, regional, eager."""
+"""The three ways in which a step runs: one graph, regional, eager. One function each.
 
-from typing import TYPE_CHECKING
+All three take the same request and give the same result: the losses, and the logits if they were
+asked for.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from fxdistill.distiller.step import lookup_marker
+from fxdistill.compiler import capture
+from fxdistill.compiler.backend import Recipe
+from fxdistill.distiller.step import lookup_marker, run_towers, step
+from fxdistill.distiller.towers import Towers
 from fxdistill.heads.curve import logits_from
-from fxdistill.heads.unmade import Parts, handed_on
-from fxdistill.models.tap import Tap
+from fxdistill.heads.find import Found, deferrable, mesh_sizes, sharded_vocabularies
+from fxdistill.heads.unmade import HeadInputs, as_loss_input, deferring
+from fxdistill.models.landmarks import head_path
+from fxdistill.models.modes import buffers_kept_on_error
+from fxdistill.models.tap import Tap, Tower
+from fxdistill.objective.call import Call
+from fxdistill.objective.checks import verify
 from fxdistill.objective.objective import Losses, Objective
 from fxdistill.objective.term import LOGITS
 from fxdistill.objective.tokens import Batch
+from fxdistill.taps.hooks import hooked
 from fxdistill.taps.markers import verified
+from fxdistill.taps.table import Expectations, TapTable, recording
 
-if TYPE_CHECKING:
-    from fxdistill.distiller.distiller import Distiller
+Result = tuple[Losses, Tensor | None]
+Collected = Mapping[tuple[Tower, Tap], Tensor | HeadInputs]
 
 
-def collect(objective: Objective, logits: bool) -> dict[tuple[str, Tap], Tensor | Parts]:
-    """What the towers have tapped and the objective reads; TapError where a module did not run."""
+@dataclass(frozen=True)
+class Request:
+    """One step that is to be run."""
+
+    towers: Towers
+    objective: Objective
+    call: Call
+    settings: Tensor
+    warned: list[str] = field(default_factory=list)  # what the checks of the step had to say
+
+
+class Steps:
+    """What steps leave behind for the next one: compiled functions, and what was found out."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[str, Callable[..., Any]] = {}
+        self._head_paths: dict[Tower, str | None] | None = None
+        self.passed = False  # whether a step has run to its end outside of one graph
+
+    def compiled(
+        self, function: Callable[..., Any], recipe: Recipe, dynamic: bool | None
+    ) -> Callable[..., Any]:
+        """``function`` as one graph, made at the first call."""
+        name = function.__name__
+        if name not in self._compiled:
+            self._compiled[name] = capture.one_graph(function, recipe, dynamic)
+        return self._compiled[name]
+
+    def head_paths(self, towers: Towers) -> dict[Tower, str | None]:
+        """Where each model makes its logits; looked for once."""
+        if self._head_paths is None:
+            self._head_paths = {t: head_path(model) for t, model in towers.modules.items()}
+        return self._head_paths
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has compiled nothing."""
+        return Steps().__dict__
+
+
+def in_one_graph(request: Request, steps: Steps, recipe: Recipe, dynamic: bool | None) -> Result:
+    """Models and terms are one compiled graph."""
+    towers, call = request.towers, request.call
+    run = steps.compiled(step, recipe, towers.dynamic(dynamic))
+    with tapping(request, steps, capturing=True) as table:
+        given = (towers, request.objective, call.inputs, call.batch, request.settings)
+        result: Result = run(table, *given)
+        return result
+
+
+def regional(
+    request: Request, steps: Steps, recipe: Recipe, dynamic: bool | None, *, fuse: bool
+) -> Result:
+    """The models run as they are; the terms, with the fused head, are one compiled graph."""
+    towers, objective, call = request.towers, request.objective, request.call
+    heads = _heads(request, steps) if fuse else Found()
+    recipe.journal.logits_made = heads.why_not
+    with (
+        tapping(request, steps, capturing=False),
+        _buffers_kept(towers, steps),
+        deferring(heads.heads) as waiting,
+    ):
+        anchor = run_towers(towers, objective, call.inputs)
+        values = collect(objective)
+    steps.passed = True
+    terms = steps.compiled(terms_of, recipe, towers.dynamic(dynamic))
+    with recording(TapTable(capturing=True)) as table:
+        given = (objective, values, call.batch, request.settings, towers.projections, anchor)
+        losses, logits = terms(table, *given)
+    waiting.hand_to(losses.total)
+    return losses, logits
+
+
+def eager(request: Request, steps: Steps) -> Result:
+    """Everything runs as it is."""
+    towers, call = request.towers, request.call
+    with tapping(request, steps, capturing=False), _buffers_kept(towers, steps):
+        given = (towers, request.objective, call.inputs, call.batch, request.settings)
+        result = step(*given)
+    steps.passed = True
+    return result
+
+
+def _buffers_kept(towers: Towers, steps: Steps) -> contextlib.AbstractContextManager[None]:
+    """Models that run before their values are checked are put back if the checks fail.
+
+    Once they have passed, a step need not keep copies.
+    """
+    models = () if steps.passed else (*towers.modules.values(), towers.projections)
+    return buffers_kept_on_error(*models)
+
+
+def _heads(request: Request, steps: Steps) -> Found:
+    """The heads whose logits only the losses read."""
+    objective = request.objective
+    if not objective.can_fuse or objective.returns is not None:
+        return Found()
+    paths = steps.head_paths(request.towers)
+    return deferrable(request.towers.modules, paths, objective.with_logits)
+
+
+@contextlib.contextmanager
+def tapping(request: Request, steps: Steps, *, capturing: bool) -> Iterator[TapTable]:
+    """Hooks on all models and a table for what they see, for one call."""
+    towers, objective = request.towers, request.objective
+    expected = Expectations(
+        frozen=towers.frozen,
+        vocabularies=sharded_vocabularies(towers.modules, steps.head_paths(towers)),
+        ranks={tower: mesh_sizes(model) for tower, model in towers.modules.items()},
+        grids=request.call.batch.grids,
+        verify=functools.partial(
+            verify,
+            objective.features,
+            towers.projections,
+            alone=objective.learns_from_features_alone,
+        ),
+    )
+    table = TapTable(capturing=capturing, expected=expected)
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(recording(table))
+        for tower, model in towers.modules.items():
+            hooks.enter_context(hooked(model, tower, objective.taps_of(tower)))
+        try:
+            yield table
+            request.warned.extend(table.warnings)
+        except Exception:
+            # Parts that the user compiled wrap what a tap raises; what it said is in the table.
+            if table.failure is not None:
+                raise table.failure from None
+            raise
+
+
+def collect(objective: Objective) -> Collected:
+    """What the models have tapped and the terms read; TapError where a module did not run."""
     verified()
-    wanted = [("student", term.student) for term in objective.features]
-    wanted += [("teacher", term.teacher) for term in objective.features]
-    if logits or objective.label_loss is not None or objective.logit_loss is not None:
-        wanted.append(("student", LOGITS))
-    if objective.logit_loss is not None:
-        wanted.append(("teacher", LOGITS))
-    return {(tower, tap): handed_on(lookup_marker(tower, tap)) for tower, tap in wanted}
+    return {end: as_loss_input(lookup_marker(*end)) for end in objective.reads}
 
 
 def terms_of(
-    distiller: "Distiller",
     objective: Objective,
-    values: dict[tuple[str, Tap], Tensor | Parts],
+    values: Collected,
     batch: Batch,
     settings: Tensor,
+    projections: Any,
     anchor: Tensor,
-) -> tuple[Losses, Tensor | None]:
+) -> Result:
     """The objective on values that were collected: what regional mode compiles."""
 
-    def lookup(tower: str, tap: Tap) -> Tensor:
+    def lookup(tower: Tower, tap: Tap) -> Tensor:
         value = values[tower, tap]
-        return logits_from(*value) if isinstance(value, Parts) else value
+        return logits_from(*value) if isinstance(value, HeadInputs) else value
 
-    losses = objective(lookup, batch, settings, distiller.projections, anchor)
-    logits = None
-    if "logits" in distiller.plan.outputs:
-        logits = lookup("student", LOGITS).detach()
+    losses = objective(lookup, batch, settings, projections, anchor)
+    returns = objective.returns
+    logits = None if returns is None else lookup(returns, LOGITS).detach()
     return losses, logits

@@ -1,17 +1,23 @@
-"""How a distiller runs: what ``wrap`` made of its options."""
+"""How a distiller runs: what ``wrap`` makes of ``compile``, ``passes`` and ``outputs``."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
-from fxdistill.compiler.lower import Lowering
+from fxdistill.compiler.backend import Recipe
+from fxdistill.compiler.lower import Lowering, check_lowering, mode_options
+from fxdistill.distiller.towers import Towers
+from fxdistill.errors import OptionError, did_you_mean
 from fxdistill.graph.program import Pass
+from fxdistill.passes.order import Wanted
 
 Mode = Literal["one_graph", "regional", "eager"]
+_COMPILE_KEYS = ("backend", "options", "mode", "dynamic", "fallback", "fuse_head")
+CompileLike = bool | str | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Options:
     """The options of one distiller."""
 
     mode: Mode = "one_graph"
@@ -20,7 +26,68 @@ class Plan:
     fallback: bool = False
     passes: tuple[Pass, ...] = ()
     fuse_head: bool = True
-    freeze_teacher: bool = True
+    gathers: bool = False  # whether parameters are gathered in the graph
     outputs: tuple[str, ...] = ()
-    shardings: Mapping[str, Any] = field(default_factory=dict)  # by tower, with ``mesh=``
     notes: tuple[str, ...] = ()
+
+    def recipe(self, towers: Towers) -> Recipe:
+        """What the backend needs to know of them, and of the models."""
+        wanted = Wanted(
+            user=self.passes,
+            fuse_head=self.fuse_head,
+            gathers=self.gathers,
+            beside=tuple(tower for tower in towers.modules if tower != towers.main),
+            frozen=tuple(tower for tower in towers.modules if tower in towers.frozen),
+        )
+        return Recipe(self.lowering, wanted)
+
+
+def read_options(
+    compile: CompileLike, outputs: tuple[str, ...], passes: tuple[Pass, ...]
+) -> Options:
+    """The options that ``wrap`` was given; OptionError for what is none."""
+    for name in outputs:
+        if name != "logits":
+            raise OptionError(f"outputs={outputs!r}: only 'logits' can be asked for")
+    options: Mapping[str, Any] = compile if isinstance(compile, Mapping) else {}
+    for key in options:
+        if key not in _COMPILE_KEYS:
+            near = did_you_mean(key, _COMPILE_KEYS)
+            raise OptionError(f"compile={{{key!r}: ...}} is no option. Nearest: {near}.")
+    if options.get("fallback") not in (None, "regional"):
+        raise OptionError("compile's fallback can only be 'regional'")
+    mode = _mode(compile)
+    if passes and mode != "one_graph":
+        raise OptionError(f"passes work on the one graph, and compile={compile!r} makes none")
+    lowering = Lowering(options.get("backend", "inductor"), _inductor_options(options))
+    check_lowering(lowering)
+    return Options(
+        mode=mode,
+        lowering=lowering,
+        dynamic=options.get("dynamic"),
+        fallback=options.get("fallback") is not None,
+        passes=passes,
+        fuse_head=bool(options.get("fuse_head", True)),
+        outputs=outputs,
+    )
+
+
+def _mode(compile: CompileLike) -> Mode:
+    if isinstance(compile, str) and compile != "regional":
+        raise OptionError(f"compile={compile!r}: True, False, 'regional', or a dict of options")
+    if isinstance(compile, str):
+        return cast(Mode, compile)
+    return "one_graph" if compile or isinstance(compile, Mapping) else "eager"
+
+
+def _inductor_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``mode`` means what it means to ``torch.compile``: a named set of Inductor options."""
+    backend, mode = options.get("backend", "inductor"), options.get("mode")
+    named: dict[str, Any] = {}
+    if mode is not None:
+        if backend != "inductor":
+            raise OptionError(f"mode={mode!r} names options of Inductor, not of {backend!r}")
+        named = mode_options(mode, options.get("dynamic"))
+    if backend == "aot_eager" and options.get("options"):
+        raise OptionError(f"the backend 'aot_eager' takes no options: {options['options']!r}")
+    return {**named, **options.get("options", {})}

@@ -2,15 +2,68 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fxdistill.errors import (
-    MatchWarning,
-    OptionError,
-)
+from fxdistill.base.tensors import scalar
+from fxdistill.errors import MatchWarning, OptionError, did_you_mean
+from fxdistill.objective.term import GLOBAL_SETTINGS, Term
+
+Setting = float | Tensor
+
+
+class Settings:
+    """The global settings, then the weight of each match by its name, as one vector.
+
+    The vector is made anew where something is set: the tensors of a pending backward are not
+    written.
+    """
+
+    def __init__(self, values: Mapping[str, Setting], matches: Sequence[str]) -> None:
+        self.values = dict(values)
+        self.matches = tuple(matches)
+        self._vector: Tensor | None = None
+
+    def set(self, weights: Mapping[str, Setting] | None, values: Mapping[str, Setting]) -> None:
+        """Change global settings by ``values``, weights of matches by ``weights``.
+
+        OptionError, and nothing is changed, where a name is unknown or a value is no number.
+        """
+        for name in values:
+            if name not in GLOBAL_SETTINGS:
+                near = did_you_mean(name, GLOBAL_SETTINGS)
+                raise OptionError(f"set() knows no {name!r}. Nearest: {near}.")
+        for name in weights or {}:
+            if name not in self.matches:
+                near = did_you_mean(name, self.matches)
+                raise OptionError(f"no term {name!r}. Nearest: {near}.")
+        new = {**values, **(weights or {})}
+        check_settings(new)
+        self.values = {**self.values, **new}
+        self.forget()
+
+    def on(self, device: torch.device) -> Tensor:
+        """The vector, kept for the next step on the same device."""
+        if self._vector is None or self._vector.device != device:
+            # Kept for later steps, which may train: an evaluation may run in inference mode.
+            with torch.inference_mode(False):
+                self._vector = self.made(device)
+        return self._vector
+
+    def made(self, device: torch.device) -> Tensor:
+        """The vector, made anew; a run on stand-ins must not leave one behind."""
+        names = (*GLOBAL_SETTINGS, *self.matches)
+        return torch.stack([scalar(self.values[name], device) for name in names])
+
+    def forget(self) -> None:
+        """Make a new vector for the next step."""
+        self._vector = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_vector": None}
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -24,7 +77,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise OptionError(f"temperature={value!r}: it divides the logits and must be positive")
 
 
-def warn_of_zero_weights(terms: Iterable[Any]) -> None:
+def warn_of_zero_weights(terms: Iterable[Term]) -> None:
     """Warn of matches that are computed and reach no loss."""
     for term in terms:
         if not isinstance(term.weight, Tensor) and term.weight == 0:

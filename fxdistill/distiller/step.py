@@ -1,88 +1,82 @@
-"""One step: teacher, student, objective. Eager runs call it; one graph is a trace of it."""
+"""One step: models, then objective. Eager runs call it; one graph is a trace of it."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fxdistill.distiller.towers import Towers
 from fxdistill.errors import LogitsError
-from fxdistill.heads.unmade import Deferred
+from fxdistill.heads.unmade import UnmadeLogits
 from fxdistill.models.conventions import logits_of
-from fxdistill.models.tap import Tap
+from fxdistill.models.tap import Tap, Tower
 from fxdistill.objective.call import Inputs
 from fxdistill.objective.objective import Losses, Objective
 from fxdistill.objective.term import LOGITS
 from fxdistill.objective.tokens import Batch
 from fxdistill.taps.markers import begin, check, keep, named, tap, tapped, verified
 
-if TYPE_CHECKING:
-    from fxdistill.distiller.distiller import Distiller
-
-
-def first_trainable(model: nn.Module) -> Tensor:
-    """A parameter that gradients can reach."""
-    return next((p for p in model.parameters() if p.requires_grad), next(model.parameters()))
-
-
-def lookup_marker(tower: str, tap: Tap) -> Tensor:
-    """The lookup of traced and eager runs: ask the markers."""
-    return tapped(tower, tap.path, tap.port, tap.call_text)
-
 
 def step(
-    distiller: "Distiller",
+    towers: Towers,
     objective: Objective,
-    student: Inputs,
-    teacher: Inputs,
+    inputs: Mapping[Tower, Inputs],
     batch: Batch,
     settings: Tensor,
 ) -> tuple[Losses, Tensor | None]:
-    """Teacher, student, objective: what becomes one graph, and what eager mode runs."""
-    anchor = run_towers(distiller, objective, student, teacher)
+    """Models, then objective: what becomes one graph, and what eager mode runs."""
+    anchor = run_towers(towers, objective, inputs)
     begin("objective")
     verified()
-    losses = objective(lookup_marker, batch, settings, distiller.projections, anchor)
+    losses = objective(lookup_marker, batch, settings, towers.projections, anchor)
     logits = None
-    if "logits" in distiller.plan.outputs:
-        logits = named(lookup_marker("student", LOGITS).detach(), "logits_output")
+    if objective.returns is not None:
+        logits = named(lookup_marker(objective.returns, LOGITS).detach(), "logits_output")
     terms = {name: named(value, name) for name, value in losses.terms.items()}
     return Losses(named(losses.total, "loss"), terms), logits
 
 
-def run_towers(
-    distiller: "Distiller",
-    objective: Objective,
-    student: Inputs,
-    teacher: Inputs,
-) -> Tensor:
-    """Run the models; what they compute leaves through taps. Returns the anchor of the total."""
-    frozen = distiller.plan.freeze_teacher
-    needs_logits = objective.label_loss is not None or "logits" in distiller.plan.outputs
-    if objective.uses_teacher:
-        begin("teacher")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            output = distiller.run("teacher", teacher)
-            if objective.logit_loss is not None:
-                _tap_logits(output, "teacher")
-    begin("student")
-    output = distiller.run("student", student)
-    if needs_logits or objective.logit_loss is not None:
-        _tap_logits(output, "student")
-    return first_trainable(distiller)
+def run_towers(towers: Towers, objective: Objective, inputs: Mapping[Tower, Inputs]) -> Tensor:
+    """Run the models; what they compute leaves through taps. Returns the anchor of the total.
+
+    A model that no term reads is not run, but for the main one.
+    """
+    read, with_logits = objective.towers, objective.with_logits
+    for tower in towers.modules:
+        if tower == towers.main or tower in read:
+            begin(tower)
+            if tower in towers.frozen:
+                with torch.set_grad_enabled(False):
+                    _run(towers, tower, inputs[tower], logits=tower in with_logits)
+            else:
+                _run(towers, tower, inputs[tower], logits=tower in with_logits)
+    return towers.anchor()
 
 
-def _tap_logits(output: Any, tower: str) -> None:
+def _run(towers: Towers, tower: Tower, inputs: Inputs, *, logits: bool) -> None:
+    output = towers.run(tower, inputs)
+    if logits:
+        _tap_logits(output, tower)
+
+
+def lookup_marker(tower: Tower, tap: Tap) -> Tensor:
+    """The lookup of traced and eager runs: ask the markers."""
+    return tapped(tower, tap.path, tap.port, tap.call_text)
+
+
+def _tap_logits(output: Any, tower: Tower) -> None:
     logits = logits_of(output)
     if logits is None:
         no_logits(tower)
-    elif isinstance(logits, Deferred):
+    elif isinstance(logits, UnmadeLogits):
         keep(logits, LOGITS.path, LOGITS.port)
     else:
         tap(logits, tower, LOGITS.path, LOGITS.port)
 
 
 @check
-def no_logits(tower: str) -> None:
+def no_logits(tower: Tower) -> None:
     """Raise because a term needs logits."""
     raise LogitsError(
         f"the {tower} returns no logits. A model's logits are its tensor output, or its "

@@ -3,35 +3,40 @@
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from fxdistill import parallel
+from fxdistill.base.ranks import Ranks
 from fxdistill.base.tensors import is_placed
-from fxdistill.compiler.lower import Lowering, check_lowering, mode_options
+from fxdistill.distiller import dry
 from fxdistill.distiller.distiller import Distiller
-from fxdistill.distiller.options import Mode, Plan
-from fxdistill.distiller.settings import check_settings, warn_of_zero_weights
+from fxdistill.distiller.guard import check_call
+from fxdistill.distiller.modes import Request, Steps
+from fxdistill.distiller.options import CompileLike, Options, read_options
+from fxdistill.distiller.settings import Settings, check_settings, warn_of_zero_weights
+from fxdistill.distiller.towers import Model, Towers
 from fxdistill.errors import (
     CaptureError,
     FrozenStudentError,
     FxDistillError,
     OptionError,
-    did_you_mean,
     gather,
     raise_together,
 )
 from fxdistill.graph.program import Pass
-from fxdistill.losses.names import LABEL_LOSSES, LOGIT_LOSSES, is_named, loss_name, resolve
-from fxdistill.mapping.matches import Mapped, Matches, entries
-from fxdistill.mapping.resolve import resolve as resolve_matches
+from fxdistill.losses.names import LABEL_LOSSES, LOGIT_LOSSES, Loss, is_named, loss_name, loss_of
+from fxdistill.mapping.matches import Mapped, Matches, parse_entries
+from fxdistill.mapping.resolve import resolve
 from fxdistill.models.conventions import find_task
+from fxdistill.models.devices import device_of
 from fxdistill.models.landmarks import vocabulary_of
 from fxdistill.models.modes import buffers_kept_on_error, modes_kept_on_error
-from fxdistill.objective.call import Inputs
+from fxdistill.models.tap import Tower
+from fxdistill.objective.call import Inputs, sort_call
 from fxdistill.objective.make_terms import (
     Shapes,
     asks_for_width,
@@ -40,11 +45,11 @@ from fxdistill.objective.make_terms import (
     with_projections,
 )
 from fxdistill.objective.objective import Objective
+from fxdistill.objective.term import LabelTerm, LogitTerm
 from fxdistill.objective.vocabulary import require_padding_only
-from fxdistill.passes import CountCollectives, GatherLate, KeepTeacher, PackReductions
 
+FeatureLoss = str | Callable[..., Tensor]
 LossLike = str | Callable[..., Tensor] | None
-_COMPILE_KEYS = ("backend", "options", "mode", "dynamic", "fallback", "fuse_head")
 
 
 def wrap(
@@ -52,7 +57,7 @@ def wrap(
     teacher: nn.Module,
     mapping: Mapped = None,
     *,
-    feature_loss: str | Callable[..., Tensor] = "mse",
+    feature_loss: FeatureLoss = "mse",
     feature_weight: float = 1.0,
     logit_loss: LossLike = "forward_kl",
     logit_weight: float = 1.0,
@@ -63,7 +68,7 @@ def wrap(
     vocab_size: int | None = None,
     freeze_teacher: bool = True,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
-    compile: bool | str | Mapping[str, Any] = True,
+    compile: CompileLike = True,
     outputs: Iterable[str] = (),
     passes: Iterable[Pass] = (),
     mesh: Any = None,
@@ -121,19 +126,21 @@ def wrap(
         FxDistillError: A subclass for each thing that can be wrong; see ``fxdistill.errors``.
     """
     check_trainable(student)
-    plan = _plan(compile, tuple(outputs), tuple(passes), freeze_teacher)
-    found_task = find_task(student, task)
+    options = read_options(compile, tuple(outputs), tuple(passes))
+    examples = _as_inputs(example_inputs)
     matches = _resolved(student, teacher, mapping, feature_loss)
+    found_task = find_task(student, task)
     objective = Objective(
         features=make_terms(student, matches, feature_loss, found_task),
-        logit_loss=_optional(logit_loss, LOGIT_LOSSES, "logit_loss"),
-        label_loss=_optional(label_loss, LABEL_LOSSES, "label_loss"),
+        logits=tuple(map(LogitTerm, _named(logit_loss, LOGIT_LOSSES, "logit_loss"))),
+        labels=tuple(map(LabelTerm, _named(label_loss, LABEL_LOSSES, "label_loss"))),
         task=found_task,
         vocab_size=vocab_size,
-        freeze_teacher=freeze_teacher,
+        frozen=frozenset({"teacher"} if freeze_teacher else ()),
         own_losses=is_named(logit_loss) and is_named(label_loss),
+        returns="student" if options.outputs else None,
     )
-    if objective.logit_loss is not None and objective.own_losses:
+    if objective.logits and objective.own_losses:
         _check_vocabularies(student, teacher, vocab_size)
     settings = {
         "logit_weight": logit_weight,
@@ -144,87 +151,47 @@ def wrap(
     }
     check_settings(settings)
     warn_of_zero_weights(objective.features)
-    build = functools.partial(_built, student, teacher)
-    rest = (matches, settings)
-    if mesh is None:
-        if student_plan is not None or teacher_plan is not None:
-            raise OptionError("student_plan and teacher_plan are for models on a mesh: mesh=...")
-        return build(objective, *rest, plan, _as_inputs(example_inputs))
-    models = {"student": student, "teacher": teacher}
+    models = {"teacher": Model(teacher, not freeze_teacher), "student": Model(student)}
+    losses = [loss_name(loss) for loss in (logit_loss, label_loss, feature_loss) if loss]
+    asked = f"{matches}\n{losses} {settings}\n{options.mode} {options.outputs} {found_task}"
     plans = {"student": student_plan, "teacher": teacher_plan}
-    with parallel.sharding.kept_on_error(student, teacher), buffers_kept_on_error(student, teacher):
-        losses = [loss_name(loss) for loss in (logit_loss, label_loss, feature_loss) if loss]
-        asked = f"{matches}\n{losses} {settings}\n{plan.mode} {plan.outputs} {found_task}"
-        taps = [end for term in objective.features for end in term.taps]
-        placed = parallel.setup.set_up(models, plans, mesh, taps, asked, freeze_teacher)
-        late = replace(plan.lowering, joint_passes=(GatherLate(), *plan.lowering.joint_passes))
-        plan = replace(plan, lowering=late, shardings=placed.shardings, notes=placed.notes)
-        objective = replace(objective, ranks=placed.ranks)
-        return build(objective, *rest, plan, _as_inputs(example_inputs))
-
-
-def _resolved(
-    student: nn.Module,
-    teacher: nn.Module,
-    mapping: Mapped,
-    default: str | Callable[..., Tensor],
-) -> Matches:
-    """The explicit matches; where there are none to be had, options are checked all the same."""
-    problems: list[FxDistillError] = []
-    matches = gather(problems, resolve_matches, student, teacher, mapping)
-    if matches is not None:
-        return matches
-    for read, *entry in gather([], entries, mapping) or ():
-        if (match := gather([], read, *entry)) is not None:
-            check_options(match, str(match.student), student, default, problems)
-    raise_together(problems)
-    raise AssertionError("what cannot be resolved is a problem")
-
-
-def _built(
-    student: nn.Module,
-    teacher: nn.Module,
-    objective: Objective,
-    matches: Matches,
-    settings: Mapping[str, float],
-    plan: Plan,
-    examples: Inputs | None,
-) -> Distiller:
-    """Make the distiller and try it on the examples; an error puts the teacher's modes back."""
-    with modes_kept_on_error(teacher):
-        shapes: Shapes = {}
-        if examples is not None and asks_for_width(matches):
-            probe = Distiller(student, teacher, objective, nn.ModuleList(), matches, settings, plan)
-            # What cannot be captured is reported below, with what can be done about it.
-            with contextlib.suppress(CaptureError):
-                shapes = probe.tapped_shapes(*examples.args, **examples.kwargs)
-        problems: list[FxDistillError] = []
-        terms, projections = with_projections(
-            objective.features, matches, student, teacher, shapes, problems
+    with modes_kept_on_error(teacher), _placed(models, objective, mesh, plans, asked) as placed:
+        parts = Parts(
+            placed.models,
+            replace(objective, ranks=placed.ranks),
+            matches,
+            settings,
+            replace(options, gathers=mesh is not None, notes=placed.notes),
         )
-        _make_alike(projections, (student, teacher))
-        objective = replace(objective, features=terms)
-        distiller = Distiller(student, teacher, objective, projections, matches, settings, plan)
-        if problems and examples is not None:  # what else is wrong, told with it
-            check = functools.partial(distiller.check, *examples.args, **examples.kwargs)
-            gather(problems, check)
-        raise_together(problems)
-        if examples is None:
-            return distiller
-        try:
-            distiller.check(*examples.args, **examples.kwargs)
-        except CaptureError as error:
-            if plan.mode == "one_graph" and not plan.fallback:
-                raise
-            warnings.warn(f"the example inputs could not be checked: {error}", stacklevel=3)
-        return distiller
+        return _tried(parts, examples)
 
 
-def _make_alike(projections: nn.ModuleList, models: Iterable[nn.Module]) -> None:
-    """Projections that were made at random are, on a mesh, those of its first rank."""
-    found = {p.device_mesh for model in models for p in model.parameters() if is_placed(p)}
-    if len(projections) and found:
-        parallel.setup.make_alike(projections, found)
+class Placed(NamedTuple):
+    """Models where they will run."""
+
+    models: Mapping[Tower, Model]
+    ranks: Ranks | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Parts(NamedTuple):
+    """What a distiller is made of, before its projections."""
+
+    models: Mapping[Tower, Model]
+    objective: Objective
+    matches: Matches
+    settings: Mapping[str, float]
+    options: Options
+
+
+def check_trainable(student: nn.Module) -> None:
+    """Raise FrozenStudentError where there is nothing to train."""
+    parameters = list(student.parameters())
+    if not any(p.requires_grad for p in parameters):
+        raise FrozenStudentError(
+            f"none of the student's {len(parameters)} parameters requires a gradient: there is "
+            "nothing to train. student.requires_grad_(True), or unfreeze the part to train."
+        )
 
 
 def _as_inputs(examples: Mapping[str, Any] | tuple[Any, ...] | None) -> Inputs | None:
@@ -238,6 +205,28 @@ def _as_inputs(examples: Mapping[str, Any] | tuple[Any, ...] | None) -> Inputs |
     return Inputs(examples, {}) if isinstance(examples, tuple) else Inputs((), dict(examples))
 
 
+# ---------------------------------------------------------------------- matches and losses
+
+
+def _resolved(
+    student: nn.Module, teacher: nn.Module, mapping: Mapped, default: FeatureLoss
+) -> Matches:
+    """The explicit matches; where there are none to be had, options are checked all the same."""
+    problems: list[FxDistillError] = []
+    matches = gather(problems, resolve, student, teacher, mapping)
+    if matches is not None:
+        return matches
+    for match in parse_entries(mapping)[0]:
+        check_options(match, str(match.student), student, default, problems)
+    raise_together(problems)
+    raise AssertionError("resolve has raised, so there is a problem")
+
+
+def _named(loss: LossLike, table: dict[str, Loss], what: str) -> tuple[Loss, ...]:
+    """The loss; none where it is turned off."""
+    return () if loss is None else (loss_of(loss, table, what),)
+
+
 def _check_vocabularies(student: nn.Module, teacher: nn.Module, vocab_size: int | None) -> None:
     """Raise now what the first step would: both heads say how wide the logits are."""
     sizes = vocabulary_of(student), vocabulary_of(teacher)
@@ -245,69 +234,89 @@ def _check_vocabularies(student: nn.Module, teacher: nn.Module, vocab_size: int 
         require_padding_only(sizes[0], sizes[1], vocab_size)
 
 
-def _optional(loss: LossLike, table: dict[str, Any], what: str) -> Any:
-    return None if loss is None else resolve(loss, table, what)
+# ---------------------------------------------------------------------- placement
 
 
-def _plan(
-    compile: bool | str | Mapping[str, Any],
-    outputs: tuple[str, ...],
-    passes: tuple[Pass, ...],
-    freeze_teacher: bool,
-) -> Plan:
-    for name in outputs:
-        if name != "logits":
-            raise OptionError(f"outputs={outputs!r}: only 'logits' can be asked for")
-    options: Mapping[str, Any] = compile if isinstance(compile, Mapping) else {}
-    for key in options:
-        if key not in _COMPILE_KEYS:
-            near = did_you_mean(key, _COMPILE_KEYS)
-            raise OptionError(f"compile={{{key!r}: ...}} is no option. Nearest: {near}.")
-    if isinstance(compile, str) and compile != "regional":
-        raise OptionError(f"compile={compile!r}: True, False, 'regional', or a dict of options")
-    if options.get("fallback") not in (None, "regional"):
-        raise OptionError("compile's fallback can only be 'regional'")
-    mode: Mode = "regional" if compile == "regional" else "one_graph" if compile else "eager"
-    if isinstance(compile, Mapping):
-        mode = "one_graph"
-    if passes and mode != "one_graph":
-        raise OptionError(f"passes work on the one graph, and compile={compile!r} makes none")
-    lowering = Lowering(
-        options.get("backend", "inductor"),
-        _inductor_options(options),
-        (*((KeepTeacher(),) if freeze_teacher else ()), PackReductions(), CountCollectives()),
+@contextlib.contextmanager
+def _placed(
+    models: Mapping[Tower, Model],
+    objective: Objective,
+    mesh: Any,
+    plans: Mapping[Tower, Mapping[str, Any] | None],
+    asked: str,
+) -> Iterator[Placed]:
+    """Put the models on a mesh, if there is one; an error in what follows takes them off again."""
+    if mesh is None:
+        if any(plan is not None for plan in plans.values()):
+            raise OptionError("student_plan and teacher_plan are for models on a mesh: mesh=...")
+        yield Placed(models)
+        return
+    modules = {tower: models[tower].module for tower in plans}
+    taps = [end for term in objective.features for end in term.taps]
+    with (
+        parallel.sharding.kept_on_error(*modules.values()),
+        buffers_kept_on_error(*modules.values()),
+    ):
+        found = parallel.setup.set_up(modules, plans, mesh, taps, asked, objective.frozen)
+        sharded = {t: replace(model, sharding=found.shardings[t]) for t, model in models.items()}
+        yield Placed(sharded, found.ranks, found.notes)
+
+
+# ---------------------------------------------------------------------- projections, and a check
+
+
+def _tried(parts: Parts, examples: Inputs | None) -> Distiller:
+    """The distiller with its projections, tried on the examples."""
+    problems: list[FxDistillError] = []
+    distiller = _with_projections(parts, examples, problems)
+    if examples is None:
+        raise_together(problems)
+        return distiller
+    check = functools.partial(distiller.check, *examples.args, **examples.kwargs)
+    if problems:  # what else is wrong, told with it
+        gather(problems, check)
+        raise_together(problems)
+    try:
+        check()
+    except CaptureError as error:
+        if parts.options.mode == "one_graph" and not parts.options.fallback:
+            raise
+        warnings.warn(f"the example inputs could not be checked: {error}", stacklevel=4)
+    return distiller
+
+
+def _with_projections(
+    parts: Parts, examples: Inputs | None, problems: list[FxDistillError]
+) -> Distiller:
+    models, objective = parts.models, parts.objective
+    modules = {tower: model.module for tower, model in models.items()}
+    shapes = _shapes(parts, examples)
+    terms, projections = with_projections(
+        objective.features, parts.matches, modules, shapes, problems
     )
-    check_lowering(lowering)
-    return Plan(
-        mode=mode,
-        lowering=lowering,
-        dynamic=options.get("dynamic"),
-        fallback=options.get("fallback") is not None,
-        passes=passes,
-        fuse_head=bool(options.get("fuse_head", True)),
-        freeze_teacher=freeze_teacher,
-        outputs=outputs,
-    )
+    _make_alike(projections, modules.values())
+    objective = replace(objective, features=terms)
+    rest = (parts.matches, parts.settings, parts.options)
+    return Distiller(models, objective, projections, *rest)
 
 
-def _inductor_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """``mode`` means what it means to ``torch.compile``: a named set of Inductor options."""
-    backend, mode = options.get("backend", "inductor"), options.get("mode")
-    named: dict[str, Any] = {}
-    if mode is not None:
-        if backend != "inductor":
-            raise OptionError(f"mode={mode!r} names options of Inductor, not of {backend!r}")
-        named = mode_options(mode, options.get("dynamic"))
-    if backend == "aot_eager" and options.get("options"):
-        raise OptionError(f"the backend 'aot_eager' takes no options: {options['options']!r}")
-    return {**named, **options.get("options", {})}
+def _shapes(parts: Parts, examples: Inputs | None) -> Shapes:
+    """What taps look like on the examples, where a projection has to be made."""
+    if examples is None or not asks_for_width(parts.matches):
+        return {}
+    towers, objective = Towers(parts.models, nn.ModuleList(), "student"), parts.objective
+    call = sort_call(towers.modules, towers.main, objective.task, *examples)
+    check_call(towers, objective, call)
+    names = [term.name for term in objective.features]
+    settings = Settings(parts.settings, names).made(device_of(towers.main_module))
+    # What cannot be captured is reported by the check, with what can be done about it.
+    with contextlib.suppress(CaptureError):
+        return dry.tapped_shapes(Request(towers, objective, call, settings), Steps())
+    return {}
 
 
-def check_trainable(student: nn.Module) -> None:
-    """Raise FrozenStudentError where there is nothing to train."""
-    parameters = list(student.parameters())
-    if not any(p.requires_grad for p in parameters):
-        raise FrozenStudentError(
-            f"none of the student's {len(parameters)} parameters requires a gradient: there is "
-            "nothing to train. student.requires_grad_(True), or unfreeze the part to train."
-        )
+def _make_alike(projections: nn.ModuleList, models: Iterable[nn.Module]) -> None:
+    """Projections that were made at random are, on a mesh, those of its first rank."""
+    found = {p.device_mesh for model in models for p in model.parameters() if is_placed(p)}
+    if len(projections) and found:
+        parallel.setup.make_alike(projections, found)

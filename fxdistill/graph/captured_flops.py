@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from fxdistill.graph.flops import LACKING, head_flops, of_bodies
+from fxdistill.losses.fused.call import HeadCall
 from fxdistill.losses.fused.operator import HEAD
 
 
@@ -104,4 +105,4 @@ def _raw(formula: Any) -> Any:
 
 
 _FORMULAS = {packet: _raw(formula) for packet, formula in LACKING.items()}
-_FORMULAS[HEAD.overloadpacket] = _raw(head_flops)
+_FORMULAS[HEAD.overloadpacket] = _raw(lambda *args: head_flops(HeadCall(*args)))

@@ -1,6 +1,7 @@
 """What crosses ranks in a graph."""
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, fx
@@ -36,12 +37,12 @@ def collectives(graph: fx.Graph) -> dict[tuple[str | None, str], Traffic]:
 
 
 def sum_of(
-    found: dict[tuple[str | None, str], Traffic], sections: tuple[str | None, ...]
+    found: Mapping[tuple[str | None, str], Traffic], wanted: Callable[[str | None], bool]
 ) -> dict[str, Traffic]:
-    """Traffic by collective, of some sections."""
+    """Traffic by collective, of the sections that are wanted."""
     total: dict[str, Traffic] = {}
     for (section, name), (count, size) in found.items():
-        if section in sections:
+        if wanted(section):
             before = total.get(name, Traffic(0, 0))
             total[name] = Traffic(before.times + count, before.bytes + size)
     return total

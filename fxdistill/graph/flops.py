@@ -26,6 +26,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from fxdistill.losses.fused.call import HeadCall
 from fxdistill.losses.fused.operator import HEAD
 
 aten = torch.ops.aten
@@ -43,7 +44,7 @@ def flops_of(node: fx.Node) -> int:
         target, args = args[first], args[first + 1 :]
         kwargs = {name: value for name, value in kwargs.items() if name != "rng_state"}
     if target is HEAD:
-        return head_flops(*args)
+        return head_flops(HeadCall(*args, **kwargs))
     if bodies := list(bodies_of(node)):
         return of_bodies(target, [sum(map(flops_of, body.graph.nodes)) for body in bodies], args)
     packet = target if isinstance(target, HigherOrderOperator) else _packet(target)
@@ -148,11 +149,10 @@ LACKING: dict[Any, Callable[..., int]] = {
 }
 
 
-def head_flops(h: Tensor, w: Tensor, _: Any, t: Any, t_weight: Any, *rest: Any) -> int:
+def head_flops(call: HeadCall) -> int:
     """What the operator hides: the student's logits and the gradients asked for, the teacher's."""
-    needs = rest[8]
-    products = 1 + ("h" in needs) + ("w" in needs)
-    flops = products * 2 * h.numel() * w.shape[0]
-    if t_weight is not None:
-        flops += 2 * t.numel() * t_weight.shape[0]
+    products = 1 + ("h" in call.needs) + ("w" in call.needs)
+    flops = products * 2 * call.h.numel() * call.w.shape[0]
+    if call.t_weight is not None:
+        flops += 2 * call.t.numel() * call.t_weight.shape[0]
     return int(flops)

@@ -1,5 +1,6 @@
 """The joint program: models and objective in one graph."""
 
+from fxdistill.graph.listing import listing
 from fxdistill.graph.program import Program
 
 
@@ -8,7 +9,4 @@ class JointProgram(Program):
 
     def __str__(self) -> str:
         """One line for each call of a module or a loss: what it returns, FLOPs and bytes."""
-        # A face of the report, which reads programs.
-        from fxdistill.graph.listing import listing
-
         return listing(self)

@@ -14,7 +14,7 @@ from fxdistill.base.figures import operations, size
 from fxdistill.base.tensors import is_placed
 from fxdistill.graph.captured_flops import Costs
 from fxdistill.graph.program import Program
-from fxdistill.graph.sections import ITSELF, place_of, section_of
+from fxdistill.graph.sections import ITSELF, module_of, section_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def lines(program: Program) -> Iterator[Line]:
 
 def _key(node: fx.Node) -> tuple[str, str, str]:
     section = section_of(node) or ""
-    tower, path = place_of(node)
+    tower, path = module_of(node)
     stack = node.meta.get("nn_module_stack")
     if path and stack:
         kind = next(reversed(stack.values()))[1]

@@ -28,6 +28,7 @@ def run(program: P, passes: Sequence[Pass], between: Sequence[Observer] = ()) ->
     """
     for p in passes:
         name, start, before = pass_name(p), perf_counter(), program
+        _require_level(p, program)
         try:
             program = p(program)
             if program.gm is not before.gm:
@@ -55,6 +56,17 @@ def run(program: P, passes: Sequence[Pass], between: Sequence[Observer] = ()) ->
         for observer in between:
             observer(record, program)
     return program
+
+
+def _require_level(p: Pass, program: Program) -> None:
+    """A pass that says which level it is of runs on no other."""
+    level = getattr(p, "level", program.level)
+    if level != program.level:
+        raise PassError(
+            f"pass {pass_name(p)} works on the {level} level, and {program.title or 'the program'} "
+            f"is of the {program.level} level: give it to the stage that has such programs (see "
+            "passes/order.py)."
+        )
 
 
 _dumped: dict[str, int] = {}  # how many graphs this process has written, by folder

@@ -5,7 +5,7 @@ fails in the first call.
 """
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,6 +17,7 @@ from fxdistill import parallel
 from fxdistill.base.tensors import is_placed
 from fxdistill.heads.curve import Unreadable
 from fxdistill.heads.hold_back import DeferrableHead
+from fxdistill.models.tap import Tower
 from fxdistill.taps.hooks import compiles_itself
 
 
@@ -29,18 +30,19 @@ class Found:
 
 
 def deferrable(
-    student: nn.Module, teacher: nn.Module, paths: Iterable[str | None], *, both: bool
+    models: Mapping[Tower, nn.Module],
+    paths: Mapping[Tower, str | None],
+    needed: Collection[Tower],
 ) -> Found:
-    """The heads of two models, by their paths; unless ``both``, the teacher's is not needed."""
-    towers = ("student", student), ("teacher", teacher)
-    found = [_asked(*tower, path) for tower, path in zip(towers, paths, strict=True)]
-    needed = found if both else found[:1]
-    why_not = next((reason for reason in needed if isinstance(reason, str)), "")
-    heads = [head for head in found if isinstance(head, DeferrableHead)]
+    """The heads of all models, by their paths; none if one that is ``needed`` cannot be kept."""
+    found = {tower: _asked(tower, model, paths[tower]) for tower, model in models.items()}
+    reasons = (found[tower] for tower in models if tower in needed)
+    why_not = next((reason for reason in reasons if isinstance(reason, str)), "")
+    heads = [head for head in found.values() if isinstance(head, DeferrableHead)]
     return Found(why_not=why_not) if why_not else Found(tuple(heads))
 
 
-def _asked(tower: str, model: nn.Module, path: str | None) -> DeferrableHead | str:
+def _asked(tower: Tower, model: nn.Module, path: str | None) -> DeferrableHead | str:
     try:
         return head_of(model, path)
     except Unreadable as why:
@@ -84,11 +86,12 @@ def _in_wrappers(model: nn.Module, head: nn.Module) -> tuple[DeferrableHead, typ
 
 
 def sharded_vocabularies(
-    models: Mapping[str, nn.Module], paths: Iterable[str | None]
-) -> dict[str, tuple[int, int]]:
-    """By tower, where its head is sharded: how many entries are here, and how many in all."""
+    models: Mapping[Tower, nn.Module], paths: Mapping[Tower, str | None]
+) -> dict[Tower, tuple[int, int]]:
+    """By model, where its head is sharded: how many entries are here, and how many in all."""
     found = {}
-    for (tower, model), path in zip(models.items(), paths, strict=True):
+    for tower, model in models.items():
+        path = paths[tower]
         weight = None if path is None else getattr(model.get_submodule(path), "weight", None)
         if is_placed(weight):
             found[tower] = (weight.to_local().shape[0], weight.shape[0])

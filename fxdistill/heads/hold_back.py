@@ -16,7 +16,7 @@ Hook = Callable[[Tensor], Tensor | None]
 class StandIn(Protocol):
     """Logits that may be made."""
 
-    made: Tensor | None
+    materialised: Tensor | None
 
 
 class DeferrableHead(NamedTuple):
@@ -49,11 +49,11 @@ class Waiting:
         Those of logits that were made after all are on these.
         """
         for logits, hook in reversed(self._hooks):
-            if logits.made is None and total.requires_grad:
+            if logits.materialised is None and total.requires_grad:
                 total.register_hook(hook)
 
     def move(self, logits: StandIn) -> None:
         """Put those of ``logits``, which are made now, on what was made."""
         for waiting, hook in self._hooks:
-            if waiting is logits and logits.made is not None:
-                logits.made.register_hook(hook)
+            if waiting is logits and logits.materialised is not None:
+                logits.materialised.register_hook(hook)

@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_map
 from fxdistill.errors import StepError
 from fxdistill.heads.curve import Curve, Unreadable, split_index
 from fxdistill.heads.hold_back import DeferrableHead, Waiting
-from fxdistill.taps.table import current_section
+from fxdistill.taps.table import runs_frozen
 
 
-class Parts(NamedTuple):
+class HeadInputs(NamedTuple):
     """What logits are made from; ``spec`` is a ``Curve`` and the number of columns as text."""
 
     hidden: Tensor
@@ -50,7 +50,7 @@ class _Origin:
     make: Callable[[], Tensor]
     head: DeferrableHead
     waiting: Waiting
-    family: "list[Deferred]" = field(default_factory=list)
+    family: "list[UnmadeLogits]" = field(default_factory=list)
 
     def require_unwritten(self) -> None:
         """StepError where hidden state or weight are not what the head took any more."""
@@ -66,23 +66,23 @@ class _Origin:
             )
 
 
-class Deferred(Tensor):
+class UnmadeLogits(Tensor):
     """Logits that are not made yet."""
 
     origin: _Origin
-    made: Tensor | None
+    materialised: Tensor | None
     modes: "_Modes"
 
     @staticmethod
-    def __new__(cls: "type[Deferred]", origin: _Origin, like: Tensor) -> "Deferred":
+    def __new__(cls: "type[UnmadeLogits]", origin: _Origin, like: Tensor) -> "UnmadeLogits":
         """A stand-in of the shape and dtype of ``like``."""
         sources = (origin.hidden, origin.weight, origin.bias)
         learns = any(x is not None and x.requires_grad for x in sources)
         learns = learns and torch.is_grad_enabled()
-        self: Deferred = Tensor._make_wrapper_subclass(
+        self: UnmadeLogits = Tensor._make_wrapper_subclass(
             cls, like.shape, dtype=like.dtype, device=origin.hidden.device, requires_grad=learns
         )
-        self.origin, self.made, self.modes = origin, None, _modes()
+        self.origin, self.materialised, self.modes = origin, None, _modes()
         if learns:
             with torch._C.DisableTorchFunctionSubclass():
                 self.register_hook(_lost)  # type: ignore[no-untyped-call]
@@ -102,7 +102,7 @@ class Deferred(Tensor):
                 return func(*args, **kwargs)
             if func is Tensor.register_hook and _is_awaited(*args):
                 return args[0].origin.waiting.add(*args)  # nobody reads the handle
-            unmade = [x for x in args[:2] if isinstance(x, Deferred) and x.made is None]
+            unmade = [x for x in args[:2] if isinstance(x, UnmadeLogits) and x.materialised is None]
             one = unmade[0] if len(unmade) == 1 and unmade[0].modes == _modes() else None
             followed = None if one is None else _followed(func, one, args, kwargs)
             if followed is not None:
@@ -119,22 +119,22 @@ class Deferred(Tensor):
         return func(*args, **kwargs)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"Deferred({list(self.shape)}, {self.dtype})"
+        return f"UnmadeLogits({list(self.shape)}, {self.dtype})"
 
     @property
-    def parts(self) -> Parts:
+    def inputs(self) -> HeadInputs:
         """What the losses are handed."""
         origin = self.origin
         origin.require_unwritten()
         curve = (origin.curve.inner, origin.curve.outer)
-        return Parts(origin.hidden, origin.weight, origin.bias, repr((*curve, origin.columns)))
+        return HeadInputs(origin.hidden, origin.weight, origin.bias, repr((*curve, origin.columns)))
 
 
-def handed_on(value: Tensor) -> Tensor | Parts:
+def as_loss_input(value: Tensor) -> Tensor | HeadInputs:
     """A tapped value as the losses take it."""
-    if not isinstance(value, Deferred):
+    if not isinstance(value, UnmadeLogits):
         return value
-    return value.parts if value.made is None else value.made
+    return value.inputs if value.materialised is None else value.materialised
 
 
 def _settled(value: Any) -> Any:
@@ -143,20 +143,22 @@ def _settled(value: Any) -> Any:
     In their order, so that what an operator in place does to one of them later is done to its
     aliases, as it would have been.
     """
-    if not isinstance(value, Deferred):
+    if not isinstance(value, UnmadeLogits):
         return value
     for member in value.origin.family:
-        if member.made is None:
+        if member.materialised is None:
             member.origin.require_unwritten()
             with _under(member.modes):
-                member.made = member.origin.make()
+                member.materialised = member.origin.make()
             member.origin.waiting.move(member)
-    return value.made
+    return value.materialised
 
 
 def _is_awaited(logits: Tensor, hook: Any) -> bool:
     """Whether a hook on logits that are not made waits for the backward of all that reads them."""
-    return isinstance(logits, Deferred) and logits.made is None and logits.origin.head.awaits(hook)
+    if not isinstance(logits, UnmadeLogits) or logits.materialised is not None:
+        return False
+    return logits.origin.head.awaits(hook)
 
 
 def _lost(gradient: Tensor) -> None:
@@ -185,7 +187,7 @@ _SLICED = {"__getitem__"}
 _KNOWN = _TIMES | _DIVIDED | _TANH | _PLUS | _CAST | _RESHAPED | _SLICED
 
 
-def _followed(func: Any, x: Deferred, args: Any, kwargs: dict[str, Any]) -> Deferred | None:
+def _followed(func: Any, x: UnmadeLogits, args: Any, kwargs: dict[str, Any]) -> UnmadeLogits | None:
     """A stand-in for ``func`` of one, or ``None`` where none can be."""
     name = getattr(func, "__name__", "")
     if name not in _KNOWN:
@@ -200,7 +202,7 @@ def _followed(func: Any, x: Deferred, args: Any, kwargs: dict[str, Any]) -> Defe
     new = replace(origin, make=make)
     if name in _CAST:
         like = _cast(func, x, others, kwargs)
-        return None if like is None else Deferred(new, like)
+        return None if like is None else UnmadeLogits(new, like)
     if kwargs or (name in _SLICED and not _is_plain_index(others)):
         return None
     like = _like(func, x, args)
@@ -210,14 +212,14 @@ def _followed(func: Any, x: Deferred, args: Any, kwargs: dict[str, Any]) -> Defe
         found = _with_bias(x, new, others)
     else:
         found = _moved(name, x, new, others, like)
-    return None if found is None else Deferred(found, like)
+    return None if found is None else UnmadeLogits(found, like)
 
 
 def _made(value: Any) -> Any:
-    return value.made if isinstance(value, Deferred) else value
+    return value.materialised if isinstance(value, UnmadeLogits) else value
 
 
-def _like(func: Any, x: Deferred, args: Any) -> Tensor:
+def _like(func: Any, x: UnmadeLogits, args: Any) -> Tensor:
     """The shape of what ``func`` returns."""
     meta = torch.empty(x.shape, dtype=x.dtype, device="meta")
     given = [meta if value is x else value for value in args]
@@ -225,7 +227,7 @@ def _like(func: Any, x: Deferred, args: Any) -> Tensor:
     return func(*given)  # type: ignore[no-any-return]
 
 
-def _cast(func: Any, x: Deferred, others: Any, kwargs: dict[str, Any]) -> Tensor | None:
+def _cast(func: Any, x: UnmadeLogits, others: Any, kwargs: dict[str, Any]) -> Tensor | None:
     """Casts that lose nothing, on the same device."""
     given = [*others, *kwargs.values()]
     if any(isinstance(value, (str, torch.device, Tensor)) for value in given):
@@ -234,7 +236,7 @@ def _cast(func: Any, x: Deferred, others: Any, kwargs: dict[str, Any]) -> Tensor
     return like if like.dtype in (x.dtype, torch.float32) else None
 
 
-def _curved(name: str, x: Deferred, new: _Origin, args: Any, others: Any) -> _Origin | None:
+def _curved(name: str, x: UnmadeLogits, new: _Origin, args: Any, others: Any) -> _Origin | None:
     try:
         if name in _TANH:
             return replace(new, curve=new.curve.bent()) if not others else None
@@ -247,7 +249,7 @@ def _curved(name: str, x: Deferred, new: _Origin, args: Any, others: Any) -> _Or
         return None
 
 
-def _with_bias(x: Deferred, new: _Origin, others: Any) -> _Origin | None:
+def _with_bias(x: UnmadeLogits, new: _Origin, others: Any) -> _Origin | None:
     (value,) = others
     plain = new.bias is None and new.curve == Curve() and new.columns is None
     size = x.shape[-1]
@@ -258,7 +260,7 @@ def _with_bias(x: Deferred, new: _Origin, others: Any) -> _Origin | None:
     return None
 
 
-def _moved(name: str, x: Deferred, new: _Origin, others: Any, like: Tensor) -> _Origin | None:
+def _moved(name: str, x: UnmadeLogits, new: _Origin, others: Any, like: Tensor) -> _Origin | None:
     """Tokens are taken from, or laid out anew in, the hidden state; columns from the weight."""
     if name in _RESHAPED:
         if like.shape[-1] != x.shape[-1]:
@@ -289,7 +291,7 @@ def deferring(heads: Iterable[DeferrableHead]) -> Iterator[Waiting]:
         def forward(x: Tensor) -> Tensor:
             here = _modes()
             # A frozen teacher runs without gradients, as its values are taken.
-            same = here[1:] == modes[1:] and (here[0] == modes[0] or current_section() == "teacher")
+            same = here[1:] == modes[1:] and (here[0] == modes[0] or runs_frozen())
             own = is_traceable_wrapper_subclass(head.module.weight)
             if x.ndim < 2 or not same or own or _saves_elsewhere():
                 return nn.Linear.forward(head.module, x)
@@ -339,7 +341,7 @@ def _saves_elsewhere() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
-def _defer(x: Tensor, head: DeferrableHead, waiting: Waiting) -> Deferred:
+def _defer(x: Tensor, head: DeferrableHead, waiting: Waiting) -> UnmadeLogits:
     weights: list[Tensor | None] = [head.module.weight, head.module.bias]
     if head.freed():
         # A copy costs what keeping the weights would, and no second gathering.
@@ -354,4 +356,4 @@ def _defer(x: Tensor, head: DeferrableHead, waiting: Waiting) -> Deferred:
     x = x.clone() if inference else x
     made = functools.partial(F.linear, x, weight, bias)
     origin = _Origin(source, x, weight, bias, Curve(), None, made, head, waiting)
-    return Deferred(origin, like)
+    return UnmadeLogits(origin, like)

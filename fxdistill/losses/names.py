@@ -26,7 +26,7 @@ def is_named(loss: Any) -> bool:
     return plain is None or isinstance(plain, str) or any(plain is f for f in known)
 
 
-def resolve(loss: Any, table: dict[str, Loss], what: str) -> Loss:
+def loss_of(loss: Any, table: dict[str, Loss], what: str) -> Loss:
     """Turn a name or a callable into a loss; ``what`` names the argument in the error."""
     if isinstance(loss, str) and loss in table:
         return table[loss]

@@ -16,8 +16,8 @@ from fxdistill import base
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import OptionError, ShapeError, VocabularyError
 from fxdistill.losses import fused
-from fxdistill.losses.fused.chunk import Shape
-from fxdistill.losses.fused.gradients import gradients_wanted
+from fxdistill.losses.fused.call import HeadCall, HeadSide, HeadTerms, Stored
+from fxdistill.losses.fused.chunk import ChunkSpec
 from fxdistill.losses.fused.mix import DivergenceLike, divergences
 from fxdistill.losses.fused.operator import vocab_operator
 from fxdistill.losses.fused.sizes import chunk_tokens_for
@@ -66,7 +66,7 @@ def vocab_loss(
     Args:
         student_hidden: ``[..., D]``, what the student's head takes.
         student_weight: ``[V, D]``, its weight (tied or not). A DTensor whose vocabulary is sharded
-            (``Shard(0)``) keeps its shards, and so does the teacher's: see ``parallel.vocab``.
+            (``Shard(0)``) keeps its shards, and so does the teacher's: see ``losses.fused``.
         teacher_hidden: ``[..., D_T]``; gets no gradient. ``None`` with ``divergence=None``.
         teacher_weight: ``[V_T, D_T]``; gets none either.
         labels: ``[...]``; -100 is ignored. Needed where ``label_weight`` is to count.
@@ -106,7 +106,7 @@ def vocab_loss(
         columns = min(columns, teacher_weight.shape[0])
     if vocab_size is not None and vocab_size > columns:
         raise VocabularyError(f"vocab_size={vocab_size}, but there are {columns} common columns")
-    shape = Shape(
+    spec = ChunkSpec(
         chosen,
         columns if vocab_size is None else vocab_size,
         (float(student_scale), float(teacher_scale)),
@@ -116,60 +116,31 @@ def vocab_loss(
         labels is not None,
     )
     numbers = (logit_weight, label_weight, temperature)
+    asked = _Asked(labels, weights, num_items, numbers, spec, chunk_tokens, compile)
     _require_constants(weights, num_items, *numbers)
-    h, w, own_bias = _autocast(student_hidden, student_weight, student_bias)
-    t = t_weight = bias = None
+    student = _autocast(HeadSide(student_hidden, student_weight, student_bias))
+    teacher = None
     if chosen and teacher_hidden is not None and teacher_weight is not None:
         bias = None if teacher_bias is None else teacher_bias.detach()
-        t, t_weight, bias = _autocast(teacher_hidden.detach(), teacher_weight.detach(), bias)
-    if any(is_placed(x) for x in (h, w, t, t_weight)):
-        return _sharded(
-            (h, w, own_bias),
-            None if t is None or t_weight is None else (t, t_weight, bias),
-            labels,
-            weights,
-            num_items,
-            numbers,
-            shape,
-            chunk_tokens,
-            compile,
-        )
-    h = h.flatten(0, -2)
-    t = None if t is None else t.flatten(0, -2)
-    width = w.shape[0] + (0 if t_weight is None else t_weight.shape[0])
-    return _run(
-        (h, w, own_bias),
-        (t, t_weight, bias, None),
-        labels,
-        weights,
-        num_items,
-        numbers,
-        shape,
-        chunk_tokens or chunk_tokens_for(width, h.element_size(), h.device),
-        compile,
+        teacher = _autocast(HeadSide(teacher_hidden.detach(), teacher_weight.detach(), bias))
+    sides = [side for side in (student, teacher) if side is not None]
+    if any(is_placed(x) for side in sides for x in side[:2]):
+        return _sharded(student, teacher, asked)
+    student, teacher = _flat(student), None if teacher is None else _flat(teacher)
+    columns = sum(side.weight.shape[0] for side in sides)
+    return _run(student, teacher, asked, columns)
+
+
+def _sharded(student: HeadSide, teacher: HeadSide | None, asked: "_Asked") -> VocabLoss:
+    placement = base.placement
+    tokens = student.hidden.shape[:-1].numel()
+    like = placement.local_part(student.hidden.detach()).new_empty(tokens, 0)
+    labels, weights = (
+        None if x is None else placement.whole(x) for x in (asked.labels, asked.weights)
     )
-
-
-def _sharded(
-    student: tuple[Tensor, Tensor, Tensor | None],
-    teacher: tuple[Tensor, Tensor, Tensor | None] | None,
-    labels: Tensor | None,
-    weights: Tensor | None,
-    num_items: float | Tensor | None,
-    numbers: tuple[float | Tensor, ...],
-    shape: Shape,
-    chunk_tokens: int | None,
-    compile: bool,
-) -> VocabLoss:
-    heads, placement = fused.sharded_heads, base.placement
-    like = placement.local_part(student[0].detach()).new_empty(student[0].shape[:-1].numel(), 0)
-    labels, weights = (None if x is None else placement.whole(x) for x in (labels, weights))
-    logit_share, label_share, flat = _shares(like, labels, weights, num_items)
-    settings = _settings(numbers, like)
-    losses = heads.Losses(flat, (logit_share, label_share), settings, shape, chunk_tokens, compile)
-    sides = heads.Side(*student), None if teacher is None else heads.Side(*teacher)
-    total, terms = heads.sharded_vocab_loss(*sides, losses)
-    return VocabLoss(total, terms[0].detach(), terms[1].detach())
+    terms = _terms(asked._replace(labels=labels, weights=weights), like)
+    total, each = fused.sharded_heads.sharded_vocab_loss(student, teacher, terms)
+    return VocabLoss(total, each[0].detach(), each[1].detach())
 
 
 def vocab_loss_topk(
@@ -233,8 +204,8 @@ def vocab_loss_topk(
         )
     numbers = (logit_weight, label_weight, temperature)
     _require_constants(weights, num_items, *numbers)
-    h, w, own_bias = _autocast(student_hidden.flatten(0, -2), student_weight, student_bias)
-    shape = Shape(
+    student = _autocast(HeadSide(student_hidden.flatten(0, -2), student_weight, student_bias))
+    spec = ChunkSpec(
         divergences(divergence),
         0,
         (float(student_scale), 1.0),
@@ -243,39 +214,45 @@ def vocab_loss_topk(
         float(z_loss),
         labels is not None,
     )
-    return _run(
-        (h, w, own_bias),
-        (teacher_logprobs.detach().flatten(0, -2), None, None, teacher_ids.flatten(0, -2)),
-        labels,
-        weights,
-        num_items,
-        numbers,
-        shape,
-        chunk_tokens or chunk_tokens_for(2 * w.shape[0], h.element_size(), h.device),
-        compile,
-    )
+    asked = _Asked(labels, weights, num_items, numbers, spec, chunk_tokens, compile)
+    stored = Stored(teacher_logprobs.detach().flatten(0, -2), teacher_ids.flatten(0, -2))
+    columns = 2 * student_weight.shape[0]
+    return _run(student, stored, asked, columns)
+
+
+class _Asked(NamedTuple):
+    """What the caller asked for, as it was given; ``numbers``: both weights and τ."""
+
+    labels: Tensor | None
+    weights: Tensor | None
+    num_items: float | Tensor | None
+    numbers: tuple[float | Tensor, ...]
+    spec: ChunkSpec
+    chunk: int | None
+    compiled: bool
+
+
+def _flat(side: HeadSide) -> HeadSide:
+    return side._replace(hidden=side.hidden.flatten(0, -2))
 
 
 def _run(
-    student: tuple[Tensor, Tensor, Tensor | None],
-    teacher: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
-    labels: Tensor | None,
-    weights: Tensor | None,
-    num_items: float | Tensor | None,
-    numbers: tuple[float | Tensor, ...],
-    shape: Shape,
-    chunk: int,
-    compile: bool,
+    student: HeadSide, teacher: HeadSide | Stored | None, asked: _Asked, columns: int
 ) -> VocabLoss:
-    h = student[0]
-    logit_share, label_share, flat = _shares(h, labels, weights, num_items)
-    settings = _settings(numbers, h)
-    total, terms, *_ = vocab_operator(
-        *(*student, *teacher),
-        *(flat, logit_share, label_share, settings),
-        *(shape.text, chunk, gradients_wanted(*student), compile),
-    )
-    return VocabLoss(total, terms[0].detach(), terms[1].detach())
+    """The operator on this device; ``columns`` of logits there are to each token."""
+    h = student.hidden
+    chunk = asked.chunk or chunk_tokens_for(columns, h.element_size(), h.device)
+    terms = _terms(asked, h)
+    total, each, *_ = vocab_operator(*HeadCall.make(student, teacher, terms, chunk))
+    return VocabLoss(total, each[0].detach(), each[1].detach())
+
+
+def _terms(asked: _Asked, h: Tensor) -> HeadTerms:
+    """In numbers for each token of ``h`` ``[tokens, ...]``."""
+    logit_share, label_share, labels = _shares(h, asked.labels, asked.weights, asked.num_items)
+    settings = _settings(asked.numbers, h)
+    shares = (logit_share, label_share)
+    return HeadTerms(labels, shares, settings, asked.spec, asked.chunk, asked.compiled)
 
 
 def _settings(numbers: tuple[float | Tensor, ...], h: Tensor) -> Tensor:
@@ -310,10 +287,9 @@ def _number(value: float | Tensor, device: torch.device, kind: torch.dtype) -> T
     return torch.full((), float(value), device=device, dtype=kind)
 
 
-def _autocast(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _autocast(side: HeadSide) -> HeadSide:
     """What a linear layer would do to its operands under autocast; OptionError in float16."""
+    hidden, weight, bias = side
     kind = hidden.device.type
     # Some devices have none, "meta" among them, and then may not be asked.
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -326,7 +302,7 @@ def _autocast(
             "the fused head forms gradients before a loss scale could be applied, and in float16 "
             "they would vanish: use bfloat16 or float32, or losses of logits"
         )
-    return hidden, weight, bias
+    return HeadSide(hidden, weight, bias)
 
 
 def _check_shapes(

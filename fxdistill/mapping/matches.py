@@ -15,7 +15,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from fxdistill.base.text import text
-from fxdistill.errors import OptionError, did_you_mean
+from fxdistill.errors import FxDistillError, OptionError, did_you_mean, gather
 from fxdistill.mapping import match_file
 from fxdistill.mapping.match import ACCEPTED, Match
 
@@ -134,22 +134,26 @@ def _path(match: Match, tower: str) -> str:
 Mapped = Mapping[str, str | Match] | Iterable[Match | Mapping[str, str | Match]] | None
 
 
-_WHOLE = (Mapping, Matches)  # what a list may hold as a whole
-
-
-def entries(mapping: Any) -> list[tuple[Any, ...]]:
-    """The entries of a mapping in any of its forms, each as ``(how to read it, what to read)``."""
+def parse_entries(mapping: Any) -> tuple[list[Match], list[FxDistillError]]:
+    """The entries of a mapping in any of its forms, unexpanded, and what is wrong with the rest."""
+    problems: list[FxDistillError] = []
     if mapping is None:
-        return []
+        return [], problems
     if isinstance(mapping, Mapping):
-        return [(_from_item, student, value) for student, value in mapping.items()]
+        items = mapping.items()
+        found = [gather(problems, _from_item, student, value) for student, value in items]
+        return [match for match in found if match is not None], problems
     if isinstance(mapping, (str, Match)) or not isinstance(mapping, Iterable):
-        raise OptionError(f"mapping={mapping!r}: a mapping is {ACCEPTED}")
-    return [
-        one
-        for entry in mapping
-        for one in (entries(entry) if isinstance(entry, _WHOLE) else [(_match, entry)])
-    ]
+        return [], [OptionError(f"mapping={mapping!r}: a mapping is {ACCEPTED}")]
+    matches: list[Match] = []
+    for entry in mapping:
+        if isinstance(entry, (Mapping, Matches)):  # what a list may hold as a whole
+            inner, wrong = parse_entries(entry)
+            matches += inner
+            problems += wrong
+        elif (match := gather(problems, _match, entry)) is not None:
+            matches.append(match)
+    return matches, problems
 
 
 def _match(entry: Any) -> Match:

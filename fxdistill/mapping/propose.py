@@ -8,7 +8,7 @@ from torch import nn
 from fxdistill.errors import CountError, OptionError, StructureError, did_you_mean
 from fxdistill.mapping.match import Match
 from fxdistill.mapping.matches import Matches
-from fxdistill.models.landmarks import embedding_of, logits_of, norms_of
+from fxdistill.models.landmarks import embedding_of, logits_module_of, norms_of
 from fxdistill.models.structure import TOKEN_MLP, Block, Part, Stack, stacks_of
 from fxdistill.models.weights import output_width
 
@@ -74,7 +74,7 @@ def match(
     if "norm" in wanted and all(norm == (None, None) for norm in norms):
         notes.add("no final norm found in either model")
     if "logits" in wanted:
-        paths = logits_of(student, s_stacks), logits_of(teacher, t_stacks)
+        paths = logits_module_of(student, s_stacks), logits_module_of(teacher, t_stacks)
         found += _logits(paths, _leaf_widths(student, teacher, paths), notes)
     if not found:
         why = "; ".join(notes.lines()) or "no such module"

@@ -18,7 +18,7 @@ from fxdistill.errors import (
     raise_together,
 )
 from fxdistill.mapping.match import Match
-from fxdistill.mapping.matches import Matches, entries
+from fxdistill.mapping.matches import Matches, parse_entries
 from fxdistill.mapping.patterns import Binding, Pattern, in_words, natural
 from fxdistill.models.tap import Tap, module_names
 
@@ -42,11 +42,10 @@ def resolve(student: nn.Module, teacher: nn.Module, mapping: object) -> Matches:
         tower: dict.fromkeys(sorted(module_names(model), key=natural)).keys()
         for tower, model in models.items()
     }
-    problems: list[FxDistillError] = []
+    matches, problems = parse_entries(mapping)
     found: list[tuple[Match, Match]] = []
-    for read, *entry in entries(mapping):
-        if (match := gather(problems, read, *entry)) is not None:
-            found += [(match, pair) for pair in gather(problems, _expand, match, paths) or ()]
+    for match in matches:
+        found += [(match, pair) for pair in gather(problems, _expand, match, paths) or ()]
     problems += _claimed_twice(found)
     for tower, model in models.items():
         problems += _one_module_twice(model, tower, [tap_of(pair, tower) for _, pair in found])

@@ -1,4 +1,4 @@
-"""What can be known before a step runs: devices, modes, trainable parameters."""
+"""Where a model lies, and whether what it is called with lies there too."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

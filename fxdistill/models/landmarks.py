@@ -26,7 +26,7 @@ def head_path(model: nn.Module) -> str | None:
 def roles_in(model: nn.Module) -> dict[str, tuple[str, str]]:
     """The role of each module that structure knows, by its path, and what it was recognised as."""
     stacks = stacks_of(model)
-    ends = {"embedding": embedding_of(model, stacks), "logits": logits_of(model, stacks)}
+    ends = {"embedding": embedding_of(model, stacks), "logits": logits_module_of(model, stacks)}
     roles = {path: (role, "") for role, path in ends.items() if path is not None}
     roles |= {path: ("norm", "") for path in norms_of(model, stacks) if path is not None}
     for block in (block for stack in stacks for block in stack.blocks):
@@ -64,7 +64,7 @@ def norms_of(model: nn.Module, stacks: list[Stack]) -> list[str | None]:
     return [None if name in found[i + 1 :] else name for i, name in enumerate(found)]
 
 
-def logits_of(model: nn.Module, stacks: list[Stack]) -> str | None:
+def logits_module_of(model: nn.Module, stacks: list[Stack]) -> str | None:
     """The module whose output is the logits: what the model says, else its last weight."""
     own = asked(model, "get_output_embeddings")
     if own is not None:

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,35 +12,32 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from fxdistill.errors import (
-    FxDistillError,
-    ModeError,
-)
+from fxdistill.errors import FxDistillError, ModeError
 
 
-def settle_modes(student: nn.Module, teacher: nn.Module) -> None:
-    """Put the teacher in eval mode; modules that are the student's too keep the student's mode.
+def settle_modes(learning: Iterable[nn.Module], frozen: nn.Module, name: str = "teacher") -> None:
+    """Put a frozen model in eval mode; modules of models that learn too keep their mode.
 
-    Raises ModeError where that would change what the teacher computes.
+    Raises ModeError where that would change what the frozen model computes; ``name`` is its own.
     """
-    shared = {id(m) for m in student.modules()}
-    for name, module in teacher.named_modules():
+    shared = {id(m) for model in learning for m in model.modules()}
+    for path, module in frozen.named_modules():
         if id(module) in shared and module.training and (reason := _mode_matters(module)):
             raise ModeError(
-                f"teacher module {name or 'itself'!r} ({type(module).__name__}, {reason}) is the "
-                "student's module too: the student trains, the teacher must be in eval mode. Set "
-                "its probability to 0, keep the shared part in eval mode, or give the teacher a "
+                f"{name} module {path or 'itself'!r} ({type(module).__name__}, {reason}) is the "
+                f"student's module too: the student trains, the {name} must be in eval mode. Set "
+                f"its probability to 0, keep the shared part in eval mode, or give the {name} a "
                 "copy."
             )
-    for module in teacher.modules():
+    for module in frozen.modules():
         if id(module) not in shared and module.training:
             module.training = False
 
 
 @contextlib.contextmanager
-def modes_kept_on_error(model: nn.Module) -> Iterator[None]:
-    """Put the train and eval modes of ``model`` back if the body raises."""
-    modes = [(module, module.training) for module in model.modules()]
+def modes_kept_on_error(*models: nn.Module) -> Iterator[None]:
+    """Put the train and eval modes of ``models`` back if the body raises."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         yield
     except BaseException:

@@ -1,8 +1,15 @@
-"""The name of one value of a model."""
+"""Names: of a model in a distiller, and of one value of a model."""
 
 from dataclasses import dataclass, field
 
 from torch import nn
+
+Tower = str
+"""The name of one of a distiller's models: ``"student"``, ``"teacher"``, or what it was called.
+
+A tower is a model in its place in a distillation: its graph, its inputs and its values go by this
+name.
+"""
 
 
 def module_names(module: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ from fxdistill.base.tensors import scalar
 from fxdistill.errors import BatchError, MatchWarning
 from fxdistill.models.conventions import decoder_inputs, input_names
 from fxdistill.models.devices import device_of
+from fxdistill.models.tap import Tower
 from fxdistill.objective.tokens import TOKEN_FIELDS, Batch
 
 CALL_KEYWORDS = (
@@ -21,7 +22,6 @@ CALL_KEYWORDS = (
     "num_items",
     "num_items_in_batch",
     "num_feature_items",
-    "teacher_inputs",
 )
 
 
@@ -36,48 +36,57 @@ class Inputs(NamedTuple):
 class Call:
     """One call, sorted: what goes to which model, and what stays here."""
 
-    student: Inputs
-    teacher: Inputs
+    inputs: Mapping[Tower, Inputs]
     batch: Batch
 
 
 def sort_call(
-    student_model: nn.Module,
-    teacher_model: nn.Module,
+    models: Mapping[Tower, nn.Module],
+    main: Tower,
     task: str | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Call:
-    """Sort the arguments of a call: for the student, for the teacher, for the objective.
+    """Sort the arguments of a call: for each model, and for the objective.
 
-    Positional arguments stay positional; the objective reads them by the names that the student's
-    ``forward`` gives them. An encoder-decoder whose decoder gets nothing gets the labels, shifted.
+    ``NAME_inputs`` is laid over what the model of that name gets. Positional arguments stay
+    positional; the objective reads them by the names that the ``forward`` of ``main`` gives them.
+    An encoder-decoder whose decoder gets nothing gets the labels, shifted.
     """
-    own = {key: kwargs[key] for key in CALL_KEYWORDS if kwargs.get(key) is not None}
+    of_one = {f"{tower}_inputs": tower for tower in models}
+    kept = {*CALL_KEYWORDS, *of_one}
+    own = {key: value for key, value in kwargs.items() if key in kept and value is not None}
     _require_tensors(own)
-    shared = {key: value for key, value in kwargs.items() if key not in CALL_KEYWORDS}
-    student = Inputs(args, dict(shared))
-    teacher = _laid_over(teacher_model, Inputs(args, shared), own.get("teacher_inputs", {}))
+    shared = Inputs(args, {key: value for key, value in kwargs.items() if key not in kept})
+    inputs = {
+        tower: _laid_over(models[tower], shared, own.get(keyword, {}))
+        for keyword, tower in of_one.items()
+    }
     labels = own.get("labels")
     if task == "seq2seq" and labels is not None:
-        for model, inputs in ((student_model, student), (teacher_model, teacher)):
-            _give_decoder(model, inputs, labels)
-    device = device_of(student_model)
+        for tower, model in models.items():
+            _give_decoder(model, inputs[tower], labels)
+    return Call(inputs, _batch(models[main], inputs[main], own, task))
+
+
+def _batch(model: nn.Module, inputs: Inputs, own: Mapping[str, Any], task: str | None) -> Batch:
+    """What a call says about its tokens: by its own keywords, and by the inputs of ``model``."""
+    device = device_of(model)
     items = own.get("num_items", own.get("num_items_in_batch"))
     feature_items = own.get("num_feature_items")
-    seen = _by_name(student_model, student)
+    seen = _by_name(model, inputs)
+    labels = own.get("labels")
     decoder = seen.get("decoder_input_ids", seen.get("decoder_inputs_embeds"))
-    batch = Batch(
+    return Batch(
         labels=labels,
         loss_mask=own.get("loss_mask"),
         token_weights=own.get("token_weights"),
         attention_mask=_tensor(seen.get("attention_mask")),
         num_items=None if items is None else scalar(items, device),
         num_feature_items=None if feature_items is None else scalar(feature_items, device),
-        tokens=_token_grid(args, seen, own, task),
+        tokens=_token_grid(inputs.args, seen, own, task),
         decoder_tokens=_tensor(labels if decoder is None else decoder),
     )
-    return Call(student, teacher, batch)
 
 
 def _require_tensors(own: Mapping[str, Any]) -> None:
@@ -133,7 +142,7 @@ def _tensor(value: Any) -> Tensor | None:
 
 
 def _token_grid(
-    args: tuple[Any, ...], seen: dict[str, Any], own: dict[str, Any], task: str | None
+    args: tuple[Any, ...], seen: Mapping[str, Any], own: Mapping[str, Any], task: str | None
 ) -> Tensor | None:
     """A tensor whose leading two sizes are those of the (encoder's) tokens."""
     for name in ("input_ids", "inputs_embeds"):

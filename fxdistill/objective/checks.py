@@ -5,7 +5,6 @@ before anything of the student changes. Everything found is reported together.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,22 +21,24 @@ from fxdistill.errors import (
     ShapeError,
     raise_together,
 )
-from fxdistill.models.tap import Tap
+from fxdistill.models.tap import Tap, Tower
 from fxdistill.models.weights import weight_of
 from fxdistill.objective.arrange import arranged_shape
+from fxdistill.objective.term import Term
 from fxdistill.taps.table import TapTable, not_executed
 
-if TYPE_CHECKING:
-    from fxdistill.objective.objective import Objective
-    from fxdistill.objective.term import Term
 
+def verify(
+    terms: Sequence[Term], projections: nn.ModuleList, table: TapTable, *, alone: bool
+) -> None:
+    """Check every match against the values in ``table``; add warnings to it, raise errors.
 
-def verify(objective: "Objective", projections: nn.ModuleList, table: TapTable) -> None:
-    """Check every match against the values in ``table``; add warnings to it, raise errors."""
+    ``alone``: no other term, and no projection, would teach anything.
+    """
     problems: list[FxDistillError] = []
     frozen: list[Term] = []
-    for term in objective.features:
-        found = [table.values.get((tower, tap)) for tower, tap in term.taps]
+    for term in terms:
+        found = [table.values.get(end) for end in term.taps]
         missing = [
             table.problems.get((tower, tap.path, tap.port)) or not_executed(table, tower, tap)
             for (tower, tap), value in zip(term.taps, found, strict=True)
@@ -47,19 +48,19 @@ def verify(objective: "Objective", projections: nn.ModuleList, table: TapTable) 
             problems += missing
             continue
         student, teacher = (value for value in found if value is not None)
-        problems += _parts(table, "student", term.student, student)
-        problems += _parts(table, "teacher", term.teacher, teacher)
+        for (tower, tap), value in zip(term.taps, (student, teacher), strict=True):
+            problems += _parts(table, tower, tap, value)
         problems += _kinds(term, student, teacher)
         problems += _meshes(term, student, teacher)
         problems += _shapes(term, student, teacher, projections)
         if torch.is_grad_enabled() and not student.requires_grad:
             frozen.append(term)
+            ours, theirs = _named(term)
             table.warnings.append(
-                f"student {str(term.student)!r} depends on no trainable parameter: its match with "
-                f"teacher {str(term.teacher)!r} teaches nothing. Unfreeze something before it, or "
-                "drop the match."
+                f"{ours} depends on no trainable parameter: its match with "
+                f"{theirs} teaches nothing. Unfreeze something before it, or drop the match."
             )
-    if frozen and not problems and _nothing_learns(objective, frozen):
+    if alone and frozen and not problems and len(frozen) == len(terms):
         problems.append(
             FrozenStudentError(
                 "no term depends on a trainable parameter: there are only matches of frozen "
@@ -69,18 +70,24 @@ def verify(objective: "Objective", projections: nn.ModuleList, table: TapTable) 
     raise_together(problems)
 
 
-def _parts(table: TapTable, tower: str, tap: Tap, value: Tensor) -> list[FxDistillError]:
+def _named(term: Term) -> tuple[str, str]:
+    """Both values as messages call them: the model, and what of it."""
+    ours, theirs = (f"{tower} {str(tap)!r}" for tower, tap in term.taps)
+    return ours, theirs
+
+
+def _parts(table: TapTable, tower: Tower, tap: Tap, value: Tensor) -> list[FxDistillError]:
     """A plain value that looks like one rank's part of the sequence: never compare those."""
     if is_placed(value) or value.ndim < 3:
         return []
-    ranks = table.ranks.get(tower, frozenset())
+    ranks = table.expected.ranks.get(tower, frozenset())
     sharded = [
         length
-        for batch, length in table.grids
+        for batch, length in table.expected.grids
         for size in ranks
         if value.shape[0] == batch and value.shape[1] == -(-length // size) != length
     ]
-    if not sharded or tuple(value.shape[:2]) in table.grids:
+    if not sharded or tuple(value.shape[:2]) in table.expected.grids:
         return []
     return [
         MeshError(
@@ -92,31 +99,22 @@ def _parts(table: TapTable, tower: str, tap: Tap, value: Tensor) -> list[FxDisti
     ]
 
 
-def _meshes(term: "Term", student: Tensor, teacher: Tensor) -> list[FxDistillError]:
+def _meshes(term: Term, student: Tensor, teacher: Tensor) -> list[FxDistillError]:
     """Two values on two meshes."""
     if not is_placed(student) or not is_placed(teacher):
         return []
     if student.device_mesh == teacher.device_mesh:
         return []
+    ours, theirs = _named(term)
     return [
         MeshError(
-            f"student {str(term.student)!r} lies on {student.device_mesh}, teacher "
-            f"{str(term.teacher)!r} on {teacher.device_mesh}: parallelize both models on one mesh."
+            f"{ours} lies on {student.device_mesh}, {theirs} on {teacher.device_mesh}: "
+            "parallelize both models on one mesh."
         )
     ]
 
 
-def _nothing_learns(objective: "Objective", frozen: list["Term"]) -> bool:
-    others = objective.logit_loss is not None or objective.label_loss is not None
-    return (
-        len(frozen) == len(objective.features)
-        and not others
-        and objective.freeze_teacher
-        and all(term.projection is None for term in frozen)
-    )
-
-
-def _kinds(term: "Term", student: Tensor, teacher: Tensor) -> list[FxDistillError]:
+def _kinds(term: Term, student: Tensor, teacher: Tensor) -> list[FxDistillError]:
     problems: list[FxDistillError] = [
         DtypeError(
             f"{tower} {str(tap)!r} is {value.dtype}, and a loss compares real numbers: map a "
@@ -126,17 +124,18 @@ def _kinds(term: "Term", student: Tensor, teacher: Tensor) -> list[FxDistillErro
         if not value.dtype.is_floating_point
     ]
     if student.device != teacher.device:
+        ours, theirs = _named(term)
         problems.append(
             DeviceError(
-                f"student {str(term.student)!r} is on {student.device}, teacher "
-                f"{str(term.teacher)!r} on {teacher.device}: matched values must be on one device."
+                f"{ours} is on {student.device}, {theirs} on {teacher.device}: matched values must "
+                "be on one device."
             )
         )
     return problems
 
 
 def _shapes(
-    term: "Term", student: Tensor, teacher: Tensor, projections: nn.ModuleList
+    term: Term, student: Tensor, teacher: Tensor, projections: nn.ModuleList
 ) -> list[FxDistillError]:
     s_name, t_name = str(term.student), str(term.teacher)
     ours, theirs = term.layouts
@@ -144,7 +143,7 @@ def _shapes(
         s: Sequence[int] = arranged_shape(student, ours, teacher, theirs)
         t: Sequence[int] = arranged_shape(teacher, theirs, student, ours)
     except LayoutError as error:
-        return [LayoutError(f"student {s_name!r} and teacher {t_name!r}: {error}")]
+        return [LayoutError(f"{' and '.join(_named(term))}: {error}")]
     if term.projection is not None:
         projection = projections[term.projection]
         if (wrong := _dtype_problem(s_name, student, projection)) is not None:

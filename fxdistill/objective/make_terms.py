@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from fxdistill.errors import FxDistillError, LayoutError, gather, raise_together
-from fxdistill.losses.names import FEATURE_LOSSES, Loss, resolve
+from fxdistill.losses.names import FEATURE_LOSSES, Loss, loss_of
 from fxdistill.mapping import projections
 from fxdistill.mapping.layout import Layout, keeps_tokens, layouts, pools_tokens
 from fxdistill.mapping.match import Match
@@ -14,12 +14,12 @@ from fxdistill.mapping.matches import Matches
 from fxdistill.mapping.projections import Width, structural_widths
 from fxdistill.mapping.resolve import tap_of
 from fxdistill.models.conventions import Task, stream_of
-from fxdistill.models.tap import Tap
+from fxdistill.models.tap import Tap, Tower
 from fxdistill.objective.arrange import arranged_shape
 from fxdistill.objective.term import GLOBAL_SETTINGS, Term
 
 RESERVED = ("loss", "logits", "labels", "features", *GLOBAL_SETTINGS)
-Shapes = Mapping[tuple[str, Tap], Tensor]  # meta tensors: what a tap has been seen to be
+Shapes = Mapping[tuple[Tower, Tap], Tensor]  # meta tensors: what a tap has been seen to be
 
 
 def make_terms(
@@ -69,7 +69,7 @@ def check_options(
 ) -> tuple[Loss | None, tuple[Layout, Layout] | None]:
     """The loss and the layouts of a match; what is wrong with its options joins ``problems``."""
     gather(problems, projections.check_option, match, student)
-    loss = gather(problems, resolve, match.loss or default, FEATURE_LOSSES, "loss")
+    loss = gather(problems, loss_of, match.loss or default, FEATURE_LOSSES, "loss")
     return loss, gather(problems, layouts, match.rearrange, match.reduce, name)
 
 
@@ -87,8 +87,7 @@ def asks_for_width(matches: Matches) -> bool:
 def with_projections(
     terms: Sequence[Term],
     matches: Matches,
-    student: nn.Module,
-    teacher: nn.Module,
+    models: Mapping[Tower, nn.Module],
     shapes: Shapes,
     problems: list[FxDistillError],
 ) -> tuple[tuple[Term, ...], nn.ModuleList]:
@@ -97,7 +96,6 @@ def with_projections(
     Widths are those of ``shapes`` where a tap is in it, else what the models' structure tells. A
     term whose projection cannot be made is left out, and the reason joins ``problems``.
     """
-    models = {"student": student, "teacher": teacher}
     structure = {}
     if asks_for_width(matches):
         structure = {tower: structural_widths(model) for tower, model in models.items()}
@@ -107,8 +105,9 @@ def with_projections(
     def projection(term: Term, match: Match) -> nn.Module | None:
         if isinstance(match.project, nn.Module):
             return match.project
-        like = student.get_submodule(term.student.path)
-        like = like if list(like.parameters()) else student
+        learns = models[term.of[0]]
+        like = learns.get_submodule(term.student.path)
+        like = like if list(like.parameters()) else learns
         return projections.made(match, *_widths(term, shapes, structure), like)
 
     for term, match in zip(terms, matches, strict=True):
@@ -126,7 +125,7 @@ def with_projections(
 def _widths(
     term: Term,
     shapes: Shapes,
-    structure: Mapping[str, Callable[[Tap, Layout], Width | None]],
+    structure: Mapping[Tower, Callable[[Tap, Layout], Width | None]],
 ) -> tuple[Width | None, Width | None]:
     (ours, theirs), ends = term.layouts, term.taps
     s, t = (

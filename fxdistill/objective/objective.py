@@ -1,9 +1,10 @@
-"""The objective: which loss, on which values, with which weight.
+"""The objective: which losses, on which values of which models, with which weights.
 
 L = λ_logit · L_logit + λ · (1/N) Σ weight_i · loss_i + λ_label · L_label
 
 One object computes it for eager, regional and captured runs alike: the captured graph is a trace of
-the very same lines.
+the very same lines. ``heads.read_total`` reads that trace backwards, so the form of the total is
+said here once: a stack of ``weight · loss``, where a loss may bear a number, and its sum.
 """
 
 from collections.abc import Callable
@@ -11,18 +12,18 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxdistill import base
 from fxdistill.base.ranks import Ranks, items_of, over_ranks, shared, total_over_ranks
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import ShapeError
-from fxdistill.losses.names import Loss, is_named
+from fxdistill.losses.names import is_named
 from fxdistill.models.conventions import Task
-from fxdistill.models.tap import Tap
+from fxdistill.models.tap import Tap, Tower
 from fxdistill.objective.arrange import arrange
 from fxdistill.objective.checks import shape_problem
-from fxdistill.objective.term import LOGITS, Term
+from fxdistill.objective.term import LOGITS, LabelTerm, LogitTerm, Term
 from fxdistill.objective.tokens import (
     Batch,
     align_labels,
@@ -38,7 +39,7 @@ from fxdistill.objective.vocabulary import (
 )
 from fxdistill.taps.markers import check
 
-Lookup = Callable[[str, Tap], Tensor]
+Lookup = Callable[[Tower, Tap], Tensor]
 
 
 class Losses(NamedTuple):
@@ -48,28 +49,86 @@ class Losses(NamedTuple):
     terms: dict[str, Tensor]
 
 
+class Weights(NamedTuple):
+    """The settings of a step, as 0-d tensors: one of ``matches`` for each match, in order."""
+
+    logits: Tensor
+    features: Tensor
+    labels: Tensor
+    temperature: Tensor
+    matches: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, settings: Tensor) -> "Weights":
+        """From the vector that enters the graph; its order is that of ``GLOBAL_SETTINGS``."""
+        logits, features, labels, temperature = settings[:4].unbind()
+        return cls(logits, features, labels, temperature, settings[4:].unbind())
+
+
+class Predictions(NamedTuple):
+    """The logits of one model that learns, and how each of them counts."""
+
+    logits: Tensor
+    task: Task | None
+    weights: Tensor
+    items: Tensor | None  # the denominator, where that is not the sum of the weights
+
+
 @dataclass(frozen=True)
 class Objective:
-    """All terms of a distiller. ``None`` for a loss turns its term off."""
+    """All terms of a distiller; a kind of which there is none is off."""
 
     features: tuple[Term, ...] = ()
-    logit_loss: Loss | None = None
-    label_loss: Loss | None = None
+    logits: tuple[LogitTerm, ...] = ()
+    labels: tuple[LabelTerm, ...] = ()
     task: Task | None = None
     vocab_size: int | None = None
-    freeze_teacher: bool = True
+    frozen: frozenset[Tower] = frozenset({"teacher"})  # models whose values are constants
     ranks: Ranks | None = None  # where samples lie on several ranks
     own_losses: bool = True  # whether logit and label losses are the library's, and so their shapes
+    returns: Tower | None = None  # whose logits the step returns, beside its losses
 
     @property
-    def uses_teacher(self) -> bool:
-        """Whether any term compares with the teacher."""
-        return bool(self.features) or self.logit_loss is not None
+    def compared(self) -> frozenset[Tower]:
+        """The models that some term reads as its teacher."""
+        return frozenset((*(t.of[1] for t in self.features), *(t.teacher for t in self.logits)))
+
+    @property
+    def towers(self) -> frozenset[Tower]:
+        """All models that some term reads."""
+        learning = (*(t.of[0] for t in self.features), *self._predicting)
+        return self.compared.union(learning)
+
+    @property
+    def reads(self) -> tuple[tuple[Tower, Tap], ...]:
+        """Every value that the terms, or who called, will ask for; each once."""
+        found = [tap for term in self.features for tap in term.taps]
+        found += [(tower, LOGITS) for tower in self.with_logits]
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def with_logits(self) -> tuple[Tower, ...]:
+        """The models whose logits are read."""
+        returned = () if self.returns is None else (self.returns,)
+        teachers = (term.teacher for term in self.logits)
+        return tuple(dict.fromkeys((*self._predicting, *teachers, *returned)))
 
     @property
     def can_fuse(self) -> bool:
-        """Whether the fused head knows the losses, and the teacher needs no gradient of it."""
-        return self.own_losses and self.freeze_teacher
+        """Whether the fused head knows the losses, and no teacher needs a gradient of it."""
+        return self.own_losses and all(term.teacher in self.frozen for term in self.logits)
+
+    @property
+    def learns_from_features_alone(self) -> bool:
+        """Whether only matches, with frozen teachers and without a projection, teach anything."""
+        plain = all(term.projection is None for term in self.features)
+        return plain and not self.logits and not self.labels and self.compared <= self.frozen
+
+    @property
+    def _predicting(self) -> tuple[Tower, ...]:
+        """The models that learn from their logits, in the order of the terms."""
+        of_logits, of_labels = (t.student for t in self.logits), (t.student for t in self.labels)
+        return tuple(dict.fromkeys((*of_logits, *of_labels)))
 
     def on(self, ranks: Ranks | None) -> "Objective":
         """The objective of a call whose samples lie on ``ranks``, where that is not known yet."""
@@ -77,73 +136,97 @@ class Objective:
 
     def without_labels(self) -> "Objective":
         """The objective of a call that brings no labels."""
-        return replace(self, label_loss=None)
+        return replace(self, labels=())
+
+    def taps_of(self, tower: Tower) -> list[Tap]:
+        """The values of one model that matches read."""
+        return [tap for term in self.features for name, tap in term.taps if name == tower]
 
     def __call__(
         self,
         lookup: Lookup,
         batch: Batch,
         settings: Tensor,
-        projections: torch.nn.ModuleList,
+        projections: nn.ModuleList,
         anchor: Tensor,
     ) -> Losses:
         """Compute the total and its terms.
 
-        ``lookup(tower, tap)`` gives the tapped values; ``settings`` is a vector: the weights of
-        logits, features and labels, the temperature, then one weight for each match. ``anchor`` is
-        a trainable value that ties a total without any term to the student (its gradient is zero).
+        ``lookup(tower, tap)`` gives the tapped values; ``settings`` is the vector that ``Weights``
+        names. ``anchor`` is a trainable value that ties a total without any term to the student
+        (its gradient is zero).
         """
-        if self.freeze_teacher:
-            lookup = without_teacher_gradients(lookup)
-        logit_weight, feature_weight, label_weight, temperature = settings[:4].unbind()
+        lookup = with_constants(lookup, self.frozen)
+        weights = Weights.of(settings)
         parts: list[Tensor] = []
-        task = self.task
         terms: dict[str, Tensor] = {}
-        if self.logit_loss is not None or self.label_loss is not None:
-            student = lookup("student", LOGITS)
-            task = task or ("classification" if student.ndim == 2 else None)
-            if self.own_losses:
-                require_vocabulary_last(student, task)
-                require_indices(batch.labels)
-            require_task(task, student, batch)
-            weights = prediction_weights(batch, task, student)
-            items = self._items(batch.num_items, weights, 0, student)
-            if self.logit_loss is not None:
-                s, t = shared_vocabulary(student, lookup("teacher", LOGITS), self.vocab_size)
-                if not self.own_losses:
-                    s, t = on_every_rank(s), on_every_rank(t)
-                loss = self.logit_loss(s, t, temperature=temperature, weights=weights)
-                loss = ordinary(loss, "logits")
-                loss = rescaled(loss, weights, 0, items)
-                parts.append(logit_weight * loss)
-                terms["logits"] = loss.detach()
-            if self.label_loss is not None:
-                assert batch.labels is not None
-                assert task is not None
-                labels = align_labels(batch.labels, task)
-                if not self.own_losses:
-                    student = on_every_rank(student)
-                loss = ordinary(self.label_loss(student, labels, weights=weights), "labels")
-                loss = rescaled(loss, weights, 0, items)
-                parts.append(label_weight * loss)
-                terms["labels"] = loss.detach()
+        task = self.task
+        for tower in self._predicting:
+            made = self._predictions(tower, lookup, batch)
+            task = task or made.task
+            for name, weight, loss in self._of_logits(tower, made, lookup, batch, weights):
+                parts.append(weight * loss)
+                terms[name] = loss.detach()
         if self.features:
-            weight = settings[4:].unbind()
             named = self._feature_terms(lookup, batch, task, projections)
-            weighted = [w * loss for w, loss in zip(weight, named.values(), strict=True)]
+            weighted = [w * loss for w, loss in zip(weights.matches, named.values(), strict=True)]
             mean = torch.stack(weighted).sum() / len(self.features)
-            parts.append(feature_weight * mean)
+            parts.append(weights.features * mean)
             terms["features"] = mean.detach()
             terms.update({name: loss.detach() for name, loss in named.items()})
         total = torch.stack(parts).sum() if parts else anchor.reshape(-1)[:1].sum() * 0.0
         return Losses(total, terms) if self.ranks is None else together(total, terms, self.ranks)
 
+    def _predictions(self, tower: Tower, lookup: Lookup, batch: Batch) -> Predictions:
+        """The logits of ``tower``, and which of its predictions count."""
+        logits = lookup(tower, LOGITS)
+        task = self.task or ("classification" if logits.ndim == 2 else None)
+        if self.own_losses:
+            require_vocabulary_last(logits, task)
+            require_indices(batch.labels)
+        require_task(task, logits, batch)
+        weights = prediction_weights(batch, task, logits)
+        items = self._items(batch.num_items, weights, 0, logits)
+        return Predictions(logits, task, weights, items)
+
+    def _of_logits(
+        self, tower: Tower, made: Predictions, lookup: Lookup, batch: Batch, weights: Weights
+    ) -> list[tuple[str, Tensor, Tensor]]:
+        """Name, weight and value of each term on the logits of ``tower``."""
+        found = []
+        for term in self.logits:
+            if term.student == tower:
+                loss = self._logit_term(term, made, lookup, weights.temperature)
+                found.append((term.name, of_share(weights.logits, term.share), loss))
+        for label in self.labels:
+            if label.student == tower:
+                loss = self._label_term(label, made, batch.labels)
+                found.append((label.name, of_share(weights.labels, label.share), loss))
+        return found
+
+    def _logit_term(
+        self, term: LogitTerm, made: Predictions, lookup: Lookup, temperature: Tensor
+    ) -> Tensor:
+        s, t = shared_vocabulary(made.logits, lookup(term.teacher, LOGITS), self.vocab_size)
+        if not self.own_losses:
+            s, t = on_every_rank(s), on_every_rank(t)
+        loss = term.loss(s, t, temperature=temperature, weights=made.weights)
+        return rescaled(ordinary(loss, term.name), made.weights, 0, made.items)
+
+    def _label_term(self, term: LabelTerm, made: Predictions, labels: Tensor | None) -> Tensor:
+        assert labels is not None
+        assert made.task is not None
+        aligned = align_labels(labels, made.task)
+        logits = made.logits if self.own_losses else on_every_rank(made.logits)
+        loss = ordinary(term.loss(logits, aligned, weights=made.weights), term.name)
+        return rescaled(loss, made.weights, 0, made.items)
+
     def _feature_terms(
-        self, lookup: Lookup, batch: Batch, task: Task | None, projections: torch.nn.ModuleList
+        self, lookup: Lookup, batch: Batch, task: Task | None, projections: nn.ModuleList
     ) -> dict[str, Tensor]:
         losses = {}
         for term in self.features:
-            s, t = lookup("student", term.student), lookup("teacher", term.teacher)
+            s, t = (lookup(tower, tap) for tower, tap in term.taps)
             s, t = _laid_out(term, s, t, batch, task)
             if term.projection is not None:
                 s = projected(projections[term.projection], s, self.ranks)
@@ -165,6 +248,11 @@ class Objective:
         if given is not None or self.ranks is None:
             return given
         return items_of(weights, count, self.ranks, like)
+
+
+def of_share(weight: Tensor, share: float) -> Tensor:
+    """A term's part of a global weight; all of it leaves the graph as it is."""
+    return weight if share == 1.0 else weight * share
 
 
 def together(total: Tensor, terms: dict[str, Tensor], ranks: Ranks) -> Losses:
@@ -202,7 +290,7 @@ def on_every_rank(value: Tensor) -> Tensor:
     return value.full_tensor() if is_placed(value) else value
 
 
-def projected(projection: torch.nn.Module, value: Tensor, ranks: Ranks | None) -> Tensor:
+def projected(projection: nn.Module, value: Tensor, ranks: Ranks | None) -> Tensor:
     """``projection(value)``; its weights stay plain tensors, alike on every rank."""
     summed = ranks is not None and ranks.projections
     if not is_placed(value) and not summed:
@@ -224,12 +312,12 @@ def ordinary(loss: Tensor, name: str) -> Tensor:
     return loss.full_tensor() if is_placed(loss) else loss
 
 
-def without_teacher_gradients(lookup: Lookup) -> Lookup:
-    """A teacher may switch gradients on inside: what it hands over is cut off all the same."""
+def with_constants(lookup: Lookup, frozen: frozenset[Tower]) -> Lookup:
+    """A frozen model may switch gradients on inside: what it hands over is cut off all the same."""
 
-    def detached(tower: str, tap: Tap) -> Tensor:
+    def detached(tower: Tower, tap: Tap) -> Tensor:
         value = lookup(tower, tap)
-        return value.detach() if tower == "teacher" else value
+        return value.detach() if tower in frozen else value
 
     return detached
 

@@ -1,19 +1,25 @@
-"""One term of the objective."""
+"""The terms of an objective: a loss, the values that it compares, its weight.
+
+Each term says which models its values come from, by name. Any number of models may be compared.
+"""
 
 from dataclasses import dataclass
 
 from fxdistill.losses.names import Loss
 from fxdistill.mapping.layout import Layout
 from fxdistill.models.conventions import Stream
-from fxdistill.models.tap import Tap
+from fxdistill.models.tap import Tap, Tower
 
-LOGITS = Tap("", "logits")
+LOGITS = Tap("", "logits")  # of any model: what it returns
 GLOBAL_SETTINGS = ("logit_weight", "feature_weight", "label_weight", "temperature")
 
 
 @dataclass(frozen=True)
 class Term:
-    """One match: ``loss(student value, teacher value, weights)``, times ``weight``."""
+    """One match: ``loss(student value, teacher value, weights)``, times ``weight``.
+
+    ``of`` names the model that learns and the model that it is compared with.
+    """
 
     name: str
     loss: Loss
@@ -26,8 +32,33 @@ class Term:
     # What the layouts do to tokens, told here so that no pattern is read while the step is traced.
     keeps_tokens: bool = True
     pools_tokens: tuple[bool, bool] = (False, False)
+    of: tuple[Tower, Tower] = ("student", "teacher")
 
     @property
-    def taps(self) -> tuple[tuple[str, Tap], tuple[str, Tap]]:
-        """What the term reads, by tower."""
-        return ("student", self.student), ("teacher", self.teacher)
+    def taps(self) -> tuple[tuple[Tower, Tap], tuple[Tower, Tap]]:
+        """What the term reads, by model."""
+        return (self.of[0], self.student), (self.of[1], self.teacher)
+
+
+@dataclass(frozen=True)
+class LogitTerm:
+    """``loss(student logits, teacher logits, *, temperature, weights)``, times ``share``.
+
+    ``share`` is the term's part of the logit weight.
+    """
+
+    loss: Loss
+    name: str = "logits"
+    student: Tower = "student"
+    teacher: Tower = "teacher"
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class LabelTerm:
+    """``loss(student logits, labels, *, weights)``, times its ``share`` of the label weight."""
+
+    loss: Loss
+    name: str = "labels"
+    student: Tower = "student"
+    share: float = 1.0

@@ -2,7 +2,7 @@
 
 import fnmatch
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from fxdistill.base.ranks import Ranks
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import DeviceError, MeshError, OptionError, PathError, did_you_mean
 from fxdistill.models.devices import device_of
-from fxdistill.models.tap import Tap
+from fxdistill.models.tap import Tap, Tower
 from fxdistill.parallel.plan import TensorPlan, ready_made
 from fxdistill.parallel.sharding import DATA, TENSOR, Axes, Sharding, shard
 
@@ -24,7 +24,7 @@ Plan = Mapping[str, Any] | None
 
 
 class OnMesh(NamedTuple):
-    """Two models on a mesh; ``ranks`` where samples lie on several."""
+    """Models on a mesh; ``ranks`` where samples lie on several."""
 
     shardings: Mapping[str, Sharding]
     ranks: Ranks | None
@@ -32,17 +32,17 @@ class OnMesh(NamedTuple):
 
 
 def set_up(
-    models: Mapping[str, nn.Module],
-    plans: Mapping[str, Plan],
+    models: Mapping[Tower, nn.Module],
+    plans: Mapping[Tower, Plan],
     mesh: DeviceMesh,
-    taps: Iterable[tuple[str, Tap]],
+    taps: Iterable[tuple[Tower, Tap]],
     asked: str,
-    frozen_teacher: bool,
+    frozen: Collection[Tower],
 ) -> OnMesh:
     """Shard the models, by tower, in place.
 
     ``taps``, by tower, must be values that have a place on the mesh; ``asked`` is what all ranks
-    must have asked for.
+    must have asked for; ``frozen`` models learn nothing.
 
     What can be wrong is found first, on every rank. MeshError, OptionError, PathError, DeviceError.
     """
@@ -50,8 +50,7 @@ def set_up(
     made: dict[str, TensorPlan] = {}
     for tower, model in models.items():
         _check_model(tower, model, mesh)
-        learns = tower == "student" or not frozen_teacher
-        made[tower] = _plan(tower, model, plans.get(tower), axes, learns)
+        made[tower] = _plan(tower, model, plans.get(tower), axes, tower not in frozen)
     _check_apart(models)
     for tower, tap in taps:
         _check_tap(tower, tap, made[tower])
@@ -75,7 +74,7 @@ def _axes(mesh: Any) -> Axes:
     return Axes.of(mesh)
 
 
-def _check_model(tower: str, model: nn.Module, mesh: DeviceMesh) -> None:
+def _check_model(tower: Tower, model: nn.Module, mesh: DeviceMesh) -> None:
     if any(is_placed(parameter) for parameter in model.parameters()):
         raise MeshError(
             f"the {tower} is parallel already (its parameters are DTensors): leave mesh= out, and "
@@ -88,19 +87,19 @@ def _check_model(tower: str, model: nn.Module, mesh: DeviceMesh) -> None:
         )
 
 
-def _check_apart(models: Mapping[str, nn.Module]) -> None:
-    student, teacher = (dict(model.named_parameters()) for model in models.values())
-    own = {id(parameter): name for name, parameter in student.items()}
-    shared = [own[id(p)] for p in teacher.values() if id(p) in own]
-    if shared:
-        raise MeshError(
-            f"student and teacher share {len(shared)} parameters ({shared[0]}, ...), which mesh= "
-            "cannot shard for both: give the teacher a copy, or parallelize the models yourself "
-            "and leave mesh= out."
-        )
+def _check_apart(models: Mapping[Tower, nn.Module]) -> None:
+    for (one, first), (other, second) in itertools.combinations(models.items(), 2):
+        own = {id(parameter): name for name, parameter in first.named_parameters()}
+        shared = [own[id(p)] for p in second.parameters() if id(p) in own]
+        if shared:
+            raise MeshError(
+                f"{one} and {other} share {len(shared)} parameters ({shared[0]}, ...), which mesh= "
+                f"cannot shard for both: give the {other} a copy, or parallelize the models "
+                "yourself and leave mesh= out."
+            )
 
 
-def _plan(tower: str, model: nn.Module, plan: Plan, axes: Axes, learns: bool) -> TensorPlan:
+def _plan(tower: Tower, model: nn.Module, plan: Plan, axes: Axes, learns: bool) -> TensorPlan:
     if axes.tensor is None:
         if plan is not None:
             raise OptionError(f"{tower}_plan is for a mesh dimension 'tp', and there is none")
@@ -125,7 +124,7 @@ def _plan(tower: str, model: nn.Module, plan: Plan, axes: Axes, learns: bool) ->
     return TensorPlan(styles, placements)
 
 
-def _found(tower: str, pattern: str, names: Iterable[str]) -> list[str]:
+def _found(tower: Tower, pattern: str, names: Iterable[str]) -> list[str]:
     """The names that ``pattern`` matches, ``*`` within one segment."""
     parts, names = pattern.split("."), list(names)
     found = [
@@ -140,7 +139,7 @@ def _found(tower: str, pattern: str, names: Iterable[str]) -> list[str]:
     return found
 
 
-def _check_tap(tower: str, tap: Tap, plan: TensorPlan) -> None:
+def _check_tap(tower: Tower, tap: Tap, plan: TensorPlan) -> None:
     """Within a sharded part a value without a style is a rank's own, and a plain tensor."""
     part = next((part for part in plan.sharded if tap.path.startswith(f"{part}.")), None)
     output = tap.port.startswith("output") and tap.path in plan.styles
@@ -159,7 +158,7 @@ def _ranks(axes: Axes) -> Ranks | None:
     return Ranks(groups, axes.data.size())
 
 
-def _described(models: Mapping[str, nn.Module], plans: Mapping[str, TensorPlan]) -> Iterable[str]:
+def _described(models: Mapping[Tower, nn.Module], plans: Mapping[str, TensorPlan]) -> Iterable[str]:
     for tower, model in models.items():
         for name, p in model.named_parameters():
             yield f"{tower} {name} {list(p.shape)} {p.dtype} {p.requires_grad}"

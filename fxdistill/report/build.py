@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,74 +21,65 @@ from fxdistill.graph.sections import Paths, section_of
 from fxdistill.losses.names import loss_name
 from fxdistill.models.landmarks import head_path, roles_in
 from fxdistill.objective.call import Call
+from fxdistill.objective.objective import Objective
 from fxdistill.report.data import (
     SCHEMA,
-    Block,
+    BlockLine,
     Event,
     Memory,
     Pair,
     Plain,
-    Term,
-    Tower,
+    TermLine,
+    TowerFacts,
     Value,
 )
 from fxdistill.report.faces.summary import between, projection_of
-from fxdistill.report.read import gradients_and_writes, memory
+from fxdistill.report.read import costs, gradients_and_writes, memory
 from fxdistill.report.read.changes import depends_on_values, pass_lines
-from fxdistill.report.read.costs import by_block, casts, flops, notes_of, traffic
 from fxdistill.report.read.fakes import faked, standing_in
 from fxdistill.report.read.inputs import tensors_of
+from fxdistill.report.read.owners import Heads
 from fxdistill.report.read.towers import blocks_of, bytes_here, dtype_name, towers_of
 from fxdistill.report.read.warnings import warnings_of
 from fxdistill.report.report import Report
+from fxdistill.report.subject import Subject
 from fxdistill.taps.table import TapTable
 
-if TYPE_CHECKING:
-    from fxdistill.distiller.distiller import Distiller
 
-
-def build(distiller: "Distiller", args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Report:
-    """The report of a step on these inputs; without any, on those of the last call."""
+def build(subject: Subject, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Report:
+    """The report of a step that is called so; without any arguments, as the last call was."""
     given = bool(args or kwargs)
-    inputs = (args, dict(kwargs)) if given else distiller.past.last
+    inputs = (args, dict(kwargs)) if given else subject.journal.last
     if inputs is None:
         raise StepError(
             "a report needs to know what a step is called with, and nothing was called yet: "
             "distiller.report(input_ids=ids, labels=ids), as the distiller itself would be called"
         )
-    models = (distiller.student, distiller.teacher, distiller.projections)
-    distiller._settle_modes()
-    towers = towers_of(*models, frozen=distiller.plan.freeze_teacher)  # where they really lie
+    towers = towers_of(subject)  # where they really lie
+    models = subject.parts.values()
     with torch.inference_mode(False), torch.enable_grad(), standing_in(models) as mode:
-        # The vector of weights may be fake then, and must not be kept.
-        vector, distiller._vector = distiller._vector, None
-        try:
-            if mode is not None:
-                inputs = faked(inputs, mode)
-            return _report(distiller, towers, *inputs, given=given)
-        finally:
-            distiller._vector = vector
+        if mode is not None:
+            inputs = faked(inputs, mode)
+        return _report(subject, towers, *inputs, given=given)
 
 
 def _report(
-    distiller: "Distiller",
-    towers: tuple[Tower, ...],
+    subject: Subject,
+    towers: tuple[TowerFacts, ...],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
     given: bool,
 ) -> Report:
-    call = distiller._sort(args, kwargs)
-    distiller._guard(call)
-    objective = distiller._objective_of(call)
-    known = _known(distiller, towers, call, given)
+    call = subject.sort(args, kwargs)
+    known = _known(subject, towers, call, given)
     try:
-        program, halves, table = distiller.dry(call, objective, _recipe(distiller), cut=True)
+        program, halves, table = subject.capture(call, _objective(subject, call), _recipe(subject))
     except FxDistillError as error:
-        return dataclasses.replace(known, stopped=_stopped(distiller, error))
+        return dataclasses.replace(known, stopped=_stopped(subject, error))
     found = dataclasses.replace(
         known,
-        pairs=tuple(_pairs(distiller, table)),
+        pairs=tuple(_pairs(subject, table)),
         passes=pass_lines(program.history),
         nodes=dict(Counter(section_of(n) or "inputs" for n in program.gm.graph.nodes)),
         warnings=tuple(dict.fromkeys((*known.warnings, *table.warnings))),
@@ -96,7 +87,7 @@ def _report(
     if halves is None:
         return found
     try:
-        return _with_costs(found, distiller, call, halves)
+        return _with_costs(found, subject, call, halves)
     except GuardOnDataDependentSymNode:
         return dataclasses.replace(
             found,
@@ -105,63 +96,68 @@ def _report(
         )
 
 
-def _stopped(distiller: "Distiller", error: FxDistillError) -> str:
-    text, mode = f"{type(error).__name__}: {error}", distiller.plan.mode
-    if mode == "one_graph" or not isinstance(error, CaptureError):
+def _objective(subject: Subject, call: Call) -> Objective:
+    """The terms that this call has."""
+    objective = subject.objective
+    return objective if call.batch.labels is not None else objective.without_labels()
+
+
+def _stopped(subject: Subject, error: FxDistillError) -> str:
+    text = f"{type(error).__name__}: {error}"
+    if subject.mode == "one_graph" or not isinstance(error, CaptureError):
         return text
     # What there is to do about it has been done.
     said = text.partition("\nWhat to do")[0]
-    return f"{said}\nThe step itself runs: mode {mode!r} needs no graph of the models."
+    return f"{said}\nThe step itself runs: mode {subject.mode!r} needs no graph of the models."
 
 
-def _recipe(distiller: "Distiller") -> Recipe:
+def _recipe(subject: Subject) -> Recipe:
     """As a step is made; a step that runs as it is has its logits made."""
-    recipe: Recipe = distiller._recipe()
-    lowering = _lowering(distiller)
-    fuse_head = recipe.fuse_head and distiller.plan.mode != "eager"
-    return dataclasses.replace(recipe, lowering=lowering, fuse_head=fuse_head)
+    recipe = subject.recipe
+    fuse = recipe.wanted.fuse_head and subject.mode != "eager"
+    wanted = dataclasses.replace(recipe.wanted, fuse_head=fuse)
+    return dataclasses.replace(recipe, lowering=_lowering(subject), wanted=wanted)
 
 
-def _lowering(distiller: "Distiller") -> Lowering:
+def _lowering(subject: Subject) -> Lowering:
     """What a step is lowered by, as far as it is known what that allocates."""
-    lowering = distiller.plan.lowering
-    known = distiller.plan.mode == "one_graph" and lowering.backend in ("inductor", "aot_eager")
-    return lowering if known else dataclasses.replace(lowering, backend="aot_eager", options={})
+    lowering = subject.recipe.lowering
+    known = subject.mode == "one_graph" and lowering.backend in ("inductor", "aot_eager")
+    return lowering if known else Lowering("aot_eager")
 
 
 # ---------------------------------------------------------------------- what needs no capture
 
 
-def _known(distiller: "Distiller", towers: tuple[Tower, ...], call: Call, given: bool) -> Report:
-    plan, objective = distiller.plan, distiller.objective
-    backend = "" if plan.mode == "eager" else plan.lowering.backend
-    pairs = tuple(_pairs(distiller, None))
-    terms = tuple(_terms(distiller, objective.label_loss if _labelled(call) else None))
+def _known(subject: Subject, towers: tuple[TowerFacts, ...], call: Call, given: bool) -> Report:
+    backend = "" if subject.mode == "eager" else subject.recipe.lowering.backend
+    pairs = tuple(_pairs(subject, None))
+    terms = tuple(_terms(subject, _objective(subject, call)))
     return Report(
         schema=SCHEMA,
         fxdistill=fxdistill.__version__,
         torch=torch.__version__,
-        mode=plan.mode,
+        mode=subject.mode,
         backend=backend if isinstance(backend, str) else _name(backend),
-        mesh=_mesh(distiller),
-        inputs={name: value_of(tensor) for name, tensor in tensors_of(call).items()},
+        mesh=_mesh(subject),
+        inputs={name: value_of(tensor) for name, tensor in tensors_of(call, subject.main).items()},
         towers=towers,
         pairs=pairs,
         terms=terms,
-        events=tuple(Event(*event) for event in distiller.past.events),
+        events=tuple(Event(*event) for event in subject.journal.events),
         # The numbers of a call that is only remembered are not those that it had.
         warnings=(
-            *warnings_of(distiller, call if given else None),
+            *warnings_of(subject, call if given else None),
             *_odd_weights((*terms, *pairs)),
         ),
-        notes=(*distiller.matches.notes, *distiller._notes),
+        notes=subject.notes,
     )
 
 
-def _mesh(distiller: "Distiller") -> dict[str, int]:
+def _mesh(subject: Subject) -> dict[str, int]:
     """The mesh that parameters lie on, by dimension."""
-    models = (distiller.student, distiller.teacher)
-    placed: Any = next((p for m in models for p in m.parameters() if is_placed(p)), None)
+    parameters = (p for model in subject.models.values() for p in model.parameters())
+    placed: Any = next((p for p in parameters if is_placed(p)), None)
     if placed is None:
         return {}
     mesh = placed.device_mesh
@@ -173,12 +169,8 @@ def _name(value: Any) -> str:
     return str(getattr(value, "__name__", type(value).__name__))
 
 
-def _labelled(call: Call) -> bool:
-    return call.batch.labels is not None
-
-
-def _of_mode(distiller: "Distiller") -> Iterator[str]:
-    mode, backend = distiller.plan.mode, distiller.plan.lowering.backend
+def _of_mode(subject: Subject) -> Iterator[str]:
+    mode, backend = subject.mode, subject.recipe.lowering.backend
     if mode != "one_graph":
         yield (
             f"costs are those of one graph whose operators run one by one; this distiller runs "
@@ -202,38 +194,41 @@ def _value_of(tensor: Tensor | None) -> Value | None:
         return None
 
 
-def _pairs(distiller: "Distiller", table: TapTable | None) -> Iterator[Pair]:
+def _pairs(subject: Subject, table: TapTable | None) -> Iterator[Pair]:
     values = {} if table is None else table.values
-    ours, theirs = roles_in(distiller.student), roles_in(distiller.teacher)
-    for term in distiller.objective.features:
+    roles = {tower: roles_in(model) for tower, model in subject.models.items()}
+    for term in subject.objective.features:
         student, teacher = (values.get(key) for key in term.taps)
+        ours, theirs = (roles[tower].get(tap.path, ("",))[0] for tower, tap in term.taps)
         yield Pair(
             term.name,
             str(term.student),
             str(term.teacher),
             loss_name(term.loss),
-            _number(distiller._settings[term.name]),
-            between(term, distiller.projections),
+            _number(subject.settings[term.name]),
+            between(term, subject.projections),
             _value_of(student),
             _value_of(teacher),
-            ours.get(term.student.path, ("",))[0],
-            theirs.get(term.teacher.path, ("",))[0],
-            projection_of(term, distiller.projections),
+            ours,
+            theirs,
+            projection_of(term, subject.projections),
+            *term.of,
         )
 
 
-def _terms(distiller: "Distiller", label_loss: Any) -> Iterator[Term]:
-    objective, settings = distiller.objective, distiller._settings
-    if objective.logit_loss is not None:
-        yield Term("logits", loss_name(objective.logit_loss), _number(settings["logit_weight"]))
-    if label_loss is not None:
-        yield Term("labels", loss_name(label_loss), _number(settings["label_weight"]))
+def _terms(subject: Subject, objective: Objective) -> Iterator[TermLine]:
+    settings = subject.settings
+    for name, loss, setting, share in (
+        *((t.name, t.loss, "logit_weight", t.share) for t in objective.logits),
+        *((t.name, t.loss, "label_weight", t.share) for t in objective.labels),
+    ):
+        yield TermLine(name, loss_name(loss), share * _number(settings[setting]))
     if objective.features:
         names = sorted({loss_name(term.loss) for term in objective.features})
-        yield Term("features", ", ".join(names), _number(settings["feature_weight"]))
+        yield TermLine("features", ", ".join(names), _number(settings["feature_weight"]))
 
 
-def _odd_weights(weighted: Iterable[Pair | Term]) -> Iterator[str]:
+def _odd_weights(weighted: Iterable[Pair | TermLine]) -> Iterator[str]:
     for one in weighted:
         if not math.isfinite(one.weight):
             yield f"the weight of {one.name} is {one.weight}, and so will the total be"
@@ -247,33 +242,36 @@ def _number(value: float | Tensor) -> float:
 # ---------------------------------------------------------------------- what a capture tells
 
 
-def _with_costs(report: Report, distiller: "Distiller", call: Call, halves: Halves) -> Report:
-    towers = tuple(_with_blocks(distiller, tower, halves) for tower in report.towers)
+def _with_costs(report: Report, subject: Subject, call: Call, halves: Halves) -> Report:
+    towers = tuple(_with_blocks(subject, tower, halves) for tower in report.towers)
     paths = {tower.name: [block.path for block in tower.blocks] for tower in towers}
     return dataclasses.replace(
         report,
         towers=towers,
-        flops=flops(halves),
-        memory=_memory(distiller, halves, paths),
-        plain=_plain(distiller, call, paths),
-        collectives=traffic(halves),
-        casts=casts(halves),
-        warnings=(*report.warnings, *gradients_and_writes.warnings_of(distiller, call, halves)),
+        flops=costs.flops(halves, subject.frozen),
+        memory=_memory(subject, halves, paths),
+        plain=_plain(subject, call, paths),
+        collectives=costs.traffic(halves, subject.main),
+        casts=costs.casts(halves),
+        warnings=(
+            *report.warnings,
+            *gradients_and_writes.warnings_of(subject, call, halves),
+        ),
         notes=(
             *report.notes,
-            *_of_mode(distiller),
-            *gradients_and_writes.notes_of(distiller, halves),
-            *notes_of(halves),
+            *_of_mode(subject),
+            *gradients_and_writes.notes_of(subject, halves),
+            *costs.notes_of(halves),
         ),
     )
 
 
-def _with_blocks(distiller: "Distiller", tower: Tower, halves: Halves) -> Tower:
+def _with_blocks(subject: Subject, tower: TowerFacts, halves: Halves) -> TowerFacts:
     """With the costs of its blocks, of which those stay that hold or do something."""
-    blocks = list(blocks_of(getattr(distiller, tower.name)))
-    found = by_block(halves, {tower.name: [block.path for block in blocks]})
+    blocks = list(blocks_of(subject.parts[tower.name]))
+    found = costs.by_block(halves, {tower.name: [block.path for block in blocks]})
 
-    def counted(block: Block) -> Block:
+    def counted(block: BlockLine) -> BlockLine:
         forward, backward = (
             found.get((tower.name, block.path, half), 0) for half in ("forward", "backward")
         )
@@ -283,48 +281,49 @@ def _with_blocks(distiller: "Distiller", tower: Tower, halves: Halves) -> Tower:
     return dataclasses.replace(tower, blocks=tuple(parts))
 
 
-def _memory(distiller: "Distiller", halves: Halves, paths: Paths) -> Memory:
-    weights = _weights(distiller)
-    gradients = bytes_here(gradients_and_writes.learning(distiller, halves).values())
+def _memory(subject: Subject, halves: Halves, paths: Paths) -> Memory:
+    weights = _weights(subject)
+    gradients = bytes_here(gradients_and_writes.learning(subject, halves).values())
     # torch's optimizers keep their states in the type of the parameter.
     states = {"SGD": 0, "SGD with momentum": gradients, "Adam, AdamW": 2 * gradients}
-    return memory.memory(halves, weights, gradients, states, _heads(distiller), paths)
+    return memory.memory(halves, weights, gradients, states, _heads(subject), paths)
 
 
-def _weights(distiller: "Distiller") -> dict[str, int]:
-    """Bytes of parameters and buffers here; what towers share is the student's."""
+def _weights(subject: Subject) -> dict[str, int]:
+    """Bytes of parameters and buffers here; what models share is the main one's."""
     seen: set[int] = set()
     found = {}
-    for name in ("student", "teacher", "projections"):
-        module: nn.Module = getattr(distiller, name)
+    for name, module in subject.parts.items():
         own = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in seen]
         seen.update(map(id, own))
         found[name] = bytes_here(own)
     return found
 
 
-def _heads(distiller: "Distiller") -> dict[str, tuple[str, int]]:
-    """Where each tower makes its logits, and how wide they are."""
+def _heads(subject: Subject) -> Heads:
+    """Where each model makes its logits, and how wide they are."""
     found = {}
-    for tower in ("student", "teacher"):
-        model = getattr(distiller, tower)
+    for tower, model in subject.models.items():
         if (path := head_path(model)) is not None:
-            found[tower] = path, int(model.get_submodule(path).out_features)
+            head = cast(nn.Linear, model.get_submodule(path))
+            found[tower] = path, head.out_features
     return found
 
 
-def _plain(distiller: "Distiller", call: Call, paths: Paths) -> Plain | None:
+def _plain(subject: Subject, call: Call, paths: Paths) -> Plain | None:
     """The student alone on the same labels."""
-    objective = distiller._objective_of(call)
-    if objective.label_loss is None:
+    objective = _objective(subject, call)
+    labels = tuple(term for term in objective.labels if term.student == subject.main)
+    if not labels:
         return None
-    alone = dataclasses.replace(objective, features=(), logit_loss=None)
-    recipe = dataclasses.replace(_recipe(distiller), passes=(), fuse_head=False)
-    _, halves, _ = distiller.dry(call, alone, recipe, cut=True)
+    alone = dataclasses.replace(objective, features=(), logits=(), labels=labels)
+    recipe = _recipe(subject)
+    wanted = dataclasses.replace(recipe.wanted, user=(), fuse_head=False)
+    _, halves, _ = subject.capture(call, alone, dataclasses.replace(recipe, wanted=wanted))
     if halves is None:  # labels alone teach nothing: what learns is reached by matches
         return None
-    weights = {"student": _weights(distiller)["student"]}
-    gradients = bytes_here(gradients_and_writes.learning(distiller, halves).values())
-    found = memory.memory(halves, weights, gradients, {}, _heads(distiller), paths)
-    total = flops(halves).total
+    weights = {subject.main: _weights(subject)[subject.main]}
+    gradients = bytes_here(gradients_and_writes.learning(subject, halves).values())
+    found = memory.memory(halves, weights, gradients, {}, _heads(subject), paths)
+    total = costs.flops(halves, subject.frozen).total
     return Plain(total, found.peak, gradients, found.saved, found.head, found.transient)

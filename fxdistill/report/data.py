@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-SCHEMA = "1.1"
+SCHEMA = "1.2"
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,12 @@ class Pair:
     student_role: str = ""
     teacher_role: str = ""
     projection: str = ""  # of the student's value: its class and widths
+    student_model: str = "student"  # whose values these are
+    teacher_model: str = "teacher"
 
 
 @dataclass(frozen=True)
-class Term:
+class TermLine:
     """A term of the total; its weight is λ of the formula."""
 
     name: str
@@ -90,7 +92,7 @@ class PassLine:
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockLine:
     """A part of a tower, in the order of the model: a repeated block, or what is beside those.
 
     A module that holds blocks is a part too, of which what is its own counts: the model itself has
@@ -106,7 +108,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Tower:
+class TowerFacts:
     """One of the models, or the projections."""
 
     name: str
@@ -116,7 +118,7 @@ class Tower:
     bytes: int  # of parameters and buffers, on this device
     dtypes: tuple[str, ...]
     training: bool
-    blocks: tuple[Block, ...] = ()
+    blocks: tuple[BlockLine, ...] = ()
     devices: tuple[str, ...] = ()
 
 
@@ -231,9 +233,9 @@ class Facts:
     backend: str
     mesh: dict[str, int]  # ranks by dimension; empty on one device
     inputs: dict[str, Value]
-    towers: tuple[Tower, ...]
+    towers: tuple[TowerFacts, ...]
     pairs: tuple[Pair, ...]
-    terms: tuple[Term, ...]
+    terms: tuple[TermLine, ...]
     passes: tuple[PassLine, ...] = ()
     nodes: dict[str, int] = dataclasses.field(default_factory=dict)  # of the one graph, by section
     flops: Flops | None = None

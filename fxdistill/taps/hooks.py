@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import TapError
-from fxdistill.models.tap import Tap
-from fxdistill.taps.markers import handed_on, raw, reject, tap
+from fxdistill.models.tap import Tap, Tower
+from fxdistill.taps.markers import note_localised, raw, reject, tap
 from fxdistill.taps.table import capturing
 
 
@@ -49,18 +49,18 @@ def _elements(value: Any) -> Iterable[Any]:
     return ()
 
 
-def _take(value: Any, section: str, path: str, port: str, required: bool) -> None:
+def _take(value: Any, tower: Tower, path: str, port: str, required: bool) -> None:
     try:
         found = pick(value, port)
     except (IndexError, KeyError, AttributeError):
         found = None
     if found is not None:
-        tap(found, section, path, port)
+        tap(found, tower, path, port)
     elif required:
-        reject(section, path, port, _no_port(value, section, path, port))
+        reject(tower, path, port, _no_port(value, tower, path, port))
 
 
-def _no_port(value: Any, section: str, path: str, port: str) -> str:
+def _no_port(value: Any, tower: Tower, path: str, port: str) -> str:
     side = "takes" if port.startswith("input") else "returns"
     if isinstance(value, Mapping):
         there = f"it {side} {', '.join(map(str, value)) or 'nothing'}"
@@ -69,14 +69,14 @@ def _no_port(value: Any, section: str, path: str, port: str) -> str:
     else:
         there = f"it {side} a {type(value).__name__}"
     return (
-        f"{section} module {path!r} has no tensor at port {port!r}: {there}. Ports are 'output', "
+        f"{tower} module {path!r} has no tensor at port {port!r}: {there}. Ports are 'output', "
         "'output[i]', 'output.field', 'input', 'input[i]' and 'input.name'."
     )
 
 
 @contextlib.contextmanager
 def hooked(
-    model: nn.Module, section: str, taps: Iterable[Tap], *, required: bool = True
+    model: nn.Module, tower: Tower, taps: Iterable[Tap], *, required: bool = True
 ) -> Iterator[None]:
     """Put a hook on every tapped module of ``model`` for as long as the context lasts.
 
@@ -89,14 +89,14 @@ def hooked(
         for path, port in dict.fromkeys((tap.path, tap.port) for tap in taps):
             module = model.get_submodule(path)
             if not traced:
-                _reject_compiled_parents(model, section, path)
+                _reject_compiled_parents(model, tower, path)
             if not traced and compiles_itself(module):
-                handles.append(_CompiledCall(module, section, path, port, required))
+                handles.append(_CompiledCall(module, tower, path, port, required))
             elif port.startswith("input"):
-                pre = _input_hook(section, path, port, required, _names(module))
+                pre = _input_hook(tower, path, port, required, _names(module))
                 handles.append(module.register_forward_pre_hook(pre, with_kwargs=True))
             else:
-                post = _output_hook(section, path, port, required)
+                post = _output_hook(tower, path, port, required)
                 handles.append(module.register_forward_hook(post))
         yield
     finally:
@@ -115,9 +115,9 @@ def _watch_styles(model: nn.Module) -> list[Any]:
     for module in model.modules():
         if module._forward_hooks:
             handles.append(module.register_forward_hook(_see_output(raw), prepend=True))
-            handles.append(module.register_forward_hook(_see_output(handed_on)))
+            handles.append(module.register_forward_hook(_see_output(note_localised)))
         if module._forward_pre_hooks:
-            see = _see_inputs(raw), _see_inputs(handed_on)
+            see = _see_inputs(raw), _see_inputs(note_localised)
             handles += [
                 module.register_forward_pre_hook(see[0], with_kwargs=True, prepend=True),
                 module.register_forward_pre_hook(see[1], with_kwargs=True),
@@ -153,13 +153,11 @@ class _CompiledCall:
     """
 
     def __init__(
-        self, module: nn.Module, section: str, path: str, port: str, required: bool
+        self, module: nn.Module, tower: Tower, path: str, port: str, required: bool
     ) -> None:
         self.module, self.original = module, module._compiled_call_impl
         module._compiled_call_impl = self.call
-        self.take = functools.partial(
-            _take, section=section, path=path, port=port, required=required
-        )
+        self.take = functools.partial(_take, tower=tower, path=path, port=port, required=required)
         self.port = port
         self.names = _names(module)
 
@@ -178,14 +176,14 @@ class _CompiledCall:
         self.module._compiled_call_impl = self.original
 
 
-def _reject_compiled_parents(model: nn.Module, section: str, path: str) -> None:
+def _reject_compiled_parents(model: nn.Module, tower: Tower, path: str) -> None:
     """A tap inside a compiled part would be compiled with it, or not be seen at all."""
     parents = path.split(".")[:-1]
     for end in range(len(parents) + 1):
         parent = model.get_submodule(".".join(parents[:end]))
         if parent is not model.get_submodule(path) and compiles_itself(parent):
             raise TapError(
-                f"{section} tap {path!r} lies inside {'.'.join(parents[:end]) or 'a model'!r}, "
+                f"{tower} tap {path!r} lies inside {'.'.join(parents[:end]) or 'a model'!r}, "
                 "which torch.compile compiles by itself. Do not compile the parts of the models "
                 "that hold taps (compile=True compiles all as one graph), or tap the part itself."
             )
@@ -205,15 +203,15 @@ def _inputs(args: Any, kwargs: dict[str, Any], port: str, names: tuple[str, ...]
     return (*args, *kwargs.values())
 
 
-def _output_hook(section: str, path: str, port: str, required: bool) -> Any:
+def _output_hook(tower: Tower, path: str, port: str, required: bool) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        _take(output, section, path, port, required)
+        _take(output, tower, path, port, required)
 
     return hook
 
 
-def _input_hook(section: str, path: str, port: str, required: bool, names: tuple[str, ...]) -> Any:
+def _input_hook(tower: Tower, path: str, port: str, required: bool, names: tuple[str, ...]) -> Any:
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        _take(_inputs(args, kwargs, port, names), section, path, port, required)
+        _take(_inputs(args, kwargs, port, names), tower, path, port, required)
 
     return hook

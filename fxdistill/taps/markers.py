@@ -27,8 +27,8 @@ from fxdistill import taps
 from fxdistill.base.nodes import one_node
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import CheckpointError, FxDistillError, LogitsError, PortError, TapError
-from fxdistill.models.tap import Tap
-from fxdistill.taps.table import TapTable, _active, not_executed
+from fxdistill.models.tap import Tap, Tower
+from fxdistill.taps.table import TapTable, active, not_executed
 
 
 def is_tap(node: fx.Node) -> bool:
@@ -39,36 +39,35 @@ def is_tap(node: fx.Node) -> bool:
 @one_node
 def begin(section: str) -> None:
     """Mark that the operators which follow belong to ``section``."""
-    if _active.table is not None:
-        _active.table.begin(section)
+    if (table := active()) is not None:
+        table.begin(section)
 
 
 @one_node
-def tap(x: Tensor, section: str, path: str, port: str) -> Tensor:
-    """Name ``x`` in ``section``, and return it.
+def tap(x: Tensor, tower: Tower, path: str, port: str) -> Tensor:
+    """Name ``x`` in ``tower``, and return it.
 
-    A module that stands in both towers is hooked for both; a tap of the other section is not taken.
+    A module that stands in both towers is hooked for both; a tap of the other tower is not taken.
     The value is the one at return: what is kept is a copy, since ``x`` may be written later.
     """
-    table = _active.table
-    if table is None or table.section != section:
+    table = active()
+    if table is None or table.section != tower:
         return x
     if not table.capturing and _is_traced(x):
         raise table.fail(
             TapError(
-                f"{section} tap {path!r} lies inside a part that torch.compile compiles by itself. "
+                f"{tower} tap {path!r} lies inside a part that torch.compile compiles by itself. "
                 "Do not compile the parts of the models that hold taps (compile=True compiles all "
                 "as one graph), or tap outside of the compiled part."
             )
         )
     value = _behind(table, x)
     if (path, port) == ("", "logits"):
-        _require_whole_vocabulary(table, section, value)
-    learns = section == "student" or not table.frozen_teacher
-    if learns and _inside_reentrant_checkpoint():
+        _require_whole_vocabulary(table, tower, value)
+    if tower not in table.expected.frozen and _inside_reentrant_checkpoint():
         raise table.fail(
             CheckpointError(
-                f"{section} tap {path!r} lies inside a checkpoint with use_reentrant=True, which "
+                f"{tower} tap {path!r} lies inside a checkpoint with use_reentrant=True, which "
                 "runs its body without gradients: the tap would teach the student nothing. Use "
                 "use_reentrant=False (Hugging Face: gradient_checkpointing_enable("
                 'gradient_checkpointing_kwargs={"use_reentrant": False})).'
@@ -84,13 +83,13 @@ def _behind(table: TapTable, x: Tensor) -> Tensor:
     return placed(x) if placed is not None and reference is not None and reference() is x else x
 
 
-def _require_whole_vocabulary(table: TapTable, section: str, logits: Tensor) -> None:
+def _require_whole_vocabulary(table: TapTable, tower: Tower, logits: Tensor) -> None:
     """One rank's columns in a plain tensor look like a small vocabulary: never compare those."""
-    here, whole = table.vocabularies.get(section, (0, 0))
+    here, whole = table.expected.vocabularies.get(tower, (0, 0))
     if here != whole and logits.shape[-1] == here and not is_placed(logits):
         raise table.fail(
             LogitsError(
-                f"the {section}'s logits are a plain tensor {list(logits.shape)}: the {here} "
+                f"the {tower}'s logits are a plain tensor {list(logits.shape)}: the {here} "
                 f"entries of this rank, of {whole}. Give its head "
                 "ColwiseParallel(output_layouts=Shard(-1), use_local_output=False), so that they "
                 "say where they belong."
@@ -100,19 +99,19 @@ def _require_whole_vocabulary(table: TapTable, section: str, logits: Tensor) -> 
 
 def keep(x: Tensor, path: str, port: str) -> None:
     """Tap a value that exists in no captured graph, and of which there can be no copy."""
-    if _active.table is not None:
-        _active.table.add(path, port, x)
+    if (table := active()) is not None:
+        table.add(path, port, x)
 
 
 @one_node
-def tapped(section: str, path: str, port: str, call: str) -> Tensor:
+def tapped(tower: Tower, path: str, port: str, call: str) -> Tensor:
     """Return the value that ``tap`` has named. ``call`` is text: dynamo makes numbers symbolic."""
-    table = _active.table
+    table = active()
     assert table is not None, "tapped() is only called while a table is recording"
     key = Tap(path, port, int(call))
-    if (value := table.values.get((section, key))) is not None:
+    if (value := table.values.get((tower, key))) is not None:
         return value
-    raise table.fail(not_executed(table, section, key))
+    raise table.fail(not_executed(table, tower, key))
 
 
 def check(fn: Callable[..., None]) -> Callable[..., None]:
@@ -126,8 +125,8 @@ def check(fn: Callable[..., None]) -> Callable[..., None]:
         try:
             fn(*args)
         except FxDistillError as error:
-            if _active.table is not None:
-                _active.table.fail(error)
+            if (table := active()) is not None:
+                table.fail(error)
             raise
 
     marker = one_node(checked)
@@ -142,22 +141,22 @@ CHECKS: set[Callable[..., None]] = set()
 @check
 def verified() -> None:
     """Check all that was tapped, before the objective reads it."""
-    table = _active.table
-    if table is not None and table.verify is not None:
-        table.verify(table)
+    table = active()
+    if table is not None and table.expected.verify is not None:
+        table.expected.verify(table)
 
 
 @check
 def raw(*values: Tensor) -> None:
     """Note what goes into, or comes out of, a module before a parallel style's hooks see it."""
-    if _active.table is not None:
-        _active.table.raw = values
+    if (table := active()) is not None:
+        table.raw = values
 
 
 @check
-def handed_on(*values: Tensor) -> None:
+def note_localised(*values: Tensor) -> None:
     """Note what those hooks hand on: behind a plain tensor a tap finds the DTensor it came from."""
-    if (table := _active.table) is None:
+    if (table := active()) is None:
         return
     for before, after in zip(table.raw, values, strict=False):
         if is_placed(before) and not is_placed(after):
@@ -167,10 +166,10 @@ def handed_on(*values: Tensor) -> None:
 
 
 @one_node
-def reject(section: str, path: str, port: str, message: str) -> None:
+def reject(tower: Tower, path: str, port: str, message: str) -> None:
     """Remember that there is nothing at a port; ``verified`` tells, with all else that is wrong."""
-    if _active.table is not None:
-        _active.table.problems[section, path, port] = PortError(message)
+    if (table := active()) is not None:
+        table.problems[tower, path, port] = PortError(message)
 
 
 @one_node

@@ -3,34 +3,45 @@
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from fxdistill.base.transforms import level
 from fxdistill.errors import FxDistillError, TapError
-from fxdistill.models.tap import Tap
+from fxdistill.models.tap import Tap, Tower
+
+
+@dataclass(frozen=True)
+class Expectations:
+    """What is known of a call before its models run, for whoever checks what they tap.
+
+    ``vocabularies``: by model whose head is sharded, how many of its entries are here and how many
+    there are; ``ranks``: by model whose weights are DTensors, the sizes of their meshes; ``grids``:
+    batch and length of what is indexed by token. ``verify`` checks all that was tapped.
+    """
+
+    frozen: frozenset[Tower] = frozenset()  # models that learn nothing
+    vocabularies: Mapping[Tower, tuple[int, int]] = field(default_factory=dict)
+    ranks: Mapping[Tower, frozenset[int]] = field(default_factory=dict)
+    grids: tuple[tuple[int, int], ...] = ()
+    verify: "Callable[[TapTable], None] | None" = None
 
 
 class TapTable:
-    """What one run of the towers has tapped so far; filled by ``tap``, read by ``tapped``."""
+    """What one run of the models has tapped so far; filled by ``tap``, read by ``tapped``."""
 
-    def __init__(self, *, capturing: bool) -> None:
+    def __init__(self, *, capturing: bool, expected: Expectations | None = None) -> None:
         self.capturing = capturing
+        self.expected = Expectations() if expected is None else expected
         self.section = ""
-        self.level = 0  # of function transforms, where the tower began
-        self.values: dict[tuple[str, Tap], Tensor] = {}
-        self.hidden: set[tuple[str, Tap]] = set()  # calls in a transform, which hides its values
+        self.level = 0  # of function transforms, where the model began
+        self.values: dict[tuple[Tower, Tap], Tensor] = {}
+        self.hidden: set[tuple[Tower, Tap]] = set()  # calls in a transform, which hides its values
         self.failure: FxDistillError | None = None
-        self.verify: Callable[[TapTable], None] | None = None
         self.warnings: list[str] = []
-        self.problems: dict[tuple[str, str, str], FxDistillError] = {}  # by tower, path and port
-        self.frozen_teacher = True
-        # By tower, where the vocabulary is sharded: how many entries it has here, and in all.
-        self.vocabularies: dict[str, tuple[int, int]] = {}
-        # By tower, where weights are DTensors: the sizes of their meshes; and the grids of tokens.
-        self.ranks: dict[str, frozenset[int]] = {}
-        self.grids: tuple[tuple[int, int], ...] = ()
+        self.problems: dict[tuple[Tower, str, str], FxDistillError] = {}  # by model, path and port
         # What a module returned before, and local values after, a parallel style's hooks.
         self.raw: tuple[Tensor, ...] = ()
         self.behind: dict[int, tuple[weakref.ref[Tensor], Callable[[Tensor], Tensor]]] = {}
@@ -81,12 +92,18 @@ def capturing() -> bool:
     return _active.table is None or _active.table.capturing
 
 
-def current_section() -> str:
-    """Which tower is running."""
-    return "" if _active.table is None else _active.table.section
+def runs_frozen() -> bool:
+    """Whether the model that is running learns nothing."""
+    table = _active.table
+    return table is not None and table.section in table.expected.frozen
 
 
-def not_executed(table: TapTable, section: str, tap: Tap) -> TapError:
+def active() -> TapTable | None:
+    """The table that markers write to; ``None`` where nothing is recorded."""
+    return _active.table
+
+
+def not_executed(table: TapTable, section: Tower, tap: Tap) -> TapError:
     """What to say of a tap that has no value."""
     if (section, tap) in table.hidden:
         return TapError(

@@ -186,7 +186,7 @@ def mixed(rank: int) -> None:
             for model in (student, teacher):
                 sharded(model, how, mp_policy=policy, output=torch.float32)
             distiller = wrapped(student, teacher, "regional")
-            distiller.plan = dataclasses.replace(distiller.plan, **options)
+            distiller.options = dataclasses.replace(distiller.options, **options)
             found = steps(distiller, ROWS[rank], 1)[0][1]
             assert all(g.dtype == torch.float32 for g in found.values())
             errors.append({n: float((found[n] - g).norm() / g.norm()) for n, g in wanted.items()})
@@ -221,7 +221,7 @@ def largest(rank: int) -> list[int]:
         torch.manual_seed(0)
         student, teacher = (sharded(LM(2000, 16, layers), how) for layers in (2, 3))
         distiller = wrapped(student, teacher, "regional")
-        distiller.plan = dataclasses.replace(distiller.plan, fuse_head=fuse)
+        distiller.options = dataclasses.replace(distiller.options, fuse_head=fuse)
         ids, own = batch(slice(0, 2), 320)
         distiller(ids, **own).loss.backward()
         with torch.profiler.profile(profile_memory=True) as profile:

@@ -356,7 +356,7 @@ def test_what_the_terms_add() -> None:
     # Four matches: one sum of four numbers.
     assert said["matches"][1] == "terms add: 1 all_reduce (16 B)"
     # The heads take all tokens: hidden states are gathered, and the student's gradient scattered.
-    head = "terms add: 2 all_gather (9 KiB), 1 all_reduce (16 B), 1 reduce_scatter (2.25 KiB)"
+    head = "terms add: 2 all_gather (9.00 KiB), 1 all_reduce (16 B), 1 reduce_scatter (2.25 KiB)"
     assert said["head"][1] == head
     # Five denominators, then eight values.
     assert said["samples"][1] == "terms add: 2 all_reduce (52 B)"

@@ -51,9 +51,9 @@ def towers(vocabulary: int) -> tuple[LM, LM]:
 
 def aot(distiller: Any) -> Any:
     """Inductor compiles the terms of regional mode for half a minute: the sums are the same."""
-    if distiller.plan.mode == "regional":
-        lowering = dataclasses.replace(distiller.plan.lowering, backend="aot_eager")
-        distiller.plan = dataclasses.replace(distiller.plan, lowering=lowering)
+    if distiller.options.mode == "regional":
+        lowering = dataclasses.replace(distiller.options.lowering, backend="aot_eager")
+        distiller.options = dataclasses.replace(distiller.options, lowering=lowering)
     return distiller
 
 

@@ -109,7 +109,8 @@ def test_parity_with_one_device(ranks: int) -> None:
 
 def many_tokens(rank: int) -> str:
     """Where tokens outnumber the vocabulary, weights are gathered instead."""
-    from fxdistill.losses.fused.sharded_heads import Side, layout_of
+    from fxdistill.losses.fused.call import HeadSide
+    from fxdistill.losses.fused.sharded_heads import sharded_heads_of
 
     mesh = init_device_mesh("cpu", (2,))
     g = torch.Generator().manual_seed(0)
@@ -130,8 +131,10 @@ def many_tokens(rank: int) -> str:
         whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
         results.append([out.loss.detach(), out.logits, out.labels, *whole])
         if isinstance(x["student_weight"], DTensor):
-            student = Side(x["student_hidden"], x["student_weight"], None)
-            layout = layout_of(student, Side(x["teacher_hidden"], x["teacher_weight"], None))
+            student = HeadSide(x["student_hidden"], x["student_weight"], None)
+            layout = sharded_heads_of(
+                student, HeadSide(x["teacher_hidden"], x["teacher_weight"], None)
+            )
             assert layout.gathers_weights
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from fxdistill.report.data import (
     SCHEMA,
-    Block,
+    BlockLine,
     Cast,
     Change,
     Collective,
@@ -15,8 +15,8 @@ from fxdistill.report.data import (
     Pair,
     PassLine,
     Plain,
-    Term,
-    Tower,
+    TermLine,
+    TowerFacts,
     Value,
 )
 from fxdistill.report.report import Report
@@ -29,7 +29,7 @@ def blocks(layers, width, inner, vocabulary, *, tokens, learns, deepest=None):
     """A Llama's parts. Above the teacher's deepest tap nothing runs."""
     attention, mlp = 4 * width * width, 3 * width * inner
     each = attention + mlp + 2 * width
-    embedding = Block("model.embed_tokens", (), vocabulary * width)
+    embedding = BlockLine("model.embed_tokens", (), vocabulary * width)
     stack = []
     for i in range(layers):
         kinds = (
@@ -37,10 +37,10 @@ def blocks(layers, width, inner, vocabulary, *, tokens, learns, deepest=None):
             (f"model.layers.{i}.mlp", "MLP"),
         )
         runs = 2 * each * tokens if deepest is None or i <= deepest else 0
-        stack.append(Block(f"model.layers.{i}", kinds, each, runs, 2 * runs if learns else 0))
+        stack.append(BlockLine(f"model.layers.{i}", kinds, each, runs, 2 * runs if learns else 0))
     head = 2 * vocabulary * width * tokens if deepest is None else 0
-    norm = Block("model.norm", (), width, 8 * width * tokens if deepest is None else 0)
-    last = Block("lm_head", (), vocabulary * width, head, 2 * head if learns else 0)
+    norm = BlockLine("model.norm", (), width, 8 * width * tokens if deepest is None else 0)
+    last = BlockLine("lm_head", (), vocabulary * width, head, 2 * head if learns else 0)
     return (embedding, *stack, norm, last)
 
 
@@ -48,12 +48,14 @@ def towers(student, teacher, projections=0, dtype="torch.bfloat16", size=2):
     ours = sum(block.parameters for block in student)
     theirs = sum(block.parameters for block in teacher)
     both = (
-        Tower("student", "LlamaForCausalLM", ours, ours, size * ours, (dtype,), True, student),
-        Tower("teacher", "Llama4ForCausalLM", theirs, 0, size * theirs, (dtype,), False, teacher),
+        TowerFacts("student", "LlamaForCausalLM", ours, ours, size * ours, (dtype,), True, student),
+        TowerFacts(
+            "teacher", "Llama4ForCausalLM", theirs, 0, size * theirs, (dtype,), False, teacher
+        ),
     )
     if not projections:
         return both
-    made = Tower(
+    made = TowerFacts(
         "projections", "2 × Linear", projections, projections, size * projections, (dtype,), True
     )
     return (both[1], both[0], made)  # in the order that they are in the graph
@@ -205,9 +207,9 @@ def small():
             [(0, 1), (1, 3), (2, 5)], tokens, 128, 256, "torch.float32", between="Linear 128 → 256"
         ),
         terms=(
-            Term("logits", "forward_kl", 1.0),
-            Term("labels", "cross_entropy", 0.5),
-            Term("features", "mean over 6 matches", 0.1),
+            TermLine("logits", "forward_kl", 1.0),
+            TermLine("labels", "cross_entropy", 0.5),
+            TermLine("features", "mean over 6 matches", 0.1),
         ),
         passes=PASSES,
         nodes={"teacher": 148, "student": 201, "objective": 40},
@@ -237,9 +239,9 @@ def large():
         towers=both,
         pairs=pairs(layer_map, tokens, 4096, 8192, "torch.bfloat16", between="Linear 4096 → 8192"),
         terms=(
-            Term("logits", "forward_kl", 1.0),
-            Term("labels", "cross_entropy", 1.0),
-            Term("features", "mean over 64 matches", 0.1),
+            TermLine("logits", "forward_kl", 1.0),
+            TermLine("labels", "cross_entropy", 1.0),
+            TermLine("features", "mean over 64 matches", 0.1),
         ),
         nodes={"teacher": 3264, "student": 2211, "objective": 418},
         flops=flops,
@@ -298,9 +300,10 @@ NASTY = "<script>alert('x')</script> & \"Model\" [bold]{{style}}[/bold] </script
 def nasty():
     """Markup of every kind in names, and no pairs."""
     report = small()
-    block = Block(NASTY, ((NASTY, NASTY),), 1)
+    block = BlockLine(NASTY, ((NASTY, NASTY),), 1)
     towers = tuple(
-        Tower(name, NASTY, 1, 0, 4, (NASTY,), False, (block,)) for name in ("student", "teacher")
+        TowerFacts(name, NASTY, 1, 0, 4, (NASTY,), False, (block,))
+        for name in ("student", "teacher")
     )
     return replace(
         report,
@@ -308,7 +311,7 @@ def nasty():
         mesh={},
         inputs={NASTY: Value((1,), NASTY)},
         pairs=(),
-        terms=(Term(NASTY, NASTY, 1.0),),
+        terms=(TermLine(NASTY, NASTY, 1.0),),
         passes=(replace(PASSES[0], name=NASTY, remarks=(NASTY,)),),
         events=(Event(NASTY, NASTY),),
         warnings=(NASTY,),

@@ -281,17 +281,17 @@ def test_nothing_is_run_and_nothing_changes():
     distiller(ids=ids, labels=ids).loss.backward()
     state = copy.deepcopy(distiller.state_dict())
     grads = [p.grad.clone() for p in student.parameters()]
-    program, events, rng = distiller.program, list(distiller.past.events), torch.get_rng_state()
+    program, events, rng = distiller.program, list(distiller.journal.events), torch.get_rng_state()
     distiller.report(ids=ids, labels=ids)
     assert distiller.program is program
-    assert distiller.past.events == events
+    assert distiller.journal.events == events
     assert torch.equal(torch.get_rng_state(), rng)
     for name, value in distiller.state_dict().items():
         assert torch.equal(value, state[name]), name
     for p, grad in zip(student.parameters(), grads, strict=True):
         assert torch.equal(p.grad, grad)
     distiller(ids=ids, labels=ids)
-    assert distiller.past.events == events  # no graph is made anew
+    assert distiller.journal.events == events  # no graph is made anew
 
 
 def test_models_without_weights():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fxdistill.base.figures import amount, operations, ratio, share, size
-from fxdistill.report.data import Block
+from fxdistill.report.data import BlockLine
 from fxdistill.report.faces.bars import bar, sparkline
 from fxdistill.report.faces.folding import block_index, folded, folds, gathered, ranges, rows
 from report import samples
@@ -113,7 +113,7 @@ def test_runs_of_alike_blocks():
 def test_blocks_that_do_something_else_end_a_run():
     def block(i, kind="attention", parameters=8, forward=100):
         path = f"layers.{i}"
-        return Block(path, ((f"{path}.mixer", kind),), parameters, forward)
+        return BlockLine(path, ((f"{path}.mixer", kind),), parameters, forward)
 
     def counts(blocks):
         return [row.count for row in rows(blocks)]

@@ -15,7 +15,7 @@ from transformers import BatchEncoding
 
 import fxdistill
 from fxdistill import Match
-from fxdistill.compiler import capture
+from fxdistill.compiler import backend
 from fxdistill.graph.flops import flops_of
 from tests.report.test_build import AOT, batch, llama, pair
 from toys import MAPPING, Toy, tokens
@@ -56,7 +56,7 @@ def test_a_report_is_of_a_step_that_trains_wherever_it_is_asked_for():
 def test_nothing_is_compiled_where_nothing_learns(monkeypatch):
     distiller = pair({"backend": "inductor"})
     distiller.student.requires_grad_(False)
-    monkeypatch.delattr(capture, "lower")
+    monkeypatch.delattr(backend, "lower")
     report = distiller.report(**batch(2, 16))
     assert report.stopped is None
     assert report.memory is None
@@ -137,13 +137,13 @@ def test_what_a_call_was_given_does_not_hinder_copies():
     distiller = fxdistill.wrap(Extra(2), Extra(3), MAPPING, logit_loss=None, compile=AOT)
     ids = tokens()
     distiller(ids)
-    distiller.past.called((), {"ids": ids, "extra": threading.Lock()})
+    distiller.journal.called((), {"ids": ids, "extra": threading.Lock()})
     pickle.loads(pickle.dumps(distiller))
     made = copy.deepcopy(distiller)
-    assert made.past.events == []  # it has no graph yet
+    assert made.journal.events == []  # it has no graph yet
     made(ids)
-    assert made.past.events == [("capture", "first call")]
-    assert len(distiller.past.events) == 1
+    assert made.journal.events == [("capture", "first call")]
+    assert len(distiller.journal.events) == 1
 
 
 @pytest.mark.parametrize("kind", ["graphsafe_run_with_rng_state", "run_and_save_rng_state"])

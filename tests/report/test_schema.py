@@ -22,7 +22,7 @@ AGAIN = (
 def schema():
     """The version, then each dataclass that a report holds with its fields and their types."""
     lines = [data.SCHEMA]
-    waiting, seen = [data.Report], {data.Report}
+    waiting, seen = [data.Facts], {data.Facts}
     while waiting:
         kind = waiting.pop(0)
         lines += ["", kind.__name__]

@@ -38,7 +38,7 @@ Slope = tuple[Tensor, Tensor]  # the value of each token [c], and its gradient b
 
 
 @dataclass(frozen=True)
-class Shape:
+class ChunkSpec:
     """What is fixed while a chunk is compiled.
 
     ``columns`` of the vocabulary are compared, the label loss takes the student's whole one. A head
@@ -61,7 +61,7 @@ class Shape:
 
     @classmethod
     @functools.cache
-    def read(cls, text: str) -> "Shape":
+    def read(cls, text: str) -> "ChunkSpec":
         """The inverse of ``text``."""
         return cls(*ast.literal_eval(text))
 
@@ -204,7 +204,7 @@ def through_head(raw: Tensor, scale: float, softcap: float | None) -> tuple[Tens
     return softcap * bent, scale * (1 - bent.square())
 
 
-def chunk_terms(c: Chunk, shape: Shape, want_gradient: bool) -> Tensor:
+def chunk_terms(c: Chunk, shape: ChunkSpec, want_gradient: bool) -> Tensor:
     """Both terms, ``[2]``; if wanted, the total's gradient overwrites ``c.student``."""
     logit_weight, label_weight, tau = c.settings.unbind()
     z, slope = through_head(c.student, shape.scales[0], shape.softcaps[0])
@@ -235,7 +235,7 @@ def write_gradient(c: Chunk, by_z: Tensor, slope: Tensor | None) -> None:
 
 
 def _divergence(
-    z: Tensor, teacher: Tensor, ids: Tensor | None, live: Tensor, tau: Tensor, shape: Shape
+    z: Tensor, teacher: Tensor, ids: Tensor | None, live: Tensor, tau: Tensor, shape: ChunkSpec
 ) -> Slope:
     if ids is not None:
         # Anything finite where a token does not count: all buckets alike.
@@ -272,7 +272,7 @@ def bucket_slopes(
     return value, spread.scatter(-1, ids, by_bucket[:, :-1])
 
 
-def _cross_entropy(z: Tensor, labels: Tensor, shape: Shape) -> Slope:
+def _cross_entropy(z: Tensor, labels: Tensor, shape: ChunkSpec) -> Slope:
     lse = z.logsumexp(-1)
     epsilon, size = shape.label_smoothing, z.shape[-1]
     value = lse - (1 - epsilon) * z.gather(-1, labels[:, None]).squeeze(-1)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from fxdistill.base.nodes import own_code
 from fxdistill.losses import fused
-from fxdistill.losses.fused.chunk import Chunk, Shape, chunk_terms
+from fxdistill.losses.fused.call import HeadCall
+from fxdistill.losses.fused.chunk import Chunk, ChunkSpec, chunk_terms
 from fxdistill.losses.fused.gradients import require_first_order, require_indices, scaled
-from fxdistill.losses.fused.shard import Place
+from fxdistill.losses.fused.shard import ColumnRange
 from fxdistill.losses.fused.sizes import size_of_chunks, sizes_on
 
 Body = Callable[[Chunk], Tensor]
@@ -26,7 +27,7 @@ ADDEND = 64 * 2**20  # bytes that are added to the weight's gradient at a time, 
 
 
 @functools.cache
-def _body(shape: Shape, want_gradient: bool, compiled: bool) -> Body:
+def _body(shape: ChunkSpec, want_gradient: bool, compiled: bool) -> Body:
     """The body of a chunk for one kind of loss."""
 
     def body(chunk: Chunk) -> Tensor:
@@ -50,7 +51,7 @@ def vocab_operator(
     logit_share: Tensor,
     label_share: Tensor,
     settings: Tensor,
-    shape: str,
+    spec: str,
     chunk: int,
     needs: str,
     compiled: bool,
@@ -69,89 +70,72 @@ def vocab_operator(
     ``offset`` on, of a vocabulary of ``size``; everything else is alike on its ranks, and the
     gradient by ``h`` is what these rows contribute.
     """
+    call = HeadCall(
+        *(h, w, bias, t, t_weight, t_bias, ids, labels, logit_share, label_share, settings),
+        *(spec, chunk, needs, compiled, group, offset, size),
+    )
     require_indices("label", labels, size or w.shape[0])
     require_indices("teacher's id", ids, w.shape[0])
     tokens, rows = size_of_chunks(chunk, h), sizes_on(h.device).rows
-    kind, slopes = Shape.read(shape), bool(needs)
+    kind, slopes = ChunkSpec.read(spec), bool(needs)
     if group:
-        place = Place(offset, size)
-        body: Body = fused.sharded_body.ShardedBody(kind, place, group, slopes, compiled)
+        mine = ColumnRange(offset, size)
+        body: Body = fused.sharded_body.ShardedBody(kind, mine, group, slopes, compiled)
         rows = tokens  # it divides them itself, between what crosses the ranks
     else:
         body = _body(kind, slopes, compiled)
-    loop = _Loop(h, w, bias, t, t_weight, t_bias, ids, needs, tokens, rows)
-    return loop.run(body, labels, logit_share, label_share, settings)
+    return _Loop(call, tokens, rows).run(body)
 
 
 class _Loop:
     """The buffers that chunks share, and the gradients that they add to."""
 
-    def __init__(
-        self,
-        h: Tensor,
-        w: Tensor,
-        bias: Tensor | None,
-        t: Tensor | None,
-        t_weight: Tensor | None,
-        t_bias: Tensor | None,
-        ids: Tensor | None,
-        needs: str,
-        size: int,
-        rows: int,
-    ) -> None:
-        self.h, self.w, self.bias, self.needs, self.size = h, w, bias, needs, size
+    def __init__(self, call: HeadCall, size: int, rows: int) -> None:
+        self.call, self.size = call, size
         self.rows = rows  # that the body takes at a time
-        self.teacher = None if t is None or t_weight is None else (t, t_weight, t_bias)
-        self.stored = None if t is None or ids is None else (t, ids)
+        self.h, self.w, self.needs = call.h, call.w, call.needs
+        h, w, needs = call.h, call.w, call.needs
+        self.teacher = None if call.t_weight is None else (call.t, call.t_weight, call.t_bias)
+        self.stored = None if call.ids is None else (call.t, call.ids)
         self.z = h.new_empty(size, w.shape[0])
-        self.y = None if t is None or t_weight is None else t.new_empty(size, t_weight.shape[0])
+        wide = None if call.t_weight is None else call.t_weight.shape[0]
+        self.y = None if wide is None else call.t.new_empty(size, wide)
         # Sums over many chunks are kept in float32 at least.
         kind = torch.float64 if h.dtype == torch.float64 else torch.float32
         self.dh = h.new_empty(h.shape) if "h" in needs else h.new_empty(0)
         self.dw = w.new_zeros(w.shape, dtype=kind) if "w" in needs else h.new_empty(0)
         self.db = w.new_zeros(w.shape[0], dtype=kind) if "b" in needs else h.new_empty(0)
 
-    def run(
-        self,
-        body: Body,
-        labels: Tensor | None,
-        logit_share: Tensor,
-        label_share: Tensor,
-        settings: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def run(self, body: Body) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """All chunks: total, terms, gradients."""
+        settings = self.call.settings
         with torch.no_grad():
             terms = settings.new_zeros(2)
             for start in range(0, self.h.shape[0], self.size):
-                terms += self._step(body, start, labels, logit_share, label_share, settings)
+                terms += self._step(body, start)
             total = (settings[:2] * terms).sum()
             return total, terms, *self.gradients()
 
-    def _step(
-        self,
-        body: Body,
-        start: int,
-        labels: Tensor | None,
-        logit_share: Tensor,
-        label_share: Tensor,
-        settings: Tensor,
-    ) -> Tensor:
+    def _step(self, body: Body, start: int) -> Tensor:
         """One chunk: both projections, the body, the gradients."""
+        call = self.call
         count = min(self.size, self.h.shape[0] - start)
         filled = -(-count // self.rows) * self.rows
-        shares = [_taken(share, start, count, filled) for share in (logit_share, label_share)]
-        own = None if labels is None else _taken(labels, start, count, filled)
+        shares = [
+            _taken(share, start, count, filled) for share in (call.logit_share, call.label_share)
+        ]
+        own = None if call.labels is None else _taken(call.labels, start, count, filled)
         hidden = _taken(self.h, start, count, filled)
         z, y, ids = self.z[:filled], None, None
-        _project(hidden, self.w, self.bias, z)
+        _project(hidden, self.w, call.bias, z)
         if self.teacher is not None and self.y is not None:
             t, t_weight, t_bias = self.teacher
             y = self.y[:filled]
             _project(_taken(t, start, count, filled), t_weight, t_bias, y)
         if self.stored is not None:
             y, ids = (_taken(x, start, count, filled) for x in self.stored)
-        chunk = Chunk(z, y, ids, own, shares[0], shares[1], settings)
-        terms = settings.new_zeros(2)
+        chunk = Chunk(z, y, ids, own, shares[0], shares[1], call.settings)
+        terms: Tensor = call.settings.new_zeros(2)
         for some in range(0, filled, self.rows):
             terms += body(chunk.rows(some, some + self.rows))
         if "h" in self.needs:
@@ -194,15 +178,15 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -
         torch.addmm(bias, hidden, weight.T, out=out)
 
 
-def _fake(h: Tensor, w: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    settings, needs = rest[8], rest[11]
-    shapes = (("h", h.shape), ("w", w.shape), ("b", w.shape[:1]))
-    gradients = [h.new_empty(shape if name in needs else (0,)) for name, shape in shapes]
-    return settings.new_empty(()), settings.new_empty(2), *gradients
+def _fake(*args: Any) -> tuple[Tensor, ...]:
+    call = HeadCall(*args)
+    shapes = (("h", call.h.shape), ("w", call.w.shape), ("b", call.w.shape[:1]))
+    gradients = [call.h.new_empty(s if name in call.needs else (0,)) for name, s in shapes]
+    return call.settings.new_empty(()), call.settings.new_empty(2), *gradients
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs = inputs[13]
+    ctx.needs = HeadCall(*inputs).needs
     ctx.save_for_backward(*output[2:])
     ctx.set_materialize_grads(False)
 
@@ -214,7 +198,7 @@ def _scale(ctx: Any, of_total: Tensor | None, *_: Any) -> tuple[Tensor | None, .
     if of_total is not None:
         for i, (name, saved) in enumerate(zip("hwb", ctx.saved_tensors, strict=True)):
             grads[i] = scaled(saved, of_total) if name in ctx.needs else None
-    return (*grads, *[None] * 15)
+    return (*grads, *[None] * (len(HeadCall._fields) - len(grads)))
 
 
 vocab_operator.register_fake(_fake)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxdistill.losses.fused.chunk import (
     Chunk,
-    Shape,
+    ChunkSpec,
     mixed_slope,
     mixed_sums,
     shared,
@@ -30,28 +30,28 @@ LOWEST = -1e30  # instead of -inf, of which the difference to itself is no numbe
 
 
 @dataclass(frozen=True)
-class Place:
+class ColumnRange:
     """Which columns these are: from ``offset`` on, of a student's vocabulary of ``size``."""
 
     offset: int
     size: int
 
 
-def _columns(x: Tensor, place: Place) -> Tensor:
-    return torch.arange(x.shape[-1], device=x.device) + place.offset
+def _columns(x: Tensor, mine: ColumnRange) -> Tensor:
+    return torch.arange(x.shape[-1], device=x.device) + mine.offset
 
 
-def _student(c: Chunk, shape: Shape) -> tuple[Tensor, Tensor | None]:
+def _student(c: Chunk, shape: ChunkSpec) -> tuple[Tensor, Tensor | None]:
     z, slope = through_head(c.student, shape.scales[0], shape.softcaps[0])
     return torch.where(c.live, z, 0.0), slope
 
 
-def _compared(c: Chunk, z: Tensor, shape: Shape, place: Place) -> tuple[Tensor, Tensor]:
+def _compared(c: Chunk, z: Tensor, shape: ChunkSpec, mine: ColumnRange) -> tuple[Tensor, Tensor]:
     """Both logits at τ, -inf where columns are not compared."""
     assert c.teacher is not None
     y, _ = through_head(c.teacher, shape.scales[1], shape.softcaps[1])
     y = torch.where(c.live, y, 0.0)
-    inside = _columns(z, place) < shape.columns
+    inside = _columns(z, mine) < shape.columns
     tau = c.settings[2]
     return torch.where(inside, z / tau, -torch.inf), torch.where(inside, y / tau, -torch.inf)
 
@@ -61,18 +61,18 @@ def _partial_lse(x: Tensor) -> list[Tensor]:
     return [most, (x - most[:, None]).exp().sum(-1)]
 
 
-def statistics(c: Chunk, shape: Shape, place: Place) -> Tensor:
+def statistics(c: Chunk, shape: ChunkSpec, mine: ColumnRange) -> Tensor:
     """``[c, 8]``: maximum and sum for s, t and z; the label's logit; the sum of z."""
     z, _ = _student(c, shape)
-    exists = _columns(z, place) < place.size
+    exists = _columns(z, mine) < mine.size
     nothing = torch.zeros_like(c.logit_share)
     found = [nothing] * 4
     if c.teacher is not None and shape.divergences:
-        s, t = _compared(c, z, shape, place)
+        s, t = _compared(c, z, shape, mine)
         found = [*_partial_lse(s), *_partial_lse(t)]
     picked = nothing
     if c.labels is not None and shape.labelled:
-        index = c.labels - place.offset
+        index = c.labels - mine.offset
         own = (index >= 0) & (index < z.shape[-1])
         index = index.clamp(0, z.shape[-1] - 1)
         picked = torch.where(own, z.gather(-1, index[:, None]).squeeze(-1), 0.0)
@@ -87,40 +87,42 @@ def merged(gathered: Tensor) -> Tensor:
     return torch.cat([most + sums.log(), gathered[..., 6:].sum(0)], -1)
 
 
-def sums(c: Chunk, whole: Tensor, shape: Shape, place: Place) -> Tensor:
+def sums(c: Chunk, whole: Tensor, shape: ChunkSpec, mine: ColumnRange) -> Tensor:
     """``[c, 1 + n]``: the mix of n divergences on these columns, and what each slope needs."""
     z, _ = _student(c, shape)
-    s, t = _compared(c, z, shape, place)
+    s, t = _compared(c, z, shape, mine)
     log_q, log_p = s - whole[:, 0:1], t - whole[:, 1:2]
     return torch.stack(mixed_sums(log_q, log_p, shape.divergences), -1)
 
 
 def write_slopes(
-    c: Chunk, whole: Tensor, inner: Tensor | None, shape: Shape, place: Place
+    c: Chunk, whole: Tensor, inner: Tensor | None, shape: ChunkSpec, mine: ColumnRange
 ) -> Tensor:
     """Overwrite the student's logits by the total's gradient; returns an empty tensor."""
     logit_weight, label_weight, tau = c.settings.unbind()
     z, slope = _student(c, shape)
     gradient = torch.zeros_like(z)
     if inner is not None:
-        s, t = _compared(c, z, shape, place)
+        s, t = _compared(c, z, shape, mine)
         log_q, log_p = s - whole[:, 0:1], t - whole[:, 1:2]
         by_s = mixed_slope(log_q, log_p, shape.divergences, inner[:, 1:].unbind(-1))
-        by_s = torch.where(_columns(z, place) < shape.columns, by_s, 0.0)
+        by_s = torch.where(_columns(z, mine) < shape.columns, by_s, 0.0)
         gradient = (logit_weight * tau * c.logit_share)[:, None] * by_s
     if c.labels is not None and shape.labelled:
         lse, epsilon = whole[:, 2:3], shape.label_smoothing
-        exists = _columns(z, place) < place.size
-        hit = _columns(z, place) == c.labels[:, None]
+        exists = _columns(z, mine) < mine.size
+        hit = _columns(z, mine) == c.labels[:, None]
         by_z = (z - lse).exp() * (1 + 2 * shape.z_loss * lse)
-        by_z = by_z - torch.where(hit, 1 - epsilon, 0.0) - epsilon / place.size
+        by_z = by_z - torch.where(hit, 1 - epsilon, 0.0) - epsilon / mine.size
         by_z = torch.where(exists, by_z, 0.0)
         gradient = gradient + (label_weight * c.label_share)[:, None] * by_z
     write_gradient(c, gradient, slope)
     return c.settings.new_empty(0)
 
 
-def terms(c: Chunk, whole: Tensor, inner: Tensor | None, shape: Shape, place: Place) -> Tensor:
+def terms(
+    c: Chunk, whole: Tensor, inner: Tensor | None, shape: ChunkSpec, mine: ColumnRange
+) -> Tensor:
     """Both terms of the chunk, ``[2]``: alike on every rank."""
     found = [c.settings.new_zeros(()), c.settings.new_zeros(())]
     if inner is not None:
@@ -130,7 +132,7 @@ def terms(c: Chunk, whole: Tensor, inner: Tensor | None, shape: Shape, place: Pl
         epsilon = shape.label_smoothing
         value = lse - (1 - epsilon) * picked
         if epsilon:  # not 0 times a sum that a column at -inf makes -inf
-            value = value - epsilon * total / place.size
+            value = value - epsilon * total / mine.size
         if shape.z_loss:
             value = value + shape.z_loss * lse.square()
         found[1] = shared(value, c.label_share)

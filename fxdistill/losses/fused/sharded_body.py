@@ -14,28 +14,28 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from fxdistill.base.nodes import own_code
-from fxdistill.losses.fused.chunk import Chunk, Shape
-from fxdistill.losses.fused.shard import Place, merged, statistics, sums, terms, write_slopes
+from fxdistill.losses.fused.chunk import Chunk, ChunkSpec
+from fxdistill.losses.fused.shard import ColumnRange, merged, statistics, sums, terms, write_slopes
 from fxdistill.losses.fused.sizes import sizes_on
 
 
 @functools.cache
-def _part(fn: Callable[..., Tensor], shape: Shape, place: Place, compiled: bool) -> Any:
+def _part(fn: Callable[..., Tensor], shape: ChunkSpec, mine: ColumnRange, compiled: bool) -> Any:
     """One of the three parts of a chunk."""
 
     def part(chunk: Chunk, *extra: Tensor | None) -> Tensor:
-        return fn(chunk, *extra, shape, place)
+        return fn(chunk, *extra, shape, mine)
 
     return torch.compile(own_code(part), fullgraph=True, dynamic=False) if compiled else part
 
 
 class ShardedBody:
-    """In place of ``chunk.chunk_terms``; ``group`` is the name of a process group."""
+    """In mine of ``chunk.chunk_terms``; ``group`` is the name of a process group."""
 
     def __init__(
-        self, shape: Shape, place: Place, group: str, slopes: bool, compiled: bool
+        self, shape: ChunkSpec, mine: ColumnRange, group: str, slopes: bool, compiled: bool
     ) -> None:
-        self.shape, self.place, self.slopes, self.compiled = shape, place, slopes, compiled
+        self.shape, self.mine, self.slopes, self.compiled = shape, mine, slopes, compiled
         self.group: dist.ProcessGroup = _resolve_process_group(group)  # type: ignore[arg-type]
 
     def __call__(self, chunk: Chunk) -> Tensor:
@@ -50,11 +50,11 @@ class ShardedBody:
             dist.all_reduce(inner, group=self.group)
         if self.slopes:
             self._rows(write_slopes, chunk, whole, inner)
-        return terms(chunk, whole, inner, self.shape, self.place)
+        return terms(chunk, whole, inner, self.shape, self.mine)
 
     def _rows(self, fn: Callable[..., Tensor], chunk: Chunk, *extra: Tensor | None) -> Tensor:
         """``fn`` of the chunk, a few tokens at a time (see ``losses.chunked``)."""
-        part = _part(fn, self.shape, self.place, self.compiled)
+        part = _part(fn, self.shape, self.mine, self.compiled)
         count, size = chunk.student.shape[0], sizes_on(chunk.student.device).rows
         found = []
         for i in range(0, count, size):

@@ -14,17 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import Shard as Sharded
 
 from fxdistill.base.placement import chunk_of, placed
 from fxdistill.errors import ShapeError, VocabularyError
-from fxdistill.losses.fused.chunk import Shape
-from fxdistill.losses.fused.gradients import gradients_wanted
+from fxdistill.losses.fused.call import HeadCall, HeadSide, HeadTerms, Shard
 from fxdistill.losses.fused.operator import vocab_operator
 from fxdistill.losses.fused.sizes import chunk_tokens_for
 
 
-class Layout(NamedTuple):
+class ShardedHeads(NamedTuple):
     """Where the vocabulary lies."""
 
     mesh: DeviceMesh
@@ -45,15 +45,7 @@ class Layout(NamedTuple):
         return f"vocabulary on {ranks} ranks: a token's statistics are gathered, never its logits"
 
 
-class Side(NamedTuple):
-    """Hidden state, weight and bias of one tower."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-
-def layout_of(student: Side, teacher: Side | None) -> Layout:
+def sharded_heads_of(student: HeadSide, teacher: HeadSide | None) -> ShardedHeads:
     """How the heads are sharded, and the cheaper way; ShapeError where there is none."""
     sides = [side for side in (student, teacher) if side is not None]
     weights = [side.weight for side in sides if isinstance(side.weight, DTensor)]
@@ -92,10 +84,10 @@ def layout_of(student: Side, teacher: Side | None) -> Layout:
                     f"a hidden state is {side.hidden.placements}: replicated, or with its tokens "
                     "sharded over the dimension that shards the vocabulary"
                 )
-    return Layout(mesh, axis, _gathers_weights(student, teacher, axis))
+    return ShardedHeads(mesh, axis, _gathers_weights(student, teacher, axis))
 
 
-def _gathers_weights(student: Side, teacher: Side | None, axis: int) -> bool:
+def _gathers_weights(student: HeadSide, teacher: HeadSide | None, axis: int) -> bool:
     """Whether gathering weights moves fewer bytes than gathering tokens."""
     placement = student.hidden.placements[axis] if isinstance(student.hidden, DTensor) else None
     if placement is None or not placement.is_shard():
@@ -109,58 +101,46 @@ def _gathers_weights(student: Side, teacher: Side | None, axis: int) -> bool:
     return of_weights < of_tokens
 
 
-class Losses(NamedTuple):
-    """What is asked of the heads; ``labels`` and ``shares`` are ``[tokens]``, whole everywhere."""
-
-    labels: Tensor | None
-    shares: tuple[Tensor, Tensor]
-    settings: Tensor
-    shape: Shape
-    chunk: int | None
-    compiled: bool
-
-
 def sharded_vocab_loss(
-    student: Side, teacher: Side | None, losses: Losses
+    student: HeadSide, teacher: HeadSide | None, terms: HeadTerms
 ) -> tuple[Tensor, Tensor]:
     """Total and terms, alike on every rank; a rank's backward forms the gradient of its shards."""
-    layout = layout_of(student, teacher)
+    layout = sharded_heads_of(student, teacher)
     form = _on_tokens if layout.gathers_weights else _on_columns
-    return form(layout, student, teacher, losses)
+    return form(layout, student, teacher, terms)
 
 
 def _on_columns(
-    layout: Layout, student: Side, teacher: Side | None, losses: Losses
+    layout: ShardedHeads, student: HeadSide, teacher: HeadSide | None, terms: HeadTerms
 ) -> tuple[Tensor, Tensor]:
     """Every rank its columns, with all tokens."""
     mesh, axis = layout.mesh, layout.axis
     sizes = [side.weight.shape[0] for side in (student, teacher) if side is not None]
     first, each = chunk_of(mesh, axis, sizes[0])
     rows = max(1, *(min(each, max(0, size - first)) for size in sizes))
-    h, w, bias = _local(student, layout, rows)
-    t, t_weight, t_bias = (None,) * 3 if teacher is None else _local(teacher, layout, rows)
-    chunk = losses.chunk or chunk_tokens_for(len(sizes) * rows, h.element_size(), h.device)
-    total, of_terms, *_ = vocab_operator(
-        *(h, w, bias, t, t_weight, t_bias, None),
-        *(losses.labels, *losses.shares, losses.settings),
-        *(losses.shape.text, chunk, gradients_wanted(h, w, bias), losses.compiled),
-        *(mesh.get_group(axis).group_name, first, sizes[0]),
-    )
+    ours = _local(student, layout, rows)
+    theirs = None if teacher is None else _local(teacher, layout, rows)
+    h = ours.hidden
+    chunk = terms.chunk or chunk_tokens_for(len(sizes) * rows, h.element_size(), h.device)
+    shard = Shard(mesh.get_group(axis).group_name, first, sizes[0])
+    call = HeadCall.make(ours, theirs, terms, chunk, shard)
+    total, of_terms, *_ = vocab_operator(*call)
     return total, of_terms
 
 
-def _local(side: Side, layout: Layout, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _local(side: HeadSide, layout: ShardedHeads, rows: int) -> HeadSide:
     """All tokens, and this rank's rows of weight and bias, filled up to ``rows``."""
     everywhere: list[Placement] = [Replicate()] * layout.mesh.ndim
     mine: list[Placement] = list(everywhere)
-    mine[layout.axis] = Shard(0)
+    mine[layout.axis] = Sharded(0)
     contribution: list[Placement] = list(everywhere)
     contribution[layout.axis] = Partial()
     h = placed(side.hidden, layout.mesh, everywhere).to_local(grad_placements=contribution)
     w = _filled(placed(side.weight, layout.mesh, mine).to_local(), rows)
     if side.bias is None:
-        return h.flatten(0, -2), w, None
-    return h.flatten(0, -2), w, _filled(placed(side.bias, layout.mesh, mine).to_local(), rows)
+        return HeadSide(h.flatten(0, -2), w)
+    bias = _filled(placed(side.bias, layout.mesh, mine).to_local(), rows)
+    return HeadSide(h.flatten(0, -2), w, bias)
 
 
 def _filled(x: Tensor, rows: int) -> Tensor:
@@ -169,7 +149,7 @@ def _filled(x: Tensor, rows: int) -> Tensor:
 
 
 def _on_tokens(
-    layout: Layout, student: Side, teacher: Side | None, losses: Losses
+    layout: ShardedHeads, student: HeadSide, teacher: HeadSide | None, terms: HeadTerms
 ) -> tuple[Tensor, Tensor]:
     """Every rank its tokens, with both weights gathered; the total is summed over ranks."""
     mesh, axis = layout.mesh, layout.axis
@@ -179,28 +159,25 @@ def _on_tokens(
     contribution: list[Placement] = list(everywhere)
     contribution[axis] = Partial()
 
-    def local(side: Side) -> tuple[Tensor, Tensor, Tensor | None]:
+    def local(side: HeadSide) -> HeadSide:
         h = placed(side.hidden, mesh, list(tokens)).to_local().flatten(0, -2)
-        given = [None if x is None else placed(x, mesh, everywhere) for x in side[1:]]
-        w, bias = (None if x is None else x.to_local(grad_placements=contribution) for x in given)
-        assert w is not None
-        return h, w, bias
+        return HeadSide(h, whole(side.weight), None if side.bias is None else whole(side.bias))
 
-    def taken(x: Tensor | None) -> Tensor | None:
-        if x is None:
-            return None
+    def whole(x: Tensor) -> Tensor:
+        return placed(x, mesh, everywhere).to_local(grad_placements=contribution)
+
+    def taken(x: Tensor) -> Tensor:
         grid = x.reshape(student.hidden.shape[:-1])
         return placed(grid, mesh, list(tokens)).to_local().flatten()
 
-    h, w, bias = local(student)
-    t, t_weight, t_bias = (None,) * 3 if teacher is None else local(teacher)
-    columns = w.shape[0] + (0 if t_weight is None else t_weight.shape[0])
-    chunk = losses.chunk or chunk_tokens_for(columns, h.element_size(), h.device)
-    total, of_terms, *_ = vocab_operator(
-        *(h, w, bias, t, t_weight, t_bias, None),
-        *(taken(losses.labels), *map(taken, losses.shares), losses.settings),
-        *(losses.shape.text, chunk, gradients_wanted(h, w, bias), losses.compiled),
-    )
+    ours, theirs = local(student), None if teacher is None else local(teacher)
+    columns = sum(side.weight.shape[0] for side in (ours, theirs) if side is not None)
+    h = ours.hidden
+    chunk = terms.chunk or chunk_tokens_for(columns, h.element_size(), h.device)
+    labels = None if terms.labels is None else taken(terms.labels)
+    logit_share, label_share = terms.shares
+    here = terms._replace(labels=labels, shares=(taken(logit_share), taken(label_share)))
+    total, of_terms, *_ = vocab_operator(*HeadCall.make(ours, theirs, here, chunk))
     total, of_terms = (
         DTensor.from_local(x, mesh, contribution, run_check=False)
         .redistribute(mesh, everywhere)

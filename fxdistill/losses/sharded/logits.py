@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from fxdistill.base.placement import chunk_of, countable, mesh_of, placed, summed
 from fxdistill.base.tensors import wide
 from fxdistill.errors import OptionError, ShapeError, VocabularyError
-from fxdistill.losses.fused.chunk import Chunk, Divergence, Shape
+from fxdistill.losses.fused.chunk import Chunk, ChunkSpec, Divergence
 from fxdistill.losses.fused.gradients import require_first_order, require_indices, scaled
-from fxdistill.losses.fused.shard import Place
+from fxdistill.losses.fused.shard import ColumnRange
 from fxdistill.losses.fused.sharded_body import ShardedBody
 from fxdistill.losses.reduce import IGNORE
 
@@ -48,7 +48,7 @@ def logit_operator(
     """
     require_indices("label", labels, size)
     gradient = student.to(_kept(student), copy=True)
-    body = ShardedBody(Shape.read(shape), Place(offset, size), group, wanted, False)
+    body = ShardedBody(ChunkSpec.read(shape), ColumnRange(offset, size), group, wanted, False)
     with torch.no_grad():
         total = body(Chunk(gradient, teacher, None, labels, share, share, settings)).sum()
     return total, gradient if wanted else gradient.new_empty(0)
@@ -103,7 +103,7 @@ def divergence(
     if (axis := _vocabulary_axis(where)) is None:
         mean = plain(z, t.to_local(), temperature=temperature, weights=share)
         return _summed(where, mean * share.sum())
-    shape = Shape((kind,), student.shape[-1])
+    shape = ChunkSpec((kind,), student.shape[-1])
     _require_constants(teacher, temperature)
     tau = torch.as_tensor(temperature, dtype=share.dtype, device=share.device)
     one = torch.ones_like(tau)
@@ -129,7 +129,7 @@ def cross_entropy(
         mean = plain(where.to_local(), own, weights=share, **options)
         return _summed(where, mean * share.sum())
     own = torch.where(own == IGNORE, 0, own)
-    shape = Shape(label_smoothing=label_smoothing, z_loss=z_loss, labelled=True)
+    shape = ChunkSpec(label_smoothing=label_smoothing, z_loss=z_loss, labelled=True)
     settings = share.new_ones(3)
     return _on_columns(where, axis, where.to_local(), None, own, share, settings, shape)
 
@@ -142,7 +142,7 @@ def _on_columns(
     labels: Tensor | None,
     share: Tensor,
     settings: Tensor,
-    shape: Shape,
+    shape: ChunkSpec,
 ) -> Tensor:
     _require_constants(share)
     mesh, size = where.device_mesh, where.shape[-1]

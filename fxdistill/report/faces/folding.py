@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fxdistill.graph.sections import ITSELF
-from fxdistill.report.data import Block, Facts, Pair
+from fxdistill.report.data import BlockLine, Facts, Pair
 
 _NUMBER = re.compile(r"(?<![^.@\[])\d+(?![^.@:\]])")  # a whole segment, call or index
 _SHOWN = 6
@@ -47,7 +47,7 @@ class Fold:
 # ---- blocks
 
 
-def rows(blocks: Sequence[Block]) -> tuple[Row, ...]:
+def rows(blocks: Sequence[BlockLine]) -> tuple[Row, ...]:
     """The blocks in order, alike ones that follow one another as one row."""
     found: list[Row] = []
     first = 0
@@ -58,7 +58,7 @@ def rows(blocks: Sequence[Block]) -> tuple[Row, ...]:
     return tuple(found)
 
 
-def _alike(a: Block, b: Block) -> bool:
+def _alike(a: BlockLine, b: BlockLine) -> bool:
     """Whether two blocks do the same at the same cost.
 
     Not asked: the backward, which the first block of a model may have less of.
@@ -69,7 +69,7 @@ def _alike(a: Block, b: Block) -> bool:
     return same and kinds[0] == kinds[1] and a.parameters == b.parameters and near
 
 
-def _row(blocks: Sequence[Block], first: int) -> Row:
+def _row(blocks: Sequence[BlockLine], first: int) -> Row:
     paths = [block.path for block in blocks]
     return Row(
         label=(paths[0] or ITSELF) if len(paths) == 1 else folded(paths),
@@ -90,6 +90,8 @@ def folds(pairs: Sequence[Pair]) -> tuple[Fold, ...]:
     groups: dict[object, list[int]] = {}
     for i, pair in enumerate(pairs):
         key = (
+            pair.student_model,
+            pair.teacher_model,
             _form(pair.student),
             _form(pair.teacher),
             pair.loss,
@@ -135,10 +137,27 @@ def _most_varied(numbers: Sequence[Sequence[int]]) -> int | None:
     return kinds.index(max(kinds)) if kinds and max(kinds) > 1 else None
 
 
+def couples(report: Facts) -> tuple[tuple[str, str], ...]:
+    """The models that are compared, each as (student, teacher), by name.
+
+    Without pairs: what learns first, and another model beside it, if there is one.
+    """
+    found = dict.fromkeys((pair.student_model, pair.teacher_model) for pair in report.pairs)
+    if found:
+        return tuple(found)
+    names = [tower.name for tower in report.towers if tower.name != "projections"]
+    learning = [t.name for t in report.towers if t.name in names and t.trainable]
+    student = "student" if "student" in names else next(iter(learning), "")
+    other = next((name for name in names if name != student), "")
+    return ((student, other),) if student and other else ()
+
+
 def models_of(report: Facts) -> tuple[str, ...]:
-    """The classes of student and teacher, in this order."""
+    """The classes of the models that are compared, students before their teachers."""
     named = {tower.name: tower.model for tower in report.towers}
-    return tuple(named[name] for name in ("student", "teacher") if name in named)
+    students, teachers = zip(*couples(report), strict=True) if couples(report) else ((), ())
+    order = dict.fromkeys((*students, *teachers, *(n for n in named if n != "projections")))
+    return tuple(named[name] for name in order if name in named)
 
 
 def mesh_of(report: Facts) -> str:
@@ -146,12 +165,12 @@ def mesh_of(report: Facts) -> str:
     return ", ".join(f"{name}={count}" for name, count in report.mesh.items())
 
 
-def blocks_of(report: Facts, tower: str) -> tuple[Block, ...]:
+def blocks_of(report: Facts, tower: str) -> tuple[BlockLine, ...]:
     """The blocks of a tower by its name; none where it has none."""
     return next((t.blocks for t in report.towers if t.name == tower), ())
 
 
-def block_index(blocks: Sequence[Block], path: str) -> int | None:
+def block_index(blocks: Sequence[BlockLine], path: str) -> int | None:
     """The block that a module path (with port or call) lies in: the deepest that holds it."""
     module = re.split(r"[:@]", path)[0]
     holding = [

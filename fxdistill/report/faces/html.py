@@ -14,7 +14,15 @@ from typing import Any
 
 from fxdistill.base.files import write_whole
 from fxdistill.report.data import Facts, as_json
-from fxdistill.report.faces.folding import block_index, blocks_of, folds, gathered, models_of, rows
+from fxdistill.report.faces.folding import (
+    block_index,
+    blocks_of,
+    couples,
+    folds,
+    gathered,
+    models_of,
+    rows,
+)
 
 _SCRIPTS = ("page.js", "page_towers.js", "page_charts.js", "page_sections.js")  # in this order
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
@@ -55,12 +63,16 @@ def _json(value: Any) -> str:
 
 def _folded(report: Facts) -> dict[str, Any]:
     """Runs of alike blocks, folded pairs and outputs, and the blocks that each pair joins."""
-    students, teachers = blocks_of(report, "student"), blocks_of(report, "teacher")
+    sides = next(iter(couples(report)), ("student", "teacher"))  # the page draws one couple
+    students, teachers = (blocks_of(report, side) for side in sides)
     ends = [
         (block_index(students, pair.student), block_index(teachers, pair.teacher))
+        if (pair.student_model, pair.teacher_model) == sides
+        else (None, None)
         for pair in report.pairs
     ]
     return {
+        "sides": sides,
         "rows": {t.name: [dataclasses.asdict(r) for r in rows(t.blocks)] for t in report.towers},
         "folds": [dataclasses.asdict(fold) for fold in folds(report.pairs)],
         "ends": ends,

@@ -11,6 +11,7 @@ from torch import nn
 from fxdistill.graph.program import Program
 from fxdistill.graph.sections import section_of
 from fxdistill.losses.names import loss_name
+from fxdistill.models.tap import Tower
 from fxdistill.models.weights import weight_of
 from fxdistill.objective.objective import Objective
 from fxdistill.objective.term import Term
@@ -41,13 +42,24 @@ def _terms(objective: Objective, projections: nn.ModuleList) -> Table:
     if any(between(term, projections) for term in objective.features):
         table.add_column("between", overflow="fold")
     for term in objective.features:
-        cells = [str(term.student), str(term.teacher), loss_name(term.loss)]
+        cells = [*_ends(term), loss_name(term.loss)]
         table.add_row(*cells, *([between(term, projections)] if len(table.columns) > 3 else []))
-    if objective.logit_loss is not None:
-        table.add_row("logits", "logits", loss_name(objective.logit_loss))
-    if objective.label_loss is not None:
-        table.add_row("logits", "labels, where given", loss_name(objective.label_loss))
+    for of_logits in objective.logits:
+        ours, theirs = of_model(of_logits.student, "logits"), of_model(of_logits.teacher, "logits")
+        table.add_row(ours, theirs, loss_name(of_logits.loss))
+    for label in objective.labels:
+        ours = of_model(label.student, "logits")
+        table.add_row(ours, "labels, where given", loss_name(label.loss))
     return table
+
+
+def _ends(term: Term) -> list[str]:
+    return [of_model(tower, str(tap)) for tower, tap in term.taps]
+
+
+def of_model(tower: Tower, value: str) -> str:
+    """A value as tables show it: of which model, unless that is the one of the column."""
+    return value if tower in ("student", "teacher") else f"{tower}/{value}"
 
 
 def between(term: Term, projections: nn.ModuleList) -> str:
@@ -88,5 +100,5 @@ def _sections(program: Program) -> Text:
         nodes = len(program.gm.graph.nodes)
         return Text(f"The models run as they are; one graph of the terms: {nodes} nodes")
     counts = Counter(section_of(node) for node in program.gm.graph.nodes)
-    parts = [f"{section} {counts[section]}" for section in ("teacher", "student", "objective")]
+    parts = [f"{section} {count}" for section, count in counts.items() if section is not None]
     return Text(f"One graph: {', '.join(parts)} nodes; outputs: {len(program.outputs)}")

@@ -10,6 +10,7 @@ from rich.text import Text
 from fxdistill.base.figures import amount, operations, ratio, size
 from fxdistill.report.data import Facts, Pair, PassLine, Value
 from fxdistill.report.faces.folding import Fold, folds, gathered, mesh_of, models_of
+from fxdistill.report.faces.summary import of_model
 from fxdistill.report.faces.terminal_costs import costs
 from fxdistill.report.faces.terminal_sketch import sketch
 from fxdistill.report.faces.terminal_tables import Cell, Part, row, table
@@ -96,7 +97,8 @@ def _pairs(report: Facts) -> list[Part]:
     for fold in folds(report.pairs):
         pair = report.pairs[fold.members[0]]
         weight = "" if pair.weight == 1 else f"{pair.weight:g} · "
-        what = Text(f"{fold.student}\n← {fold.teacher}")
+        ours = of_model(pair.student_model, fold.student)
+        what = Text(f"{ours}\n← {of_model(pair.teacher_model, fold.teacher)}")
         for line in _details(pair, fold, again=fold.numbers in told):
             what.append(f"\n  {line}", style="dim")
         told.add(fold.numbers)

@@ -5,18 +5,21 @@ from collections import Counter
 from rich.text import Text
 
 from fxdistill.report.data import Facts
-from fxdistill.report.faces.folding import Row, block_index, blocks_of, rows
+from fxdistill.report.faces.folding import Row, block_index, blocks_of, couples, rows
 from fxdistill.report.faces.terminal_tables import Part, row, table
 
 
 def sketch(report: Facts) -> list[Part]:
-    """A line for each run of alike blocks; between them, how many pairs join the two."""
-    ours = rows(blocks_of(report, "student"))
-    theirs = rows(blocks_of(report, "teacher"))
+    """A line for each run of alike blocks; between them, how many pairs join the two models."""
+    return [part for couple in couples(report) for part in _of_couple(report, *couple)]
+
+
+def _of_couple(report: Facts, student: str, teacher: str) -> list[Part]:
+    ours, theirs = rows(blocks_of(report, student)), rows(blocks_of(report, teacher))
     if not ours or not theirs:
         return []
-    joined = _joined(report, ours, theirs)
-    made = table("Towers, and how many pairs join their blocks", "student", "", "teacher")
+    joined = _joined(report, student, teacher)
+    made = table("Towers, and how many pairs join their blocks", student, "", teacher)
     for left, right in _lines(len(ours), len(theirs), joined):
         between = _between(left, right, joined, theirs)
         row(made, _told(ours, left), between, _told(theirs, right))
@@ -31,16 +34,16 @@ def _told(of: tuple[Row, ...], at: int | None) -> Text:
     return Text.assemble(f"{of[at].label}{count}", (f"\n  {kinds}" if kinds else "", "dim"))
 
 
-def _joined(
-    report: Facts, ours: tuple[Row, ...], theirs: tuple[Row, ...]
-) -> Counter[tuple[int, int]]:
+def _joined(report: Facts, student: str, teacher: str) -> Counter[tuple[int, int]]:
     """How many pairs go from a row of the student to a row of the teacher."""
     counts: Counter[tuple[int, int]] = Counter()
-    students, teachers = blocks_of(report, "student"), blocks_of(report, "teacher")
+    students, teachers = blocks_of(report, student), blocks_of(report, teacher)
+    ours, theirs = rows(students), rows(teachers)
     for pair in report.pairs:
-        left, right = block_index(students, pair.student), block_index(teachers, pair.teacher)
-        if left is not None and right is not None:
-            counts[_row_of(ours, left), _row_of(theirs, right)] += 1
+        if (pair.student_model, pair.teacher_model) == (student, teacher):
+            left, right = block_index(students, pair.student), block_index(teachers, pair.teacher)
+            if left is not None and right is not None:
+                counts[_row_of(ours, left), _row_of(theirs, right)] += 1
     return counts
 
 

@@ -1,7 +1,7 @@
 """What the two halves of a step cost: FLOPs by part and block, traffic between ranks, casts."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import fx
@@ -9,7 +9,15 @@ from torch import fx
 from fxdistill.graph.collectives import collectives
 from fxdistill.graph.flops import WITH_RANDOM_STATE, bodies_of, flops_of
 from fxdistill.graph.halves import Halves
-from fxdistill.graph.sections import Paths, holding, part_of, place_of
+from fxdistill.graph.sections import (
+    OBJECTIVE,
+    PROJECTIONS,
+    Paths,
+    holding,
+    module_of,
+    part_of,
+)
+from fxdistill.models.tap import Tower
 from fxdistill.report.data import Cast, Collective, Flops
 
 
@@ -23,8 +31,8 @@ def both(halves: Halves) -> Iterator[tuple[str, fx.Node]]:
 # ---------------------------------------------------------------------- floating point operations
 
 
-def flops(halves: Halves) -> Flops:
-    """By what they are for."""
+def flops(halves: Halves, frozen: Collection[Tower]) -> Flops:
+    """By what they are for; models that learn nothing are teachers."""
     found: Counter[str] = Counter()
     forward = {node.name for node in halves.forward.graph.nodes if node.op == "call_function"}
     for phase, node in both(halves):
@@ -32,16 +40,16 @@ def flops(halves: Halves) -> Flops:
         if count:
             repeated = node.name in forward or node.target in WITH_RANDOM_STATE
             again = phase == "backward" and repeated
-            found["again" if again else _purpose(phase, node)] += count
+            found["again" if again else _purpose(phase, node, frozen)] += count
     parts = ("teacher", "forward", "backward", "losses", "projections", "again")
     return Flops(**{part: found[part] for part in parts}, total=sum(found.values()))
 
 
-def _purpose(phase: str, node: fx.Node) -> str:
+def _purpose(phase: str, node: fx.Node, frozen: Collection[Tower]) -> str:
     part = part_of(node)
-    if part == "objective":
-        return "projections" if place_of(node)[0] == "projections" else "losses"
-    return "teacher" if part == "teacher" else phase
+    if part == OBJECTIVE:
+        return "projections" if module_of(node)[0] == PROJECTIONS else "losses"
+    return "teacher" if part in frozen else phase
 
 
 def notes_of(halves: Halves) -> Iterator[str]:
@@ -58,7 +66,7 @@ def by_block(halves: Halves, paths: Paths) -> dict[tuple[str, str, str], int]:
     found: Counter[tuple[str, str, str]] = Counter()
     for phase, node in both(halves):
         if count := flops_of(node):
-            tower, path = place_of(node)
+            tower, path = module_of(node)
             block = holding(path, paths.get(tower, ()))
             if block is not None:
                 found[tower, block, phase] += count
@@ -68,12 +76,12 @@ def by_block(halves: Halves, paths: Paths) -> dict[tuple[str, str, str], int]:
 # ---------------------------------------------------------------------- traffic and casts
 
 
-def traffic(halves: Halves) -> tuple[Collective, ...]:
-    """What crosses ranks in both halves."""
+def traffic(halves: Halves, main: Tower) -> tuple[Collective, ...]:
+    """What crosses ranks in both halves; what is nobody's is the main model's."""
     found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for gm in (halves.forward, halves.backward):
         for (section, kind), (times, size) in collectives(gm.graph).items():
-            owner = {"objective": "terms", None: "student"}.get(section, section)
+            owner = {OBJECTIVE: "terms", None: main}.get(section, section)
             entry = found[str(owner), kind]
             entry[0] += times
             entry[1] += size
@@ -92,5 +100,5 @@ def casts(halves: Halves) -> tuple[Cast, ...]:
             if before != after and before.is_floating_point and after.is_floating_point:
                 old, new = (str(d).removeprefix("torch.") for d in (before, after))
                 part = part_of(node)
-                found["losses" if part == "objective" else part, old, new] += 1
+                found["losses" if part == OBJECTIVE else part, old, new] += 1
     return tuple(Cast(*key, times) for key, times in sorted(found.items()))

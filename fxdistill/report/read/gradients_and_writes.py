@@ -6,7 +6,7 @@ forward.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -16,26 +16,24 @@ from fxdistill.graph.program import output_values
 from fxdistill.objective.call import Call
 from fxdistill.report.read.inputs import tensors_of
 from fxdistill.report.read.warnings import few
-
-if TYPE_CHECKING:
-    from fxdistill.distiller.distiller import Distiller
+from fxdistill.report.subject import Subject
 
 
-def warnings_of(distiller: "Distiller", call: Call, halves: Halves) -> list[str]:
+def warnings_of(subject: Subject, call: Call, halves: Halves) -> list[str]:
     """What of that is likely a mistake."""
     if not _in_order(halves):
         return []
     return [
-        *_unreached(distiller, halves),
-        *_writes_to_teacher(distiller, halves),
-        *_writes_to_inputs(call, halves),
+        *_unreached(subject, halves),
+        *_writes_to_frozen(subject, halves),
+        *_writes_to_inputs(subject, call, halves),
     ]
 
 
-def notes_of(distiller: "Distiller", halves: Halves) -> list[str]:
+def notes_of(subject: Subject, halves: Halves) -> list[str]:
     """What of that works and may surprise."""
     if _in_order(halves):
-        return list(_writes_to_student(distiller, halves))
+        return list(_writes_to_learning(subject, halves))
     return [
         "AOTAutograd has made other inputs of the step's: which parameters get no gradient, and "
         "what is written, is not known"
@@ -53,9 +51,9 @@ def _given(halves: Halves) -> list[fx.Node]:
     return [node for node in inputs if not node.name.startswith("fwd_rng_state")]
 
 
-def learning(distiller: "Distiller", halves: Halves) -> dict[str, Tensor]:
+def learning(subject: Subject, halves: Halves) -> dict[str, Tensor]:
     """The parameters that get a gradient, by name; all that are trained where it is not known."""
-    trained = dict(_trained(distiller))
+    trained = dict(_trained(subject))
     if not _in_order(halves):
         return trained
     given = zip(halves.inputs, output_values(halves.backward.graph), strict=True)
@@ -63,9 +61,9 @@ def learning(distiller: "Distiller", halves: Halves) -> dict[str, Tensor]:
     return {name: p for name, p in trained.items() if id(p) in reached}
 
 
-def _unreached(distiller: "Distiller", halves: Halves) -> Iterator[str]:
+def _unreached(subject: Subject, halves: Halves) -> Iterator[str]:
     """Trainable parameters that no term reaches."""
-    trained, reached = dict(_trained(distiller)), learning(distiller, halves)
+    trained, reached = dict(_trained(subject)), learning(subject, halves)
     missing = [name for name in trained if name not in reached]
     if missing:
         yield (
@@ -74,40 +72,42 @@ def _unreached(distiller: "Distiller", halves: Halves) -> Iterator[str]:
         )
 
 
-def _writes_to_teacher(distiller: "Distiller", halves: Halves) -> Iterator[str]:
-    """Buffers of a frozen teacher that its forward writes to."""
-    if distiller.plan.freeze_teacher and (names := _written(distiller.teacher, halves)):
-        yield (
-            f"the teacher writes to its own {few(names)} in every step: its targets change as it "
-            "goes"
-        )
+def _writes_to_frozen(subject: Subject, halves: Halves) -> Iterator[str]:
+    """Buffers of a frozen model that its forward writes to."""
+    for tower in subject.models:
+        if tower in subject.frozen and (names := _written(subject.models[tower], halves)):
+            yield (
+                f"the {tower} writes to its own {few(names)} in every step: its targets change as "
+                "it goes"
+            )
 
 
-def _writes_to_inputs(call: Call, halves: Halves) -> Iterator[str]:
+def _writes_to_inputs(subject: Subject, call: Call, halves: Halves) -> Iterator[str]:
     """Tensors of the caller that a model writes to."""
     written = _written_here(halves)
-    if names := [name for name, value in tensors_of(call).items() if id(value) in written]:
+    tensors = tensors_of(call, subject.main)
+    if names := [name for name, value in tensors.items() if id(value) in written]:
         yield (
             f"a model writes to what it is called with, {few(names)}: yours is changed after the "
             "step, and the model that runs second reads what the first has written"
         )
 
 
-def _writes_to_student(distiller: "Distiller", halves: Halves) -> Iterator[str]:
+def _writes_to_learning(subject: Subject, halves: Halves) -> Iterator[str]:
     """Buffers of what learns that a step writes to, as batch norm does."""
-    names = [f"student {name}" for name in _written(distiller.student, halves)]
-    if not distiller.plan.freeze_teacher:
-        names += [f"teacher {name}" for name in _written(distiller.teacher, halves)]
+    learning = [name for name in subject.learning if name in subject.models]
+    names = [
+        f"{tower} {name}" for tower in learning for name in _written(subject.models[tower], halves)
+    ]
     if names:
         yield f"each step in this mode writes to buffers: {few(names)}"
 
 
-def _trained(distiller: "Distiller") -> Iterator[tuple[str, Tensor]]:
-    towers = ("student", "projections", *(() if distiller.plan.freeze_teacher else ("teacher",)))
-    for tower in towers:
-        for name, value in getattr(distiller, tower).named_parameters():
+def _trained(subject: Subject) -> Iterator[tuple[str, Tensor]]:
+    for name in subject.learning:
+        for path, value in subject.parts[name].named_parameters():
             if value.requires_grad:
-                yield f"{tower} {name}", value
+                yield f"{name} {path}", value
 
 
 def _written(model: torch.nn.Module, halves: Halves) -> list[str]:

@@ -5,23 +5,26 @@ from typing import Any
 
 from torch import Tensor
 
+from fxdistill.models.tap import Tower
 from fxdistill.objective.call import Call, Inputs
 from fxdistill.objective.tokens import TOKEN_FIELDS
 
 _OF_TERMS = (*TOKEN_FIELDS, "num_items", "num_feature_items")
 
 
-def tensors_of(call: Call) -> dict[str, Tensor]:
-    """Those of the student, of the terms, and what only the teacher gets (``teacher_inputs``).
+def tensors_of(call: Call, main: Tower) -> dict[str, Tensor]:
+    """Those of the main model, of the terms, and what only another gets (``teacher_inputs``).
 
     A tensor within a mapping or a list is named by the way to it: ``batch.input_ids``.
     """
-    ours = dict(_named(call.student))
+    ours = dict(_named(call.inputs[main]))
     terms = {name: getattr(call.batch, name) for name in _OF_TERMS}
     known = {id(value) for value in ours.values()}
     theirs = {
-        f"teacher_inputs.{name}": value
-        for name, value in _named(call.teacher)
+        f"{tower}_inputs.{name}": value
+        for tower, inputs in call.inputs.items()
+        if tower != main
+        for name, value in _named(inputs)
         if id(value) not in known
     }
     return {**ours, **{name: x for name, x in terms.items() if isinstance(x, Tensor)}, **theirs}

@@ -1,7 +1,6 @@
 """What a step holds at each moment, by owner, and its worst moment."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import fx
@@ -9,7 +8,8 @@ from torch import fx
 from fxdistill.graph.halves import Halves
 from fxdistill.graph.liveness import Instant, storages, timeline
 from fxdistill.graph.program import output_values
-from fxdistill.graph.sections import Paths, holding, part_of, place_of
+from fxdistill.graph.sections import OBJECTIVE, Paths, holding, module_of, part_of
+from fxdistill.losses.fused.call import HeadCall
 from fxdistill.losses.fused.operator import HEAD
 from fxdistill.losses.fused.sizes import size_of_chunks, sizes_on
 from fxdistill.report.data import Memory, Moment
@@ -56,15 +56,14 @@ def own_bytes(node: fx.Node) -> int:
     """What the fused head needs for itself: logits of a chunk, and what is made of some tokens."""
     if node.target is not HEAD:
         return 0
-    given: list[Any] = [n.meta["val"] if isinstance(n, fx.Node) else n for n in node.args]
-    h, w, _, _, t_weight = given[:5]
-    chunk, wanted, compiled = given[12:15]
-    columns = w.shape[0] + (0 if t_weight is None else t_weight.shape[0])
-    chunk = size_of_chunks(chunk, h) * columns * h.element_size()
+    call = HeadCall.of(node)
+    h, w = call.h, call.w
+    columns = w.shape[0] + (0 if call.t_weight is None else call.t_weight.shape[0])
+    chunk = size_of_chunks(call.chunk, h) * columns * h.element_size()
     kind = 8 if h.dtype == torch.float64 else 4
     # Run one by one, the operators of the body keep this many values of its tokens alive at once.
-    body = 0 if compiled else BODY * sizes_on(h.device).rows * w.shape[0] * kind
-    wide = w.numel() * kind if "w" in str(wanted) and kind != w.element_size() else 0
+    body = 0 if call.compiled else BODY * sizes_on(h.device).rows * w.shape[0] * kind
+    wide = w.numel() * kind if "w" in call.needs and kind != w.element_size() else 0
     return int(chunk + body + wide)
 
 
@@ -104,9 +103,9 @@ def _where(instant: Instant, paths: Paths) -> str:
     node = instant.node
     if node.target is HEAD:
         return "fused head"
-    tower, path = place_of(node)
+    tower, path = module_of(node)
     block = holding(path, paths.get(tower, ()))
     if block is not None:
         return f"{tower} {block}".rstrip()
     part = part_of(node)
-    return "losses" if part == "objective" else part
+    return "losses" if part == OBJECTIVE else part

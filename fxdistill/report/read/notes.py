@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from fxdistill.models.tap import Tower
 from fxdistill.objective.objective import Objective
 
 
@@ -24,6 +25,6 @@ def notes_of(objective: Objective, settings: Mapping[str, float | Tensor]) -> li
     return notes
 
 
-def settled(count: int) -> list[str]:
-    """Of a teacher of which ``count`` modules were in training mode."""
-    return [f"{count} modules of the teacher were in training mode: eval now"] if count > 0 else []
+def settled(tower: Tower, count: int) -> list[str]:
+    """Of a frozen model of which ``count`` modules were in training mode."""
+    return [f"{count} modules of the {tower} were in training mode: eval now"] if count > 0 else []

@@ -7,7 +7,7 @@ from torch import Tensor, fx
 from fxdistill.graph.halves import Halves
 from fxdistill.graph.kernels import is_view
 from fxdistill.graph.liveness import Label, Storage, storages
-from fxdistill.graph.sections import holding, part_of, place_of
+from fxdistill.graph.sections import OBJECTIVE, holding, module_of, part_of
 from fxdistill.losses.fused.operator import HEAD
 
 Heads = Mapping[str, tuple[str, int]]  # by tower: the path of the head, and how wide logits are
@@ -27,7 +27,7 @@ def owners(halves: Halves, heads: Heads) -> Label:
         if storage in taps:
             return "taps"
         part = part_of(node)
-        return "losses" if part == "objective" else part
+        return "losses" if part == OBJECTIVE else part
 
     return owner
 
@@ -36,14 +36,14 @@ def _tapped(forward: fx.Graph) -> set[Storage]:
     """What the objective reads of the towers, but for what only the fused head does."""
     found: set[Storage] = set()
     for node in forward.nodes:
-        if node.op == "call_function" and part_of(node) != "objective" and _is_compared(node):
+        if node.op == "call_function" and part_of(node) != OBJECTIVE and _is_compared(node):
             found.update(storages(node))
     return found
 
 
 def _is_compared(node: fx.Node) -> bool:
     readers = [user for user in node.users if user.op != "output" and user.target is not HEAD]
-    ours = [user for user in readers if part_of(user) == "objective"]
+    ours = [user for user in readers if part_of(user) == OBJECTIVE]
     return any(_is_compared(user) if is_view(user) else True for user in ours)
 
 
@@ -54,7 +54,7 @@ def _logits(halves: Halves, heads: Heads) -> set[str]:
     for gm in (halves.forward, halves.backward):
         for node in gm.graph.nodes:
             if node.op == "call_function" and _columns(node) in widths:
-                within = part_of(node) == "objective" and any(
+                within = part_of(node) == OBJECTIVE and any(
                     n.name in found for n in node.all_input_nodes
                 )
                 if within or _is_made_by(node, heads):
@@ -63,7 +63,7 @@ def _logits(halves: Halves, heads: Heads) -> set[str]:
 
 
 def _is_made_by(node: fx.Node, heads: Heads) -> bool:
-    tower, path = place_of(node)
+    tower, path = module_of(node)
     own: Collection[str] = (heads[tower][0],) if tower in heads else ()
     return bool(own) and holding(path, own) is not None
 

@@ -5,28 +5,26 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from fxdistill.base.tensors import is_placed
-from fxdistill.models.structure import Block as Structure
-from fxdistill.models.structure import stacks_of
-from fxdistill.report.data import Block, Tower
+from fxdistill.models.structure import Block, stacks_of
+from fxdistill.report.data import BlockLine, TowerFacts
+from fxdistill.report.subject import Subject
 
 
-def towers_of(
-    student: nn.Module, teacher: nn.Module, projections: nn.ModuleList, *, frozen: bool
-) -> tuple[Tower, ...]:
-    """Teacher, student and, where there are any, projections."""
+def towers_of(subject: Subject) -> tuple[TowerFacts, ...]:
+    """The models in the order in which they run and, where there are any, the projections."""
     found = [
-        tower("teacher", teacher, trains=not frozen),
-        tower("student", student, trains=True),
+        tower(name, model, trains=name not in subject.frozen)
+        for name, model in subject.models.items()
     ]
-    if len(projections):
-        found.append(tower("projections", projections, trains=True))
+    if len(subject.projections):
+        found.append(tower("projections", subject.projections, trains=True))
     return tuple(found)
 
 
-def tower(name: str, model: nn.Module, *, trains: bool) -> Tower:
+def tower(name: str, model: nn.Module, *, trains: bool) -> TowerFacts:
     """Count ``model``; what is shared within it is counted once."""
     parameters = list(model.parameters())
-    return Tower(
+    return TowerFacts(
         name,
         type(model).__name__,
         sum(p.numel() for p in parameters),
@@ -53,26 +51,26 @@ def dtype_name(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
 
 
-def blocks_of(model: nn.Module) -> Iterator[Block]:
+def blocks_of(model: nn.Module) -> Iterator[BlockLine]:
     """Repeated blocks, modules beside them, and for themselves the modules that hold those.
 
     Of a module that holds others only what is directly its own counts, which may be nothing.
     """
     if isinstance(model, nn.ModuleList):  # the projections, which have nothing in common
         for name, module in model.named_children():
-            yield Block(name, (), sum(p.numel() for p in module.parameters()))
+            yield BlockLine(name, (), sum(p.numel() for p in module.parameters()))
         return
     inside = {block.path: block for stack in stacks_of(model) for block in stack.blocks}
     yield from _under(model, "", inside)
 
 
-def _under(module: nn.Module, path: str, inside: dict[str, Structure]) -> Iterator[Block]:
+def _under(module: nn.Module, path: str, inside: dict[str, Block]) -> Iterator[BlockLine]:
     holds = any(found.startswith(f"{path}.") or not path for found in inside)
     if path in inside or not holds or not list(module.children()):
         parts = inside[path].parts if path in inside else ()
         kinds = tuple((part.path, part.kind) for part in parts)
-        yield Block(path, kinds, sum(p.numel() for p in module.parameters()))
+        yield BlockLine(path, kinds, sum(p.numel() for p in module.parameters()))
         return
-    yield Block(path, (), sum(p.numel() for p in module.parameters(recurse=False)))
+    yield BlockLine(path, (), sum(p.numel() for p in module.parameters(recurse=False)))
     for name, child in module.named_children():
         yield from _under(child, f"{path}.{name}" if path else name, inside)

@@ -1,7 +1,7 @@
 """What is likely to be a mistake, told before the first step."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -9,42 +9,41 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fxdistill.losses.reduce import IGNORE
 from fxdistill.objective.call import Call
-
-if TYPE_CHECKING:
-    from fxdistill.distiller.distiller import Distiller
+from fxdistill.report.subject import Subject
 
 
-def warnings_of(distiller: "Distiller", call: Call | None) -> tuple[str, ...]:
+def warnings_of(subject: Subject, call: Call | None) -> tuple[str, ...]:
     """Those that models and inputs show, then those that calls have given."""
-    batch = () if call is None else _batch(distiller, call)
-    return (*_models(distiller), *batch, *distiller._warnings)
+    batch = () if call is None else _batch(subject, call)
+    return (*_models(subject), *batch, *subject.warnings)
 
 
-def _models(distiller: "Distiller") -> Iterator[str]:
-    dropping = [
-        name
-        for name, module in distiller.teacher.named_modules()
-        if isinstance(module, _DropoutNd) and module.training and module.p > 0
-    ]
-    if dropping:
-        yield f"the teacher drops values at random in {few(dropping)}: its targets are noise"
-    for term in distiller.objective.features:
+def _models(subject: Subject) -> Iterator[str]:
+    for tower in sorted(subject.objective.compared):
+        dropping = [
+            name
+            for name, module in subject.models[tower].named_modules()
+            if isinstance(module, _DropoutNd) and module.training and module.p > 0
+        ]
+        if dropping:
+            yield f"the {tower} drops values at random in {few(dropping)}: its targets are noise"
+    for term in subject.objective.features:
         if term.projection is not None and not any(
-            p.requires_grad for p in distiller.projections[term.projection].parameters()
+            p.requires_grad for p in subject.projections[term.projection].parameters()
         ):
             yield f"the projection of {term.name} is frozen: it stays as it was made"
-    learning = [p for p in distiller.student.parameters() if p.requires_grad]
-    if not learning:
-        yield "nothing of the student learns: no parameter of it requires a gradient"
+    for tower, model in subject.models.items():
+        if tower not in subject.frozen and not any(p.requires_grad for p in model.parameters()):
+            yield f"nothing of the {tower} learns: no parameter of it requires a gradient"
 
 
-def _batch(distiller: "Distiller", call: Call) -> Iterator[str]:
+def _batch(subject: Subject, call: Call) -> Iterator[str]:
     labels = call.batch.labels
     some = _is_real(labels) and labels is not None and labels.numel() > 0
     if some and labels is not None and bool((labels == IGNORE).all()):
         yield f"every label is {IGNORE}: label and logit terms are 0"
-    ids = call.student.kwargs.get("input_ids")
-    pad = _padding(distiller.student)
+    ids = call.inputs[subject.main].kwargs.get("input_ids")
+    pad = _padding(subject.models[subject.main])
     unmasked = _is_real(ids) and pad is not None and call.batch.attention_mask is None
     rows = unmasked and ids is not None and ids.ndim == 2 and ids.shape[1] > 0
     if rows and ids is not None and bool((ids[:, [0, -1]] == pad).any()):

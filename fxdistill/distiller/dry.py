@@ -1,0 +1,39 @@
+"""A step that is captured and never run: for checks, for reports, for widths."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fxdistill.compiler import capture
+from fxdistill.compiler.backend import Recipe
+from fxdistill.distiller.modes import Request, Steps, tapping
+from fxdistill.distiller.step import run_towers, step
+from fxdistill.graph.halves import Halves
+from fxdistill.graph.joint import JointProgram
+from fxdistill.models.tap import Tap, Tower
+from fxdistill.taps.table import TapTable
+
+
+def captured(
+    request: Request, steps: Steps, recipe: Recipe, *, cut: bool
+) -> tuple[JointProgram, Halves | None, TapTable]:
+    """Capture a step, and with ``cut`` go on to its two halves."""
+    call = request.call
+    given = (request.towers, request.objective, call.inputs, call.batch, request.settings)
+    run = capture.dry_halves if cut else capture.dry_run
+    with tapping(request, steps, capturing=True) as table:
+        return *run(step, recipe, table, *given), table
+
+
+def tapped_shapes(request: Request, steps: Steps) -> Mapping[tuple[Tower, Tap], Tensor]:
+    """The shapes of all matched values, as meta tensors; a module that does not run is left out."""
+    objective = replace(request.objective, logits=(), labels=(), returns=None)
+    request = replace(request, objective=objective)
+    with tapping(request, steps, capturing=True) as table:
+        capture.dry_values(run_towers, table, request.towers, objective, request.call.inputs)
+    return {
+        end: torch.empty([int(size) for size in value.shape], device="meta")
+        for end, value in table.values.items()
+    }

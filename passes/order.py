@@ -1,0 +1,75 @@
+"""The one list of what runs when, and why.
+
+A graph passes through stages. ``each model``: the program of one model, cut out of what was
+captured. ``joint``: models and objective in one program. ``terms``: the objective alone, where
+models run as they are. These are of the captured level. ``step`` and ``terms step``: the forward
+and backward of those two as AOTAutograd traces them, before they are cut apart: the joint level
+(see ``Program.level``).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from fxdistill.graph.program import Pass
+from fxdistill.models.tap import Tower
+from fxdistill.passes.count_collectives import CountCollectives
+from fxdistill.passes.expose_outputs import ExposeOutputs
+from fxdistill.passes.fuse_head import FuseHead
+from fxdistill.passes.gather_late import GatherLate
+from fxdistill.passes.keep_teacher import KeepTeacher
+from fxdistill.passes.pack_reductions import PackReductions
+from fxdistill.passes.prune_teacher import PruneTeacher
+
+Stage = Literal["each model", "joint", "terms", "step", "terms step"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of the list a distiller wants.
+
+    ``user`` are passes of the user's own; ``made`` says why models made their logits before the
+    graph, for a remark; ``compiled`` whether code is generated; ``gathers`` whether parameters are
+    gathered in the graph; ``beside`` are all models but the main one, ``frozen`` those that learn
+    nothing.
+    """
+
+    user: tuple[Pass, ...] = ()
+    fuse_head: bool = True
+    compiled: bool = True
+    made: str = ""
+    gathers: bool = False
+    beside: tuple[Tower, ...] = ("teacher",)
+    frozen: tuple[Tower, ...] = ("teacher",)
+
+    @property
+    def fusing(self) -> tuple[Pass, ...]:
+        """The pass that fuses heads, if it is wanted."""
+        return (FuseHead(self.compiled, self.made),) if self.fuse_head else ()
+
+
+class Row(NamedTuple):
+    """Passes of one stage, and why they stand where they stand."""
+
+    stage: Stage
+    passes: Callable[[Wanted], Iterable[Pass]]
+    why: str
+
+
+ORDER = (
+    Row("each model", lambda w: (ExposeOutputs(),), "compose reads values that are outputs"),
+    Row("joint", lambda w: w.user, "the user sees models and losses as they were written"),
+    Row("joint", lambda w: w.fusing, "behind the user's passes, which may read the logits"),
+    Row("joint", lambda w: (PruneTeacher(w.beside),), "last: fusing leaves dead nodes, too"),
+    Row("terms", lambda w: w.fusing, "heads hand over unmade logits here as well"),
+    Row("step", lambda w: (GatherLate(w.frozen),) if w.gathers else (), "moves gathers about"),
+    Row("step", lambda w: (KeepTeacher(w.frozen),) if w.frozen else (), "only marks nodes"),
+    Row("step", lambda w: (PackReductions(),), "behind all that moves collectives"),
+    Row("step", lambda w: (CountCollectives(),), "last: counts those that are left"),
+    Row("terms step", lambda w: (PackReductions(),), "no model is in it, to keep or to gather"),
+)
+
+
+def passes_at(stage: Stage, wanted: Wanted) -> tuple[Pass, ...]:
+    """The passes of a stage, in their order."""
+    return tuple(p for row in ORDER if row.stage == stage for p in row.passes(wanted))
