@@ -2,14 +2,17 @@
 # is absent or older than the files that describe it; otherwise nothing touches the network.
 
 PYTHON ?= python3
+# Processes that run tests side by side; a file runs in one, so that it makes what it shares once.
+JOBS ?= 2
+PYTEST = .venv/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: test check demo lint types format clean
 
 test: lint types  ## everything, what .ci/run calls
-	.venv/bin/python -m pytest
+	$(PYTEST)
 
 check: lint types  ## the quick part
-	.venv/bin/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 demo: .venv/.installed  ## train a small language model three ways and plot the comparison
 	.venv/bin/python examples/distill_language_model.py

@@ -48,7 +48,7 @@ class Wanted:
         return (FuseHead(self.compiled, self.made),) if self.fuse_head else ()
 
 
-class Row(NamedTuple):
+class Slot(NamedTuple):
     """Passes of one stage, and why they stand where they stand."""
 
     stage: Stage
@@ -57,16 +57,16 @@ class Row(NamedTuple):
 
 
 ORDER = (
-    Row("each model", lambda w: (ExposeOutputs(),), "compose reads values that are outputs"),
-    Row("joint", lambda w: w.user, "the user sees models and losses as they were written"),
-    Row("joint", lambda w: w.fusing, "behind the user's passes, which may read the logits"),
-    Row("joint", lambda w: (PruneTeacher(w.beside),), "last: fusing leaves dead nodes, too"),
-    Row("terms", lambda w: w.fusing, "heads hand over unmade logits here as well"),
-    Row("step", lambda w: (GatherLate(w.frozen),) if w.gathers else (), "moves gathers about"),
-    Row("step", lambda w: (KeepTeacher(w.frozen),) if w.frozen else (), "only marks nodes"),
-    Row("step", lambda w: (PackReductions(),), "behind all that moves collectives"),
-    Row("step", lambda w: (CountCollectives(),), "last: counts those that are left"),
-    Row("terms step", lambda w: (PackReductions(),), "no model is in it, to keep or to gather"),
+    Slot("each model", lambda w: (ExposeOutputs(),), "compose reads values that are outputs"),
+    Slot("joint", lambda w: w.user, "the user sees models and losses as they were written"),
+    Slot("joint", lambda w: w.fusing, "behind the user's passes, which may read the logits"),
+    Slot("joint", lambda w: (PruneTeacher(w.beside),), "last: fusing leaves dead nodes, too"),
+    Slot("terms", lambda w: w.fusing, "heads hand over unmade logits here as well"),
+    Slot("step", lambda w: (GatherLate(w.frozen),) if w.gathers else (), "moves gathers about"),
+    Slot("step", lambda w: (KeepTeacher(w.frozen),) if w.frozen else (), "only marks nodes"),
+    Slot("step", lambda w: (PackReductions(),), "behind all that moves collectives"),
+    Slot("step", lambda w: (CountCollectives(),), "last: counts those that are left"),
+    Slot("terms step", lambda w: (PackReductions(),), "no model is in it, to keep or to gather"),
 )
 
 

@@ -33,11 +33,11 @@ from fxdistill.taps.hooks import hooked
 from fxdistill.taps.markers import begin
 from fxdistill.taps.table import TapTable, recording
 
-Step = Callable[..., Any]
+Traced = Callable[..., Any]
 RECOMPILE_LIMIT = 32
 
 
-def one_graph(step: Step, recipe: Recipe, dynamic: bool | None = None) -> Step:
+def one_graph(step: Traced, recipe: Recipe, dynamic: bool | None = None) -> Traced:
     """``step`` as one compiled graph."""
     own = own_code(step)
     compiled = torch.compile(
@@ -46,7 +46,7 @@ def one_graph(step: Step, recipe: Recipe, dynamic: bool | None = None) -> Step:
     return functools.partial(_call, compiled)
 
 
-def _call(compiled: Step, table: TapTable, *args: Any) -> Any:
+def _call(compiled: Traced, table: TapTable, *args: Any) -> Any:
     """Call, and turn dynamo's exceptions into what happened."""
     table.failure = None
     try:
@@ -80,7 +80,7 @@ def _dynamo_settings() -> Iterator[None]:
         yield
 
 
-def dry_run(step: Step, recipe: Recipe, table: TapTable, *args: Any) -> tuple[JointProgram, None]:
+def dry_run(step: Traced, recipe: Recipe, table: TapTable, *args: Any) -> tuple[JointProgram, None]:
     """Capture ``step`` on the shapes of ``args`` and return the program; nothing is executed."""
     journal = Journal()
     compiled = one_graph(step, replace(recipe, dry=True).noting(journal))
@@ -93,7 +93,7 @@ def dry_run(step: Step, recipe: Recipe, table: TapTable, *args: Any) -> tuple[Jo
 
 
 def dry_halves(
-    step: Step, recipe: Recipe, table: TapTable, *args: Any
+    step: Traced, recipe: Recipe, table: TapTable, *args: Any
 ) -> tuple[JointProgram, Halves | None]:
     """As ``dry_run``, on to where AOTAutograd has cut the step; ``None`` if nothing learns."""
     journal, cut = Journal(), list[Halves]()

@@ -9,6 +9,7 @@ from fxdistill.errors import TapError
 from fxdistill.graph.joint import JointProgram
 from fxdistill.graph.program import Program, output_values
 from fxdistill.graph.sections import SECTION
+from fxdistill.models.tap import Section
 
 
 def compose(captured: fx.GraphModule, programs: dict[str, Program]) -> JointProgram:
@@ -39,7 +40,7 @@ def _inline(
     graph: fx.Graph,
     program: Program,
     env: dict[str, Any],
-    section: str,
+    section: Section,
     attributes: dict[str, Any],
 ) -> list[Any]:
     """Copy a program's nodes into ``graph`` and return the values of its outputs."""
@@ -56,11 +57,11 @@ def _inline(
     return [local[v] if isinstance(v, fx.Node) else v for v in output_values(program.gm.graph)]
 
 
-def _labelled(node: fx.Node, section: str) -> dict[str, Any]:
+def _labelled(node: fx.Node, section: Section) -> dict[str, Any]:
     return {**node.meta, "custom": {**node.meta.get("custom", {}), SECTION: section}}
 
 
-def _label_region(value: Any, section: str) -> None:
+def _label_region(value: Any, section: Section) -> None:
     """The operators of a checkpointed region belong to the same section, and their gradients."""
     if isinstance(value, fx.GraphModule):
         for module in value.modules():

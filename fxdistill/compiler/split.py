@@ -25,7 +25,7 @@ def split(gm: fx.GraphModule) -> dict[str, Program]:
         nodes = [n for n, section in section_of.items() if section == name]
         graph, env = _extract(nodes, set(nodes))
         if name == names[-1]:
-            values = [_place(value, env, graph) for value in returned]
+            values = [_as_output(value, env, graph) for value in returned]
             outputs = [_output_name(value, i) for i, value in enumerate(returned)]
         else:
             read = [n for n in nodes if any(section_of.get(u, "") != name for u in n.users)]
@@ -81,7 +81,7 @@ def _first(graph: fx.Graph) -> Any:
     return next(iter(graph.nodes), graph._root)
 
 
-def _place(value: Any, env: dict[fx.Node, Any], graph: fx.Graph) -> Any:
+def _as_output(value: Any, env: dict[fx.Node, Any], graph: fx.Graph) -> Any:
     """An output of the whole graph, as a node of the objective."""
     if not isinstance(value, fx.Node):
         return value

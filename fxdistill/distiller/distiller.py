@@ -32,7 +32,7 @@ from fxdistill.report.build import build
 from fxdistill.report.faces.summary import summary
 from fxdistill.report.read import notes
 from fxdistill.report.report import Report
-from fxdistill.report.subject import Captured, Subject
+from fxdistill.report.subject import CapturedStep, Subject
 
 
 class Distiller(nn.Module):
@@ -60,7 +60,7 @@ class Distiller(nn.Module):
             if models[tower].trains:
                 self._modules[tower] = models[tower].module
         self.projections = projections
-        self.objective = objective
+        self.objective = dataclasses.replace(objective, frozen=self._towers.frozen)
         self.matches = matches
         self.options = options
         self.journal = Journal()
@@ -71,7 +71,7 @@ class Distiller(nn.Module):
         self.training = models[main].module.training
         self.projections.train(self.training)
         settled = self._settled()
-        self._notes = (*options.notes, *notes.notes_of(objective, settings), *settled)
+        self._notes = (*options.notes, *notes.notes_of(self.objective, settings), *settled)
 
     def _settled(self) -> list[str]:
         """Put frozen models in eval mode, and say of which that was a change."""
@@ -279,7 +279,7 @@ class Distiller(nn.Module):
     def _subject(self) -> Subject:
         towers = self._towers
 
-        def capture(call: Call, objective: Objective, recipe: Recipe) -> Captured:
+        def capture(call: Call, objective: Objective, recipe: Recipe) -> CapturedStep:
             # Made anew: models may be fake for the time of a report, and then so is the vector.
             settings = self._settings.made(device_of(towers.main_module))
             request = Request(towers, objective, call, settings)

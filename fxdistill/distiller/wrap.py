@@ -136,7 +136,6 @@ def wrap(
         labels=tuple(map(LabelTerm, _named(label_loss, LABEL_LOSSES, "label_loss"))),
         task=found_task,
         vocab_size=vocab_size,
-        frozen=frozenset({"teacher"} if freeze_teacher else ()),
         own_losses=is_named(logit_loss) and is_named(label_loss),
         returns="student" if options.outputs else None,
     )
@@ -253,11 +252,12 @@ def _placed(
         return
     modules = {tower: models[tower].module for tower in plans}
     taps = [end for term in objective.features for end in term.taps]
+    frozen = [tower for tower, model in models.items() if not model.trains]
     with (
         parallel.sharding.kept_on_error(*modules.values()),
         buffers_kept_on_error(*modules.values()),
     ):
-        found = parallel.setup.set_up(modules, plans, mesh, taps, asked, objective.frozen)
+        found = parallel.setup.set_up(modules, plans, mesh, taps, asked, frozen)
         sharded = {t: replace(model, sharding=found.shardings[t]) for t, model in models.items()}
         yield Placed(sharded, found.ranks, found.notes)
 

@@ -15,13 +15,14 @@ from fxdistill.base.tensors import is_placed
 from fxdistill.graph.captured_flops import Costs
 from fxdistill.graph.program import Program
 from fxdistill.graph.sections import ITSELF, module_of, section_of
+from fxdistill.models.tap import Section
 
 
 @dataclass(frozen=True)
 class Line:
     """What one module, or one function outside of modules, returns and costs."""
 
-    section: str
+    section: Section
     name: str
     kind: str
     value: str

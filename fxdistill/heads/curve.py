@@ -1,6 +1,7 @@
-"""What a head makes of each number that its weight gives, and the logits it makes so."""
+"""What a head makes of the numbers that its weight gives: a curve, a bias, the first columns."""
 
 import ast
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,32 +50,65 @@ class Curve:
         return ", ".join([*parts, *([] if self.outer is None else [f"softcap {self.outer:g}"])])
 
 
+@dataclass(frozen=True)
+class Form:
+    """How logits come from what a weight gives: plus ``bias``, along ``curve``, ``columns`` of it.
+
+    ``bias`` is a node of a graph or a tensor. Each method is one more operator behind the logits;
+    Unreadable says why that cannot be said in this form. ``name`` is the operator's, for that.
+    """
+
+    curve: Curve = Curve()
+    bias: Any = None
+    columns: int | None = None  # of the vocabulary, where not all are used
+
+    def scaled(self, number: Any, name: str, *, divided: bool) -> "Form":
+        """Multiplied, or divided, by a number."""
+        if not isinstance(number, (int, float)):
+            raise Unreadable(f"logits pass through {name} by what is no constant")
+        factor = float(number)
+        if factor == 0 or not math.isfinite(factor):
+            raise Unreadable(f"logits pass through {name} by {factor}")
+        return replace(self, curve=self.curve.times(1 / factor if divided else factor))
+
+    def bent(self) -> "Form":
+        """Through a tanh."""
+        return replace(self, curve=self.curve.bent())
+
+    def with_bias(self, bias: Any, value: Tensor, logits: Tensor, name: str) -> "Form":
+        """Plus ``bias``, whose value is like ``value``; ``logits`` are what it is added to."""
+        plain = self == Form()
+        size = logits.shape[-1]
+        like = value.dtype == logits.dtype and value.shape[-1:] == (size,)
+        if not plain or not like or value.numel() != size:
+            raise Unreadable(f"logits come from {name}, not from a linear layer")
+        return replace(self, bias=bias)
+
+    def cut(self, columns: int, size: int) -> "Form":
+        """The first ``columns`` of ``size``."""
+        return self if columns == size else replace(self, columns=columns)
+
+    @property
+    def text(self) -> str:
+        """Curve and columns as text: dynamo would make numbers symbolic."""
+        return repr((self.curve.inner, self.curve.outer, self.columns))
+
+    @classmethod
+    def read(cls, text: str, bias: Any = None) -> "Form":
+        """The inverse of ``text``."""
+        inner, outer, columns = ast.literal_eval(text)
+        return cls(Curve(inner, outer), bias, columns)
+
+
 @one_node
 def logits_from(hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: str) -> Tensor:
     """The logits of a head: how the losses are handed those that were not made yet.
 
-    ``spec`` is a curve and the number of columns, as text.
+    ``spec`` is the text of a ``Form``.
     """
-    inner, outer, columns = ast.literal_eval(spec)
-    x = torch.nn.functional.linear(
-        hidden, weight[:columns], None if bias is None else bias[:columns]
-    )
+    form = Form.read(spec, bias)
+    rows = slice(form.columns)
+    x = torch.nn.functional.linear(hidden, weight[rows], None if bias is None else bias[rows])
+    inner, outer = form.curve.inner, form.curve.outer
     x = x if inner == 1.0 else x * inner
     return x if outer is None else outer * torch.tanh(x)
-
-
-def split_index(given: Any, axes: int, size: int) -> tuple[tuple[Any, ...], int]:
-    """An index of logits as one of their tokens (empty for all) and a number of first columns."""
-    index = list(given) if isinstance(given, (tuple, list)) else [given]
-    if None in index or index.count(Ellipsis) > 1:
-        raise Unreadable("logits are indexed so that they get more axes")
-    if Ellipsis in index:
-        at = index.index(Ellipsis)
-        index[at : at + 1] = [slice(None)] * (axes - len(index) + 1)
-    part = index.pop() if len(index) == axes else slice(None)
-    if not isinstance(part, slice) or part.start not in (None, 0) or part.step not in (None, 1):
-        raise Unreadable("logits are cut to columns that are not the first ones")
-    if not isinstance(part.stop, (int, type(None))):
-        raise Unreadable("vocabulary has no fixed size")
-    every = all(isinstance(axis, slice) and axis == slice(None) for axis in index)
-    return () if every else tuple(index), len(range(*part.indices(size)))

@@ -5,18 +5,18 @@ at most a few operators on single logits. What is read here is a value, ``Head``
 fused form of ``losses.vocab`` computes the same logits a chunk at a time.
 """
 
-import ast
-import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxdistill.base.tensors import is_placed
-from fxdistill.heads.curve import Curve, Unreadable, logits_from, split_index
+from fxdistill.heads.curve import Curve, Form, Unreadable, logits_from
+from fxdistill.heads.operators import classify, require_lossless, split_index
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,22 @@ class Head:
     hidden: fx.Node
     weight: fx.Node
     transposed: bool = False  # the weight is [D, V]
-    bias: fx.Node | None = None
-    curve: Curve = field(default_factory=Curve)
-    columns: int | None = None  # of the vocabulary, where not all are used
+    form: Form = field(default_factory=Form)
     moves: tuple[Callable[[fx.Graph, fx.Node], fx.Node], ...] = ()
     detached: bool = False
     gathered: fx.Node | None = None  # the hidden state as its parallel style gathered it
     nodes: tuple[fx.Node, ...] = ()  # from the logits back to the linear layer
+
+    @property
+    def bias(self) -> fx.Node | None:
+        """What is added to what the weight gives."""
+        found: fx.Node | None = self.form.bias
+        return found
+
+    @property
+    def curve(self) -> Curve:
+        """What becomes of each number."""
+        return self.form.curve
 
     @property
     def logits(self) -> fx.Node:
@@ -58,8 +67,8 @@ class Head:
             weight = graph.call_method("t", (weight,))
         if bias is not None and len(value_of(bias).shape) > 1:
             bias = graph.call_method("reshape", (bias, -1))
-        if self.columns is not None:
-            rows = slice(None, self.columns, None)
+        if self.form.columns is not None:
+            rows = slice(None, self.form.columns, None)
             weight = graph.call_function(operator.getitem, (weight, rows))
             bias = bias and graph.call_function(operator.getitem, (bias, rows))
         return hidden, weight, bias
@@ -97,7 +106,7 @@ def read_head(logits: fx.Node) -> Head:
 
 def _on_mesh(head: Head) -> Head:
     """A head of DTensors: what its parallel style has gathered for it need not be."""
-    if head.moves or head.columns is not None:
+    if head.moves or head.form.columns is not None:
         raise Unreadable("logits are sharded, and cut or laid out anew")
     hidden = head.hidden
     if hidden.target == "redistribute" and isinstance(hidden.args[0], fx.Node):
@@ -107,29 +116,18 @@ def _on_mesh(head: Head) -> Head:
 
 _LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)
 _MATMUL = (torch.matmul, operator.matmul, "matmul")
-_TIMES = (operator.mul, torch.mul, "mul")
-_DIVIDED = (operator.truediv, torch.div, torch.true_divide, "div")
-_PLUS = (operator.add, torch.add, "add")
-_TANH = (torch.tanh, torch.nn.functional.tanh, "tanh")
-_RESHAPED = (torch.reshape, "reshape", "view")
-_CAST = ("float", "to", "type", "contiguous", "type_as")
-_DETACHED = ("detach", torch.detach)
-_PLACED = ("redistribute",)
-_SLICED = (operator.getitem,)
 
 
 def _projection(node: fx.Node) -> Head | None:
     """The linear layer that ``node`` is, if it is one."""
     if node.target is logits_from:
         hidden, weight, bias, spec = node.args
-        inner, outer, columns = ast.literal_eval(str(spec))
-        given = Head(hidden, weight, bias=bias)  # type: ignore[arg-type]
-        return replace(given, curve=Curve(inner, outer), columns=columns)
+        return Head(hidden, weight, form=Form.read(str(spec), bias))  # type: ignore[arg-type]
     if node.target in _LINEAR:
         hidden, weight, bias = (*node.args, None)[:3] if len(node.args) > 1 else (None,) * 3
         bias = node.kwargs.get("bias", bias)
         if isinstance(hidden, fx.Node) and isinstance(weight, fx.Node):
-            return Head(hidden, weight, bias=bias if isinstance(bias, fx.Node) else None)
+            return Head(hidden, weight, form=Form(bias=bias if isinstance(bias, fx.Node) else None))
     if node.target in _MATMUL and len(node.args) == 2:
         hidden, weight = node.args
         if isinstance(hidden, fx.Node) and isinstance(weight, fx.Node):
@@ -141,8 +139,7 @@ def _projection(node: fx.Node) -> Head | None:
 
 def _source(node: fx.Node) -> fx.Node:
     """What ``node`` changes, if it is one of the operators that a head may end in."""
-    known = (*_TIMES, *_DIVIDED, *_PLUS, *_TANH, *_RESHAPED, *_CAST, *_DETACHED, *_PLACED, *_SLICED)
-    if node.op in ("call_function", "call_method") and node.target in known:
+    if node.op in ("call_function", "call_method") and classify(node.target) is not None:
         tensors = [n for n in node.args[:2] if isinstance(n, fx.Node)]
         tensors = [n for n in tensors if isinstance(n.meta.get("example_value"), Tensor)]
         if len(tensors) == 2:  # the larger one carries the tokens
@@ -163,54 +160,40 @@ def _require_one_reader(node: fx.Node) -> None:
 
 def _followed(head: Head, step: fx.Node) -> Head:
     """``head`` with one more operator behind it."""
-    target, source = step.target, _source(step)
-    if target in _TIMES or target in _DIVIDED:
-        factor = _number(step, source)
-        if target in _DIVIDED and step.args[0] is not source:
+    kind, source, form = classify(step.target), _source(step), head.form
+    if kind in ("times", "divided"):
+        if kind == "divided" and step.args[0] is not source:
             raise Unreadable("logits are what something is divided by")
-        return replace(head, curve=head.curve.times(1 / factor if target in _DIVIDED else factor))
-    if target in _TANH:
-        return replace(head, curve=head.curve.bent())
-    if target in _DETACHED:
-        return replace(head, detached=True)
-    if target in _PLACED:
-        return head
-    if target in _PLUS:
+        number = _other(step, source)
+        return replace(head, form=form.scaled(number, target_name(step), divided=kind == "divided"))
+    if kind == "tanh":
+        return replace(head, form=form.bent())
+    if kind == "plus":
         return _with_bias(head, step, source)
-    if target in _CAST:
-        return _cast(head, step, source)
-    if target in _RESHAPED:
+    if kind == "reshaped":
         return _reshaped(head, step, source)
-    return _sliced(head, step, source)
+    if kind == "sliced":
+        return _sliced(head, step, source)
+    if kind == "cast":
+        before, after = value_of(source), value_of(step)
+        require_lossless(before.dtype, after.dtype)
+        if after.device != before.device:
+            raise Unreadable(f"logits are moved from {before.device} to {after.device}")
+    return replace(head, detached=True) if kind == "detached" else head
 
 
-def _number(step: fx.Node, source: fx.Node) -> float:
+def _other(step: fx.Node, source: fx.Node) -> Any:
+    """The one other operand; ``None`` where there is none, or more than one."""
     others = [value for value in (*step.args, *step.kwargs.values()) if value is not source]
-    if len(others) != 1 or not isinstance(others[0], (int, float)):
-        raise Unreadable(f"logits pass through {target_name(step)} by what is no constant")
-    factor = float(others[0])
-    if factor == 0 or not math.isfinite(factor):
-        raise Unreadable(f"logits pass through {target_name(step)} by {factor}")
-    return factor
+    return others[0] if len(others) == 1 else None
 
 
 def _with_bias(head: Head, step: fx.Node, source: fx.Node) -> Head:
-    others = [value for value in step.args if value is not source]
-    size = value_of(source).shape[-1]
-    if len(others) == 1 and isinstance(others[0], fx.Node) and not step.kwargs:
-        value = value_of(others[0])
-        plain = head.bias is None and head.curve == Curve() and head.columns is None
-        like = value.dtype == value_of(source).dtype and value.shape[-1:] == (size,)
-        if plain and like and value.numel() == size:
-            return replace(head, bias=others[0])
-    raise Unreadable(f"logits come from {target_name(step)}, not from a linear layer")
-
-
-def _cast(head: Head, step: fx.Node, source: fx.Node) -> Head:
-    before, after = value_of(source), value_of(step)
-    if after.dtype not in (before.dtype, torch.float32) or after.device != before.device:
-        raise Unreadable(f"logits are cast from {before.dtype} to {after.dtype} on {after.device}")
-    return head
+    bias, name = _other(step, source), target_name(step)
+    if not isinstance(bias, fx.Node) or step.kwargs:
+        raise Unreadable(f"logits come from {name}, not from a linear layer")
+    form = head.form.with_bias(bias, value_of(bias), value_of(source), name)
+    return replace(head, form=form)
 
 
 def _reshaped(head: Head, step: fx.Node, source: fx.Node) -> Head:
@@ -233,8 +216,7 @@ def _sliced(head: Head, step: fx.Node, source: fx.Node) -> Head:
     """Tokens are taken from the hidden state, columns from the weight."""
     value = value_of(source)
     index, columns = split_index(step.args[1], value.ndim, value.shape[-1])
-    if columns != value.shape[-1]:
-        head = replace(head, columns=columns)
+    head = replace(head, form=head.form.cut(columns, value.shape[-1]))
     if not index:
         return head
 

@@ -2,9 +2,9 @@
 
 In regional mode the models run as they are, and so would their heads. For the time of a call the
 ``forward`` of a plain linear head returns a tensor without storage instead. It remembers hidden
-state and weight and follows the operators that heads end in (``head.Curve``); anything else that is
-done to it makes the logits there and then, and all that came of them. What reaches the losses still
-unmade is handed to them as ``head.logits_from`` the parts, which ``FuseHead`` reads.
+state and weight and follows the operators that heads end in (``heads.operators``); anything else
+that is done to it makes the logits there and then, and all that came of them. What reaches the
+losses still unmade is handed to them as ``curve.logits_from`` its inputs, which ``FuseHead`` reads.
 
 Private to torch and used here only: ``_make_wrapper_subclass`` and
 ``_top_saved_tensors_default_hooks``. If they move, regional mode fails in the first call.
@@ -23,13 +23,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from fxdistill.errors import StepError
-from fxdistill.heads.curve import Curve, Unreadable, split_index
+from fxdistill.heads.curve import Form, Unreadable
 from fxdistill.heads.hold_back import DeferrableHead, Waiting
+from fxdistill.heads.operators import Kind, classify, require_lossless, split_index
 from fxdistill.taps.table import runs_frozen
 
 
 class HeadInputs(NamedTuple):
-    """What logits are made from; ``spec`` is a ``Curve`` and the number of columns as text."""
+    """What logits are made from; ``spec`` is the text of a ``Form``."""
 
     hidden: Tensor
     weight: Tensor
@@ -44,9 +45,7 @@ class _Origin:
     source: tuple[Tensor, int] | None  # what the head took, and how often it had been written
     hidden: Tensor
     weight: Tensor
-    bias: Tensor | None
-    curve: Curve
-    columns: int | None
+    form: Form
     make: Callable[[], Tensor]
     head: DeferrableHead
     waiting: Waiting
@@ -76,7 +75,7 @@ class UnmadeLogits(Tensor):
     @staticmethod
     def __new__(cls: "type[UnmadeLogits]", origin: _Origin, like: Tensor) -> "UnmadeLogits":
         """A stand-in of the shape and dtype of ``like``."""
-        sources = (origin.hidden, origin.weight, origin.bias)
+        sources = (origin.hidden, origin.weight, origin.form.bias)
         learns = any(x is not None and x.requires_grad for x in sources)
         learns = learns and torch.is_grad_enabled()
         self: UnmadeLogits = Tensor._make_wrapper_subclass(
@@ -126,8 +125,8 @@ class UnmadeLogits(Tensor):
         """What the losses are handed."""
         origin = self.origin
         origin.require_unwritten()
-        curve = (origin.curve.inner, origin.curve.outer)
-        return HeadInputs(origin.hidden, origin.weight, origin.bias, repr((*curve, origin.columns)))
+        form = origin.form
+        return HeadInputs(origin.hidden, origin.weight, form.bias, form.text)
 
 
 def as_loss_input(value: Tensor) -> Tensor | HeadInputs:
@@ -177,42 +176,50 @@ _QUESTIONS = {
     *(getattr(Tensor, name) for name in ("element_size", "__repr__", "__hash__", "__format__")),
     torch.is_floating_point,
 }
-_TIMES = {"mul", "__mul__", "__rmul__"}
-_DIVIDED = {"div", "__truediv__", "true_divide"}
-_TANH = {"tanh"}
-_PLUS = {"add", "__add__", "__radd__"}
-_CAST = {"float", "to", "type", "contiguous"}
-_RESHAPED = {"view", "reshape"}
-_SLICED = {"__getitem__"}
-_KNOWN = _TIMES | _DIVIDED | _TANH | _PLUS | _CAST | _RESHAPED | _SLICED
 
 
 def _followed(func: Any, x: UnmadeLogits, args: Any, kwargs: dict[str, Any]) -> UnmadeLogits | None:
     """A stand-in for ``func`` of one, or ``None`` where none can be."""
-    name = getattr(func, "__name__", "")
-    if name not in _KNOWN:
-        return None
-    others = [value for value in args if value is not x]
-    origin = x.origin
+    kind, others = classify(func), [value for value in args if value is not x]
 
     def make() -> Tensor:
         real, options = tree_map(_made, (args, kwargs))
         return func(*real, **options)  # type: ignore[no-any-return]
 
-    new = replace(origin, make=make)
-    if name in _CAST:
-        like = _cast(func, x, others, kwargs)
-        return None if like is None else UnmadeLogits(new, like)
-    if kwargs or (name in _SLICED and not _is_plain_index(others)):
+    new = replace(x.origin, make=make)
+    try:
+        if kind == "cast":
+            like = _cast(func, x, others, kwargs)
+            return None if like is None else UnmadeLogits(new, like)
+        if kind is None or kwargs or (kind == "sliced" and not _is_plain_index(others)):
+            return None
+        like = _like(func, x, args)
+        found = _with_operator(kind, x, new, args, others, like)
+    except Unreadable:
         return None
-    like = _like(func, x, args)
-    if name in _TIMES | _DIVIDED | _TANH:
-        found = _curved(name, x, new, args, others)
-    elif name in _PLUS:
-        found = _with_bias(x, new, others)
-    else:
-        found = _moved(name, x, new, others, like)
     return None if found is None else UnmadeLogits(found, like)
+
+
+def _with_operator(
+    kind: Kind, x: UnmadeLogits, new: _Origin, args: Any, others: Any, like: Tensor
+) -> _Origin | None:
+    """``new`` with one more operator behind it; ``None``, or Unreadable, where that cannot be."""
+    form = new.form
+    if kind in ("times", "divided") and len(others) == 1 and args[0] is x:
+        return replace(new, form=form.scaled(others[0], kind, divided=kind == "divided"))
+    if kind == "tanh" and not others:
+        return replace(new, form=form.bent())
+    if kind == "plus" and len(others) == 1 and isinstance(others[0], Tensor) and others[0].ndim:
+        bias = others[0]
+        return replace(new, form=form.with_bias(bias.reshape(-1), bias, x, kind))
+    if kind == "reshaped" and like.shape[-1] == x.shape[-1]:
+        hidden = new.hidden.reshape(*like.shape[:-1], new.hidden.shape[-1])
+        return replace(new, hidden=hidden)
+    if kind == "sliced":
+        index, columns = split_index(others[0], x.ndim, x.shape[-1])
+        new = replace(new, form=form.cut(columns, x.shape[-1]))
+        return replace(new, hidden=new.hidden[index]) if index else new
+    return None
 
 
 def _made(value: Any) -> Any:
@@ -232,46 +239,9 @@ def _cast(func: Any, x: UnmadeLogits, others: Any, kwargs: dict[str, Any]) -> Te
     given = [*others, *kwargs.values()]
     if any(isinstance(value, (str, torch.device, Tensor)) for value in given):
         return None
-    like = func(torch.empty(x.shape, dtype=x.dtype, device="meta"), *others, **kwargs)
-    return like if like.dtype in (x.dtype, torch.float32) else None
-
-
-def _curved(name: str, x: UnmadeLogits, new: _Origin, args: Any, others: Any) -> _Origin | None:
-    try:
-        if name in _TANH:
-            return replace(new, curve=new.curve.bent()) if not others else None
-        (number,) = others
-        if not isinstance(number, (int, float)) or not number or args[0] is not x:
-            return None
-        number = float(number)
-        return replace(new, curve=new.curve.times(1 / number if name in _DIVIDED else number))
-    except Unreadable:
-        return None
-
-
-def _with_bias(x: UnmadeLogits, new: _Origin, others: Any) -> _Origin | None:
-    (value,) = others
-    plain = new.bias is None and new.curve == Curve() and new.columns is None
-    size = x.shape[-1]
-    if not (plain and isinstance(value, Tensor) and value.dtype == x.dtype and value.ndim):
-        return None
-    if value.numel() == size == value.shape[-1]:
-        return replace(new, bias=value.reshape(-1))
-    return None
-
-
-def _moved(name: str, x: UnmadeLogits, new: _Origin, others: Any, like: Tensor) -> _Origin | None:
-    """Tokens are taken from, or laid out anew in, the hidden state; columns from the weight."""
-    if name in _RESHAPED:
-        if like.shape[-1] != x.shape[-1]:
-            return None
-        return replace(new, hidden=new.hidden.reshape(*like.shape[:-1], new.hidden.shape[-1]))
-    try:
-        index, columns = split_index(others[0], x.ndim, x.shape[-1])
-    except Unreadable:
-        return None
-    new = replace(new, columns=new.columns if columns == x.shape[-1] else columns)
-    return replace(new, hidden=new.hidden[index]) if index else new
+    like: Tensor = func(torch.empty(x.shape, dtype=x.dtype, device="meta"), *others, **kwargs)
+    require_lossless(x.dtype, like.dtype)
+    return like
 
 
 def _is_plain_index(others: Any) -> bool:
@@ -355,5 +325,5 @@ def _defer(x: Tensor, head: DeferrableHead, waiting: Waiting) -> UnmadeLogits:
     source = None if inference else (x, x._version)
     x = x.clone() if inference else x
     made = functools.partial(F.linear, x, weight, bias)
-    origin = _Origin(source, x, weight, bias, Curve(), None, made, head, waiting)
+    origin = _Origin(source, x, weight, Form(bias=bias), made, head, waiting)
     return UnmadeLogits(origin, like)

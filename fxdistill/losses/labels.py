@@ -26,7 +26,7 @@ def cross_entropy(
     """
     if is_placed(student_logits):
         given = (student_logits, labels, weights, label_smoothing, z_loss)
-        of_shards: Tensor = sharded.logits.cross_entropy(cross_entropy, *given)
+        of_shards: Tensor = sharded.logits.label_loss(cross_entropy, *given)
         return of_shards
     labelled = labels != IGNORE
     w = labelled.float() if weights is None else weights * labelled

@@ -25,7 +25,7 @@ from fxdistill.models.tap import Tap, module_names
 PORT = re.compile(r"output(\[\d+\]|\.\w+)?|input(\[\d+\]|\.\w+)?")
 _SHOWN = 6
 
-Paths = Mapping[str, Collection[str]]  # of each tower
+ModulePaths = Mapping[str, Collection[str]]  # of each tower
 
 
 def resolve(student: nn.Module, teacher: nn.Module, mapping: object) -> Matches:
@@ -60,7 +60,7 @@ def tap_of(match: Match, tower: str) -> Tap:
     return Tap(path, getattr(match, f"{tower}_port"), int(call or 0))
 
 
-def _expand(match: Match, paths: Paths) -> list[Match]:
+def _expand(match: Match, paths: ModulePaths) -> list[Match]:
     for tower in ("student", "teacher"):
         port = getattr(match, f"{tower}_port")
         if not isinstance(port, str) or not PORT.fullmatch(port):
@@ -98,7 +98,7 @@ def _expand(match: Match, paths: Paths) -> list[Match]:
     ]
 
 
-def _counterpart(side: Pattern, known: dict[str, int], paths: Paths) -> list[str]:
+def _counterpart(side: Pattern, known: dict[str, int], paths: ModulePaths) -> list[str]:
     found = side.found(paths[side.tower], known)
     return [path for group in found.values() for path in group]
 
@@ -170,7 +170,7 @@ def _one_module_twice(model: nn.Module, tower: str, taps: list[Tap]) -> list[FxD
 # ---- messages
 
 
-def _missing(side: Pattern, paths: Paths, binding: Binding | None = None) -> PathError:
+def _missing(side: Pattern, paths: ModulePaths, binding: Binding | None = None) -> PathError:
     asked = side.path if binding is None else side.filled(dict(binding))
     near = did_you_mean(asked, paths[side.tower])
     return PathError(
@@ -193,7 +193,7 @@ def _out_of_range(
     source: Pattern,
     other: Pattern,
     counterparts: Mapping[Binding, list[str]],
-    paths: Paths,
+    paths: ModulePaths,
 ) -> str:
     missing = [b for b, found in counterparts.items() if not found]
     fitting = [b for b, found in counterparts.items() if found]

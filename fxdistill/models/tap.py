@@ -10,6 +10,8 @@ Tower = str
 A tower is a model in its place in a distillation: its graph, its inputs and its values go by this
 name.
 """
+Section = str
+"""A part of a step's graph: a tower, by its name, or ``"objective"``."""
 
 
 def module_names(module: nn.Module) -> list[str]:

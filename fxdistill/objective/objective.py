@@ -32,7 +32,7 @@ from fxdistill.objective.tokens import (
     rescaled,
 )
 from fxdistill.objective.vocabulary import (
-    require_indices,
+    require_numbers_of_classes,
     require_task,
     require_vocabulary_last,
     shared_vocabulary,
@@ -49,7 +49,7 @@ class Losses(NamedTuple):
     terms: dict[str, Tensor]
 
 
-class Weights(NamedTuple):
+class StepWeights(NamedTuple):
     """The settings of a step, as 0-d tensors: one of ``matches`` for each match, in order."""
 
     logits: Tensor
@@ -59,7 +59,7 @@ class Weights(NamedTuple):
     matches: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, settings: Tensor) -> "Weights":
+    def of(cls, settings: Tensor) -> "StepWeights":
         """From the vector that enters the graph; its order is that of ``GLOBAL_SETTINGS``."""
         logits, features, labels, temperature = settings[:4].unbind()
         return cls(logits, features, labels, temperature, settings[4:].unbind())
@@ -83,7 +83,9 @@ class Objective:
     labels: tuple[LabelTerm, ...] = ()
     task: Task | None = None
     vocab_size: int | None = None
-    frozen: frozenset[Tower] = frozenset({"teacher"})  # models whose values are constants
+    frozen: frozenset[Tower] = (
+        frozenset()
+    )  # models whose values are constants: set by the distiller
     ranks: Ranks | None = None  # where samples lie on several ranks
     own_losses: bool = True  # whether logit and label losses are the library's, and so their shapes
     returns: Tower | None = None  # whose logits the step returns, beside its losses
@@ -152,12 +154,12 @@ class Objective:
     ) -> Losses:
         """Compute the total and its terms.
 
-        ``lookup(tower, tap)`` gives the tapped values; ``settings`` is the vector that ``Weights``
+        ``lookup(tower, tap)`` gives the tapped values; ``settings`` is what ``StepWeights``
         names. ``anchor`` is a trainable value that ties a total without any term to the student
         (its gradient is zero).
         """
         lookup = with_constants(lookup, self.frozen)
-        weights = Weights.of(settings)
+        weights = StepWeights.of(settings)
         parts: list[Tensor] = []
         terms: dict[str, Tensor] = {}
         task = self.task
@@ -183,14 +185,14 @@ class Objective:
         task = self.task or ("classification" if logits.ndim == 2 else None)
         if self.own_losses:
             require_vocabulary_last(logits, task)
-            require_indices(batch.labels)
+            require_numbers_of_classes(batch.labels)
         require_task(task, logits, batch)
         weights = prediction_weights(batch, task, logits)
         items = self._items(batch.num_items, weights, 0, logits)
         return Predictions(logits, task, weights, items)
 
     def _of_logits(
-        self, tower: Tower, made: Predictions, lookup: Lookup, batch: Batch, weights: Weights
+        self, tower: Tower, made: Predictions, lookup: Lookup, batch: Batch, weights: StepWeights
     ) -> list[tuple[str, Tensor, Tensor]]:
         """Name, weight and value of each term on the logits of ``tower``."""
         found = []

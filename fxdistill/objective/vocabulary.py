@@ -62,7 +62,7 @@ def require_vocabulary_last(logits: Tensor, task: str | None) -> None:
 
 
 @check
-def require_indices(labels: Tensor | None) -> None:
+def require_numbers_of_classes(labels: Tensor | None) -> None:
     """Raise where labels are not class or token numbers."""
     if labels is not None and labels.is_floating_point():
         raise BatchError(

@@ -171,10 +171,10 @@ def _nested(block: Block) -> bool:
 
 
 # The first weights, the last, and the parameters in between.
-Weights = tuple[list[str], str, list[str]]
+NamesOfWeights = tuple[list[str], str, list[str]]
 
 
-def _attention(model: nn.Module, part: Part, ranks: int) -> Weights | None:
+def _attention(model: nn.Module, part: Part, ranks: int) -> NamesOfWeights | None:
     """q, k and v by heads, and the weight behind; ``None`` where heads cannot be shared out."""
     module = model.get_submodule(part.path)
     size = getattr(module, "head_dim", None)
@@ -196,7 +196,7 @@ def _attention(model: nn.Module, part: Part, ranks: int) -> Weights | None:
     return [path for path, _ in first], last[0], between
 
 
-def _mlp(model: nn.Module, part: Part, width: int | None, ranks: int) -> Weights | None:
+def _mlp(model: nn.Module, part: Part, width: int | None, ranks: int) -> NamesOfWeights | None:
     """Up (and gate) and down; ``None`` for anything else."""
     module = model.get_submodule(part.path)
     linear = _linear(module, part.path)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fxdistill.errors import StepError
-from fxdistill.parallel.sharding import Axes, Sharding, Weight, gathered_weight
+from fxdistill.parallel.sharding import Axes, Sharding, StepWeight, gathered_weight
 
 _PREPARED = "_fxdistill_gathers_again"
 
@@ -39,7 +39,7 @@ def gather_again(model: nn.Module, sharding: Sharding) -> None:
 class _GatherAgain:
     """Swaps the weights of one module, by name."""
 
-    def __init__(self, weights: Mapping[str, Weight], axes: Axes) -> None:
+    def __init__(self, weights: Mapping[str, StepWeight], axes: Axes) -> None:
         self.weights, self.axes = weights, axes
         self.away: dict[str, nn.Parameter] = {}  # what has been taken out for a forward
 
@@ -62,7 +62,7 @@ class _GatherAgain:
             name, parameter = self.away.popitem()
             module._parameters[name] = parameter
 
-    def _again(self, parameter: nn.Parameter, weight: Weight) -> Tensor:
+    def _again(self, parameter: nn.Parameter, weight: StepWeight) -> Tensor:
         with torch.no_grad():
             whole = gathered_weight(parameter, weight, self.axes).detach()
         if parameter.requires_grad:

@@ -56,7 +56,7 @@ class Axes:
 
 
 @dataclass(frozen=True)
-class Weight:
+class StepWeight:
     """What a step uses of one parameter: its shape on a tensor-parallel rank, and its place there.
 
     ``tensor``: placement over ``tp``, ``None`` for a plain tensor. ``part``: alike on the ranks of
@@ -77,7 +77,7 @@ class Sharding:
     """How one model lies on a mesh, by parameter."""
 
     axes: Axes
-    weights: Mapping[str, Weight]
+    weights: Mapping[str, StepWeight]
 
     @property
     def leaves_dtensors(self) -> bool:
@@ -94,7 +94,7 @@ class Sharding:
         return found
 
 
-def gathered_weight(parameter: Tensor, weight: Weight, axes: Axes) -> Tensor:
+def gathered_weight(parameter: Tensor, weight: StepWeight, axes: Axes) -> Tensor:
     """The weight that a step uses of one parameter, on this rank."""
     assert isinstance(parameter, DTensor)
     x = parameter.to_local()
@@ -126,7 +126,7 @@ def shard(model: nn.Module, axes: Axes, plan: TensorPlan) -> Sharding:
         parallelize_module(model, axes.tensor, dict(plan.styles))
         for names in tied:
             _tie(model, names)
-    weights: dict[str, Weight] = {}
+    weights: dict[str, StepWeight] = {}
     made: dict[int, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) not in made:
@@ -142,7 +142,7 @@ def _on_tensor_axis(parameter: nn.Parameter, axes: Axes, placement: Placement) -
     return nn.Parameter(value, requires_grad=parameter.requires_grad)
 
 
-def _weight(parameter: nn.Parameter, axes: Axes, part: bool) -> Weight:
+def _weight(parameter: nn.Parameter, axes: Axes, part: bool) -> StepWeight:
     tensor = parameter.placements[0] if isinstance(parameter, DTensor) else None
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     free = [i for i in range(parameter.ndim) if tensor is None or not tensor.is_shard(i)]
@@ -153,7 +153,7 @@ def _weight(parameter: nn.Parameter, axes: Axes, part: bool) -> Weight:
             ranks = axes.data.size(dim)
             axis = next((i for i in free if parameter.shape[i] >= ranks), None)
             data.append(Replicate() if name != "dp" or axis is None else Shard(axis))
-    return Weight(
+    return StepWeight(
         local.shape,
         local.stride(),
         parameter.shape,
@@ -165,7 +165,7 @@ def _weight(parameter: nn.Parameter, axes: Axes, part: bool) -> Weight:
 
 
 def _as_parameter(
-    parameter: nn.Parameter, weight: Weight, axes: Axes, trained: bool
+    parameter: nn.Parameter, weight: StepWeight, axes: Axes, trained: bool
 ) -> nn.Parameter:
     """The parameter as a DTensor on the whole mesh; it keeps nothing of what it does not hold."""
     value = parameter.detach()

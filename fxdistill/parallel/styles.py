@@ -15,13 +15,13 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from fxdistill.base.placement import placed
 
 Side = Literal["inputs", "output"]
-Change = Callable[[Tensor, DeviceMesh], Tensor]
+Relayout = Callable[[Tensor, DeviceMesh], Tensor]
 
 
 class TokenStyle(ParallelStyle):
     """Changes the first tensor that goes into a module, or comes out of it."""
 
-    def __init__(self, changes: list[tuple[Side, Change]]) -> None:
+    def __init__(self, changes: list[tuple[Side, Relayout]]) -> None:
         super().__init__()
         self.changes = changes
 
@@ -79,7 +79,7 @@ def _is_stream(x: Any) -> bool:
     return isinstance(x, Tensor) and (isinstance(x, DTensor) or x.is_floating_point())
 
 
-def _on_inputs(change: Change, mesh: DeviceMesh) -> Any:
+def _on_inputs(change: Relayout, mesh: DeviceMesh) -> Any:
     def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
         for i, value in enumerate(args):
             if _is_stream(value):
@@ -92,7 +92,7 @@ def _on_inputs(change: Change, mesh: DeviceMesh) -> Any:
     return hook
 
 
-def _on_output(change: Change, mesh: DeviceMesh) -> Any:
+def _on_output(change: Relayout, mesh: DeviceMesh) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
             return change(output, mesh)

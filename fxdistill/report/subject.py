@@ -15,7 +15,7 @@ from fxdistill.objective.call import Call
 from fxdistill.objective.objective import Objective
 from fxdistill.taps.table import TapTable
 
-Captured = tuple[JointProgram, Halves | None, TapTable]
+CapturedStep = tuple[JointProgram, Halves | None, TapTable]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Subject:
     recipe: Recipe
     journal: Journal
     sort: Callable[[tuple[Any, ...], Mapping[str, Any]], Call]
-    capture: Callable[[Call, Objective, Recipe], Captured]
+    capture: Callable[[Call, Objective, Recipe], CapturedStep]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 

@@ -27,7 +27,7 @@ from fxdistill import taps
 from fxdistill.base.nodes import one_node
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import CheckpointError, FxDistillError, LogitsError, PortError, TapError
-from fxdistill.models.tap import Tap, Tower
+from fxdistill.models.tap import Section, Tap, Tower
 from fxdistill.taps.table import TapTable, active, not_executed
 
 
@@ -37,7 +37,7 @@ def is_tap(node: fx.Node) -> bool:
 
 
 @one_node
-def begin(section: str) -> None:
+def begin(section: Section) -> None:
     """Mark that the operators which follow belong to ``section``."""
     if (table := active()) is not None:
         table.begin(section)

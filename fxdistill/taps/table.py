@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxdistill.base.transforms import level
 from fxdistill.errors import FxDistillError, TapError
-from fxdistill.models.tap import Tap, Tower
+from fxdistill.models.tap import Section, Tap, Tower
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TapTable:
         self.raw: tuple[Tensor, ...] = ()
         self.behind: dict[int, tuple[weakref.ref[Tensor], Callable[[Tensor], Tensor]]] = {}
 
-    def begin(self, section: str) -> None:
+    def begin(self, section: Section) -> None:
         """Start a tower. Dynamo may trace a function again from its top: then this starts over."""
         self.section, self.level = section, level()
         self.raw, self.behind = (), {}
@@ -103,15 +103,15 @@ def active() -> TapTable | None:
     return _active.table
 
 
-def not_executed(table: TapTable, section: Tower, tap: Tap) -> TapError:
+def not_executed(table: TapTable, tower: Tower, tap: Tap) -> TapError:
     """What to say of a tap that has no value."""
-    if (section, tap) in table.hidden:
+    if (tower, tap) in table.hidden:
         return TapError(
-            f"{section} {str(tap)!r} lies inside a function that torch.vmap or torch.func "
+            f"{tower} {str(tap)!r} lies inside a function that torch.vmap or torch.func "
             "transforms: its values do not leave it. Match the module around it."
         )
-    calls = sum(k[0] == section and k[1].path == tap.path for k in (*table.values, *table.hidden))
-    module = f"{section} module {tap.path!r}"
+    calls = sum(k[0] == tower and k[1].path == tap.path for k in (*table.values, *table.hidden))
+    module = f"{tower} module {tap.path!r}"
     what = f"call {tap.call} of {module}" if calls else module
     return TapError(
         f"{what} was not executed"

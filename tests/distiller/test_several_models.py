@@ -79,7 +79,6 @@ def two_teachers():
             LogitTerm(losses.forward_kl, "small/logits", teacher="small", share=0.25),
         ),
         task="causal_lm",
-        frozen=frozenset({"big", "small"}),
     )
 
 
@@ -207,7 +206,6 @@ def test_a_model_that_no_term_reads_does_not_run():
     objective = Objective(
         logits=(LogitTerm(losses.forward_kl, teacher="big"),),
         task="causal_lm",
-        frozen=frozenset({"big", "small"}),
     )
     made = distiller(named, objective, "eager", "student")
     ran = []

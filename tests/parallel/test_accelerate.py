@@ -17,9 +17,8 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 import families
 import fxdistill
 from heads import remarks
-from parallel.processes import run
-from parallel.test_data_parallel import split
-from parallel.test_tensor_parallel import aot, compare, gradients_of
+from mesh_steps import aot, compare, gradients_of, split
+from processes import run
 
 # Accelerate's activation checkpointing is a module around each layer.
 INSIDE = "_checkpoint_wrapped_module."

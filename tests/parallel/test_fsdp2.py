@@ -13,9 +13,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 import fxdistill
 from fxdistill.losses.fused import sizes
 from heads import remarks
-from parallel.models import LM
-from parallel.processes import run
-from parallel.test_tensor_parallel import aot, compare, gradients_of
+from mesh_steps import aot, compare, gradients_of
+from placed_models import LM
+from processes import run
 
 V = 61
 FEATURES = {"blocks.0": "blocks.1"}

@@ -30,9 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fxdistill
 from fxdistill import Distiller, Match, errors
 from fxdistill.parallel.gradients import clip_grad_norm_
-from parallel.matrix import as_gradient, numbers, placed, placements
-from parallel.models import LM, parallel
-from parallel.processes import run
+from matrix import as_gradient, numbers, placed, placements
+from placed_models import LM, parallel
+from processes import run
 
 VOCABULARY = 61  # sharded unevenly, on two ranks and on four
 MAX_NORM = 0.1  # below every norm that is met here

@@ -1,21 +1,20 @@
 """Models that arrive tensor parallel: logits and labels, loss and gradients of one device."""
 
-import dataclasses
 import functools
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-import fxdistill
 from fxdistill import errors
 from fxdistill.losses import cross_entropy, forward_kl, jsd
-from parallel.models import LM, parallel
-from parallel.processes import run
+from mesh_steps import AOT, MODES, compare, step
+from placed_models import LM, parallel
+from processes import run
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "forward_kl": {},
@@ -27,60 +26,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "label_loss": functools.partial(cross_entropy, label_smoothing=0.1, z_loss=0.01),
     },
 }
-AOT = {"backend": "aot_eager"}
-MODES: dict[str, Any] = {
-    "eager": False,
-    "one graph": AOT,
-    "logits made": {**AOT, "fuse_head": False},
-    "regional": "regional",
-}
-
-
-def batch(length: int) -> tuple[Tensor, dict[str, Tensor]]:
-    g = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, 60, (2, length), generator=g)
-    labels = ids.clone()
-    labels[0, :3] = -100
-    return ids, {"labels": labels, "token_weights": torch.rand(2, length, generator=g)}
 
 
 def towers(vocabulary: int) -> tuple[LM, LM]:
     torch.manual_seed(0)
     return LM(vocabulary, 16, 2, bias=True), LM(vocabulary, 24, 3)
-
-
-def aot(distiller: Any) -> Any:
-    """Inductor compiles the terms of regional mode for half a minute: the sums are the same."""
-    if distiller.options.mode == "regional":
-        lowering = dataclasses.replace(distiller.options.lowering, backend="aot_eager")
-        distiller.options = dataclasses.replace(distiller.options, lowering=lowering)
-    return distiller
-
-
-def gradients_of(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-        for name, p in module.named_parameters()
-    }
-
-
-def step(student: LM, teacher: LM, length: int, compile: Any, **options: Any) -> Any:
-    distiller = aot(fxdistill.wrap(student, teacher, task="causal_lm", compile=compile, **options))
-    ids, own = batch(length)
-    out = distiller(ids, **own)
-    out.loss.backward()
-    history = () if distiller.program is None else distiller.program.history
-    said = {record.name: " ".join(record.remarks) for record in history}
-    return {"loss": out.loss.detach(), **out.losses}, gradients_of(distiller), said
-
-
-def compare(found: Any, wanted: Any, what: Any) -> None:
-    for name, value in wanted[0].items():
-        assert abs(float(found[0][name] - value)) <= 1e-5 * abs(float(value)), (what, name)
-    for name, gradient in wanted[1].items():
-        bound = 1e-5 * gradient.norm() + 1e-6 * gradient.abs().max()
-        error = (found[1][name] - gradient).norm()
-        assert error <= bound, (what, name, float(error), float(bound))
 
 
 def parity(rank: int, ranks: int, cases: list[tuple[str, str, bool, int, Any]]) -> list[str]:

@@ -13,9 +13,9 @@ import fxdistill
 from fxdistill.compiler import lower
 from fxdistill.graph.program import Program
 from fxdistill.passes import PackReductions
-from parallel.models import LM, parallel
-from parallel.processes import run
-from parallel.test_tensor_parallel import AOT, compare, step
+from mesh_steps import AOT, compare, step
+from placed_models import LM, parallel
+from processes import run
 
 aten, comm = torch.ops.aten, torch.ops._c10d_functional
 REDUCE, WAIT = comm.all_reduce.default, comm.wait_tensor.default

@@ -6,8 +6,8 @@ from torch.distributed.device_mesh import init_device_mesh
 import families
 import fxdistill
 from fxdistill.report.report import Report
-from parallel.processes import run
-from parallel.test_tensor_parallel import AOT
+from mesh_steps import AOT
+from processes import run
 
 
 def reported(rank: int, axis: str) -> Report:

@@ -71,7 +71,7 @@ def test_every_class_of_the_data_is_in_a_report():
 
 @pytest.mark.parametrize("name", ["small", "large", "mesh", "partial", "nasty"])
 def test_json_and_dictionary_say_the_same(name):
-    from report import samples
+    import report_samples as samples
 
     report = samples.ALL[name]()
     assert json.loads(report.to_json()) == report.to_dict()

@@ -111,7 +111,7 @@ def divergence(
     return _on_columns(where, axis, z, t.to_local(), None, share, settings, shape)
 
 
-def cross_entropy(
+def label_loss(
     plain: Callable[..., Tensor],
     student: DTensor,
     labels: Tensor,

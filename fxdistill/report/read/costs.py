@@ -62,14 +62,24 @@ def notes_of(halves: Halves) -> Iterator[str]:
 
 
 def by_block(halves: Halves, paths: Paths) -> dict[tuple[str, str, str], int]:
-    """FLOPs by tower, block and half, for the blocks of either tower."""
+    """FLOPs by model, block and half, for the blocks of every model in ``paths``.
+
+    What a model does in none of its modules is no block's. All of it would be, if torch named the
+    modules of a graph in another way: an assertion says so.
+    """
     found: Counter[tuple[str, str, str]] = Counter()
+    placed: set[Tower] = set()
+    busy: set[Tower] = set()
     for phase, node in both(halves):
         if count := flops_of(node):
             tower, path = module_of(node)
+            placed.add(tower)
+            busy.add(part_of(node))
             block = holding(path, paths.get(tower, ()))
             if block is not None:
                 found[tower, block, phase] += count
+    lost = (busy & paths.keys()) - placed
+    assert not lost, f"no operator of {sorted(lost)} names the module that it was called in"
     return dict(found)
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxdistill import errors
 from fxdistill.losses import jsd, vocab_loss
-from parallel.processes import run
+from processes import run
 
 B, L, D, D_T = 2, 9, 12, 20
 CASES: dict[str, dict[str, Any]] = {

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+import report_samples as samples
 from fxdistill.base.figures import amount, operations, ratio, share, size
 from fxdistill.report.data import BlockLine
 from fxdistill.report.faces.bars import bar, sparkline
 from fxdistill.report.faces.folding import block_index, folded, folds, gathered, ranges, rows
-from report import samples
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-from parallel import matrix
-from parallel.matrix import FEATURES, LABELS, LOGITS, LOSSES, SHAPES, Case, cases
-from parallel.processes import run
+import matrix
+from matrix import FEATURES, LABELS, LOGITS, LOSSES, SHAPES, Case, cases
+from processes import run
 
 pytestmark = pytest.mark.slow
 

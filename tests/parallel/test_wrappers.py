@@ -13,10 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 import families
 import fxdistill
 from fxdistill import Match
-from parallel.processes import run
-from parallel.test_tensor_parallel import MODES, aot, compare, gradients_of
-
-Samples = list[tuple[dict[str, Tensor], Tensor]]
+from mesh_steps import MODES, Samples, aot, compare, gradients_of, split
+from processes import run
 
 
 def accumulated(call: Any, samples: Samples, module: nn.Module, **items: Tensor) -> Any:
@@ -31,12 +29,6 @@ def accumulated(call: Any, samples: Samples, module: nn.Module, **items: Tensor)
         for name, value in {"loss": out.loss.detach(), **out.losses}.items():
             losses[name] = losses.get(name, 0) + value
     return losses, gradients_of(module)
-
-
-def split(batch: dict[str, Tensor], labels: Tensor, parts: int) -> Samples:
-    rows = zip(*(x.chunk(parts) for x in batch.values()), strict=True)
-    batches = [dict(zip(batch, row, strict=True)) for row in rows]
-    return list(zip(batches, labels.chunk(parts), strict=True))
 
 
 def wrapped(compile: Any, how: str) -> tuple[Any, families.Family]:

@@ -10,9 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 import families
 import fxdistill
 from fxdistill.errors import StepError
-from parallel.processes import run
-from parallel.test_data_parallel import split
-from parallel.test_tensor_parallel import MODES, aot, compare, gradients_of
+from mesh_steps import MODES, aot, compare, gradients_of, split
+from processes import run
 
 CASES = [(kind, mode) for kind in ("dp", "tp") for mode in ("eager", "one graph", "regional")]
 

@@ -169,7 +169,7 @@ class TestStart:
         assert done.err.count("\n") == 1
 
     def test_the_guide_shows_commands_that_exist(self) -> None:
-        page = Path(__file__).parents[1] / "docs" / "cli.md"
+        page = Path(__file__).parents[2] / "docs" / "cli.md"
         lines = [line.removeprefix("$ ") for line in page.read_text("utf-8").splitlines()]
         shown = [shlex.split(line)[1:] for line in lines if line.startswith("fxdistill ")]
         told = [argv for argv in shown if not argv[0].endswith(":")]

@@ -14,9 +14,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
+import browser
+import report_samples as samples
 from fxdistill.base import figures
 from fxdistill.report.faces.html import html
-from report import browser, samples
 
 MiB = 2**20
 

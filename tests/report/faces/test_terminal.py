@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from report import samples
+import report_samples as samples
 
 
 def shown(report, width=80):

@@ -14,8 +14,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 import families
 import fxdistill
 from fxdistill import Match, errors
-from parallel.processes import run
-from parallel.test_tensor_parallel import AOT, MODES, aot, compare, gradients_of
+from mesh_steps import AOT, MODES, aot, compare, gradients_of
+from processes import run
 
 Case = tuple[str, str, dict[str, Any]]
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from fxdistill import Match, errors, losses
-from parallel.models import LM, parallel
-from parallel.processes import run
-from parallel.test_tensor_parallel import AOT, compare, step
+from mesh_steps import AOT, compare, step
+from placed_models import LM, parallel
+from processes import run
 
 
 def own_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:

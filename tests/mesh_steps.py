@@ -1,0 +1,68 @@
+"""One step on a mesh or on one device, and whether two of them agree."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import fxdistill
+from placed_models import LM
+
+Samples = list[tuple[dict[str, Tensor], Tensor]]
+AOT = {"backend": "aot_eager"}
+MODES: dict[str, Any] = {
+    "eager": False,
+    "one graph": AOT,
+    "logits made": {**AOT, "fuse_head": False},
+    "regional": "regional",
+}
+
+
+def batch(length: int) -> tuple[Tensor, dict[str, Tensor]]:
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 60, (2, length), generator=g)
+    labels = ids.clone()
+    labels[0, :3] = -100
+    return ids, {"labels": labels, "token_weights": torch.rand(2, length, generator=g)}
+
+
+def aot(distiller: Any) -> Any:
+    """Inductor compiles the terms of regional mode for half a minute: the sums are the same."""
+    if distiller.options.mode == "regional":
+        lowering = dataclasses.replace(distiller.options.lowering, backend="aot_eager")
+        distiller.options = dataclasses.replace(distiller.options, lowering=lowering)
+    return distiller
+
+
+def gradients_of(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        for name, p in module.named_parameters()
+    }
+
+
+def step(student: LM, teacher: LM, length: int, compile: Any, **options: Any) -> Any:
+    distiller = aot(fxdistill.wrap(student, teacher, task="causal_lm", compile=compile, **options))
+    ids, own = batch(length)
+    out = distiller(ids, **own)
+    out.loss.backward()
+    history = () if distiller.program is None else distiller.program.history
+    said = {record.name: " ".join(record.remarks) for record in history}
+    return {"loss": out.loss.detach(), **out.losses}, gradients_of(distiller), said
+
+
+def compare(found: Any, wanted: Any, what: Any) -> None:
+    for name, value in wanted[0].items():
+        assert abs(float(found[0][name] - value)) <= 1e-5 * abs(float(value)), (what, name)
+    for name, gradient in wanted[1].items():
+        bound = 1e-5 * gradient.norm() + 1e-6 * gradient.abs().max()
+        error = (found[1][name] - gradient).norm()
+        assert error <= bound, (what, name, float(error), float(bound))
+
+
+def split(batch: dict[str, Tensor], labels: Tensor, parts: int) -> Samples:
+    rows = zip(*(x.chunk(parts) for x in batch.values()), strict=True)
+    batches = [dict(zip(batch, row, strict=True)) for row in rows]
+    return list(zip(batches, labels.chunk(parts), strict=True))
