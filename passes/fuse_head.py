@@ -59,11 +59,53 @@ class FuseHead:
             return program
         gm = fork_module(program.gm)
         try:
-            remark = _Fusion.read(gm).write(self.compiled)
+            said = [fusion.write(self.compiled) for fusion in _fusions(gm)]
         except Unreadable as why:
-            said = f"logits are made: {why}" + (f"; {self.made}" if self.made else "")
-            return replace(program, remarks=(*program.remarks, said))
-        return replace(program, gm=gm, remarks=(*program.remarks, remark))
+            said = [f"logits are made: {why}" + (f"; {self.made}" if self.made else "")]
+            return replace(program, remarks=(*program.remarks, *said))
+        return replace(program, gm=gm, remarks=(*program.remarks, *said))
+
+
+def _fusions(gm: fx.GraphModule) -> "list[_Fusion]":
+    """All that is to be fused, read before any of it is written.
+
+    A divergence and the label loss on the same logits are one. Each further divergence of these
+    logits (another teacher's) is one by itself, and so are the losses of another student.
+    """
+    effects = effects_of(gm)
+    _erase_dead(gm.graph, effects)
+    stack, summands = read_total(gm.graph)
+    if not summands:
+        raise Unreadable("no loss of this library reads them")
+    readers = {loss for summand in summands for loss in summand.losses}
+    pairs = [pair for group in _by_student(summands) for pair in _pairs(group)]
+    return [_Fusion.read(gm.graph, effects, stack, pair, readers) for pair in pairs]
+
+
+def _by_student(summands: tuple[Summand, ...]) -> list[list[Summand]]:
+    """Summands on the same logits of a student, together; padding columns may be cut off."""
+    groups: dict[fx.Node, list[Summand]] = {}
+    for summand in summands:
+        _require_constants(summand)
+        logits = summand.argument(0)
+        source = logits.args[0] if logits.args else None
+        if isinstance(source, fx.Node) and is_cut(logits, source):
+            logits = source
+        groups.setdefault(logits, []).append(summand)
+    return list(groups.values())
+
+
+def _pairs(group: list[Summand]) -> list[tuple[Summand | None, Summand | None]]:
+    """Each divergence, the first with the label loss, which must count the same tokens."""
+    divergences: list[Summand | None] = [s for s in group if s.is_divergence]
+    labelled = [s for s in group if not s.is_divergence]
+    if len(labelled) > 1:
+        raise Unreadable("several label losses have weights of their own")
+    counts = {(s.option("weights"), s.items) for s in group}
+    if labelled and len(counts) > 1:
+        raise Unreadable("divergence and label loss count different tokens")
+    labels = [*labelled, None][0]
+    return [(d, labels if i == 0 else None) for i, d in enumerate(divergences or [None])]
 
 
 @dataclass(frozen=True)
@@ -79,15 +121,19 @@ class _Fusion:
     layout: "ShardedHeads | None"  # where the heads are sharded
 
     @classmethod
-    def read(cls, gm: fx.GraphModule) -> "_Fusion":
-        effects = effects_of(gm)
-        _erase_dead(gm.graph, effects)
-        stack, summands = read_total(gm.graph)
-        divergence, labelled = _one_of_each(summands)
-        student, teacher = _heads(divergence, labelled)
-        _require_same_surroundings(gm.graph, effects, stack, student, teacher)
+    def read(
+        cls,
+        graph: fx.Graph,
+        effects: Effects,
+        stack: fx.Node,
+        pair: tuple[Summand | None, Summand | None],
+        readers: Collection[fx.Node],
+    ) -> "_Fusion":
+        divergence, labelled = pair
+        student, teacher = _heads(divergence, labelled, readers)
+        _require_same_surroundings(graph, effects, stack, student, teacher)
         layout = _layout(student, teacher)
-        return cls(gm.graph, stack, divergence, labelled, student, teacher, layout)
+        return cls(graph, stack, divergence, labelled, student, teacher, layout)
 
     @property
     def summands(self) -> tuple[Summand, ...]:
@@ -171,22 +217,6 @@ def _remark(made: list[Tensor], chunk: int, bytes_of_token: int) -> str:
     return f"logits fused with their losses, {chunk} tokens at a time: {held}, not {shapes}"
 
 
-def _one_of_each(summands: tuple[Summand, ...]) -> tuple[Summand | None, Summand | None]:
-    """The divergence and the label loss, which must count the same tokens."""
-    divergences = [s for s in summands if s.is_divergence]
-    labelled = [s for s in summands if not s.is_divergence]
-    if not summands:
-        raise Unreadable("no loss of this library reads them")
-    if len(divergences) > 1 or len(labelled) > 1:
-        raise Unreadable("several divergences, or label losses, have weights of their own")
-    for summand in summands:
-        _require_constants(summand)
-    first, last = summands[0], summands[-1]
-    if first.option("weights") is not last.option("weights") or first.items is not last.items:
-        raise Unreadable("divergence and label loss count different tokens")
-    return next(iter(divergences), None), next(iter(labelled), None)
-
-
 def _require_constants(summand: Summand) -> None:
     """The fused form gives gradients to hidden states and heads only."""
     for name in ("weights", "temperature"):
@@ -195,16 +225,20 @@ def _require_constants(summand: Summand) -> None:
             raise Unreadable(f"the {name} of a loss on them learns")
 
 
-def _heads(divergence: Summand | None, labelled: Summand | None) -> tuple[Head, Head | None]:
+def _heads(
+    divergence: Summand | None, labelled: Summand | None, losses: Collection[fx.Node]
+) -> tuple[Head, Head | None]:
     """The heads of student and teacher, whose logits nothing but the losses reads."""
     found = [s.argument(0) for s in (labelled, divergence) if s is not None]
     logits, compared = found[0], found[-1]
-    readers = {loss for s in (divergence, labelled) if s is not None for loss in s.losses}
+    readers = set(losses)
     if compared is not logits:  # without padding columns, which the label loss counts
         if not is_cut(compared, logits):
             raise Unreadable("divergence and label loss read different logits")
         _require_readers("student", compared, readers)
-        readers.add(compared)
+    for cut in [user for user in logits.users if is_cut(user, logits)]:
+        _require_readers("student", cut, losses)
+        readers.add(cut)
     _require_readers("student", logits, readers)
     if value_of(logits).ndim < 3:
         raise Unreadable(f"{[*value_of(logits).shape]} is classes, not a vocabulary")

@@ -1,10 +1,10 @@
-"""The objective: which losses, on which values of which models, with which weights.
+"""The objective: which losses apply to which values of which models, with which weights.
 
 L = λ_logit · L_logit + λ · (1/N) Σ weight_i · loss_i + λ_label · L_label
 
-One object computes it for eager, regional and captured runs alike: the captured graph is a trace of
-the very same lines. ``heads.read_total`` reads that trace backwards, so the form of the total is
-said here once: a stack of ``weight · loss``, where a loss may bear a number, and its sum.
+One object computes it in eager, regional and captured runs: the captured graph is a trace of the
+same lines. ``heads.read_total`` reads that trace backwards, so this is the one place that defines
+the form of the total: the sum of a stack of ``weight · loss``, where a loss may carry a factor.
 """
 
 from collections.abc import Callable
@@ -43,14 +43,14 @@ Lookup = Callable[[Tower, Tap], Tensor]
 
 
 class Losses(NamedTuple):
-    """The total, with gradients, and the unweighted terms by name, without."""
+    """The total, with gradients, and the unweighted terms by name, without gradients."""
 
     total: Tensor
     terms: dict[str, Tensor]
 
 
 class StepWeights(NamedTuple):
-    """The settings of a step, as 0-d tensors: one of ``matches`` for each match, in order."""
+    """The settings of a step as 0-d tensors; ``matches`` has one weight per match, in order."""
 
     logits: Tensor
     features: Tensor
@@ -60,50 +60,49 @@ class StepWeights(NamedTuple):
 
     @classmethod
     def of(cls, settings: Tensor) -> "StepWeights":
-        """From the vector that enters the graph; its order is that of ``GLOBAL_SETTINGS``."""
+        """Split the vector that enters the graph: ``GLOBAL_SETTINGS`` in order, then matches."""
         logits, features, labels, temperature = settings[:4].unbind()
         return cls(logits, features, labels, temperature, settings[4:].unbind())
 
 
 class Predictions(NamedTuple):
-    """The logits of one model that learns, and how each of them counts."""
+    """The logits of one model that learns, and the weight of each prediction."""
 
     logits: Tensor
     task: Task | None
     weights: Tensor
-    items: Tensor | None  # the denominator, where that is not the sum of the weights
+    items: Tensor | None  # the denominator, where it is not the sum of the weights
 
 
 @dataclass(frozen=True)
 class Objective:
-    """All terms of a distiller; a kind of which there is none is off."""
+    """All terms of a distiller. A kind of loss without terms is off."""
 
     features: tuple[Term, ...] = ()
     logits: tuple[LogitTerm, ...] = ()
     labels: tuple[LabelTerm, ...] = ()
     task: Task | None = None
     vocab_size: int | None = None
-    frozen: frozenset[Tower] = (
-        frozenset()
-    )  # models whose values are constants: set by the distiller
-    ranks: Ranks | None = None  # where samples lie on several ranks
-    own_losses: bool = True  # whether logit and label losses are the library's, and so their shapes
-    returns: Tower | None = None  # whose logits the step returns, beside its losses
+    # Models whose values are constants; the distiller sets this.
+    frozen: frozenset[Tower] = frozenset()
+    ranks: Ranks | None = None  # the ranks, where they hold different samples
+    own_losses: bool = True  # the library's logit and label losses: it knows the shapes they take
+    returns: Tower | None = None  # the model whose logits the step returns besides its losses
 
     @property
     def compared(self) -> frozenset[Tower]:
-        """The models that some term reads as its teacher."""
+        """The models that a term reads as its teacher."""
         return frozenset((*(t.of[1] for t in self.features), *(t.teacher for t in self.logits)))
 
     @property
     def towers(self) -> frozenset[Tower]:
-        """All models that some term reads."""
+        """The models that any term reads."""
         learning = (*(t.of[0] for t in self.features), *self._predicting)
         return self.compared.union(learning)
 
     @property
     def reads(self) -> tuple[tuple[Tower, Tap], ...]:
-        """Every value that the terms, or who called, will ask for; each once."""
+        """Every value that the terms or the caller need, each once."""
         found = [tap for term in self.features for tap in term.taps]
         found += [(tower, LOGITS) for tower in self.with_logits]
         return tuple(dict.fromkeys(found))
@@ -117,12 +116,12 @@ class Objective:
 
     @property
     def can_fuse(self) -> bool:
-        """Whether the fused head knows the losses, and no teacher needs a gradient of it."""
+        """Whether the fused head has these losses, and every teacher of logits is frozen."""
         return self.own_losses and all(term.teacher in self.frozen for term in self.logits)
 
     @property
     def learns_from_features_alone(self) -> bool:
-        """Whether only matches, with frozen teachers and without a projection, teach anything."""
+        """Whether only matches can train anything: teachers frozen, no projections."""
         plain = all(term.projection is None for term in self.features)
         return plain and not self.logits and not self.labels and self.compared <= self.frozen
 
@@ -133,11 +132,11 @@ class Objective:
         return tuple(dict.fromkeys((*of_logits, *of_labels)))
 
     def on(self, ranks: Ranks | None) -> "Objective":
-        """The objective of a call whose samples lie on ``ranks``, where that is not known yet."""
+        """The objective of a call whose samples lie on ``ranks``; ranks set before are kept."""
         return self if ranks is None or self.ranks is not None else replace(self, ranks=ranks)
 
     def without_labels(self) -> "Objective":
-        """The objective of a call that brings no labels."""
+        """The objective of a call without labels."""
         return replace(self, labels=())
 
     def taps_of(self, tower: Tower) -> list[Tap]:
@@ -154,9 +153,9 @@ class Objective:
     ) -> Losses:
         """Compute the total and its terms.
 
-        ``lookup(tower, tap)`` gives the tapped values; ``settings`` is what ``StepWeights``
-        names. ``anchor`` is a trainable value that ties a total without any term to the student
-        (its gradient is zero).
+        ``lookup(tower, tap)`` returns a tapped value; ``StepWeights.of`` unpacks ``settings``.
+        ``anchor`` is a trainable value: a total without terms is 0 · anchor, so that ``backward``
+        runs and gives zero gradients.
         """
         lookup = with_constants(lookup, self.frozen)
         weights = StepWeights.of(settings)
@@ -180,7 +179,7 @@ class Objective:
         return Losses(total, terms) if self.ranks is None else together(total, terms, self.ranks)
 
     def _predictions(self, tower: Tower, lookup: Lookup, batch: Batch) -> Predictions:
-        """The logits of ``tower``, and which of its predictions count."""
+        """The logits of ``tower``, and the weights of its predictions."""
         logits = lookup(tower, LOGITS)
         task = self.task or ("classification" if logits.ndim == 2 else None)
         if self.own_losses:
@@ -194,7 +193,7 @@ class Objective:
     def _of_logits(
         self, tower: Tower, made: Predictions, lookup: Lookup, batch: Batch, weights: StepWeights
     ) -> list[tuple[str, Tensor, Tensor]]:
-        """Name, weight and value of each term on the logits of ``tower``."""
+        """The name, weight and value of each term on the logits of ``tower``."""
         found = []
         for term in self.logits:
             if term.student == tower:
@@ -246,19 +245,19 @@ class Objective:
     def _items(
         self, given: Tensor | None, weights: Tensor | None, count: int, like: Tensor
     ) -> Tensor | None:
-        """What a term is divided by, where that is not its own Σ w."""
+        """The denominator of a term, where it is not the term's own Σ w."""
         if given is not None or self.ranks is None:
             return given
         return items_of(weights, count, self.ranks, like)
 
 
 def of_share(weight: Tensor, share: float) -> Tensor:
-    """A term's part of a global weight; all of it leaves the graph as it is."""
+    """A term's share of a global weight; a share of 1 adds no node to the graph."""
     return weight if share == 1.0 else weight * share
 
 
 def together(total: Tensor, terms: dict[str, Tensor], ranks: Ranks) -> Losses:
-    """What each rank adds, summed."""
+    """Sum the total and the terms over ranks."""
     summed = {name: over_ranks(value, ranks.groups) for name, value in terms.items()}
     return Losses(total_over_ranks(total, ranks.groups, ranks.scale), summed)
 
@@ -266,12 +265,12 @@ def together(total: Tensor, terms: dict[str, Tensor], ranks: Ranks) -> Losses:
 def _laid_out(
     term: Term, s: Tensor, t: Tensor, batch: Batch, task: Task | None
 ) -> tuple[Tensor, Tensor]:
-    """Both values by the layouts of their match; pooling counts tokens by their weights."""
+    """Apply the layouts of a match to both values; pooling weighs the tokens."""
     ours, theirs = term.layouts
     if not ours and not theirs:
         return s, t
     if task == "classification":
-        # Pooling leaves padding out; how much the sample counts is for the loss to say.
+        # Pooling leaves padding out; the loss applies the weight of the sample.
         batch = batch._replace(loss_mask=None, token_weights=None, labels=None)
     weights: list[Tensor | None] = []
     for value, pools in zip((s, t), term.pools_tokens, strict=True):
@@ -280,20 +279,20 @@ def _laid_out(
     return arrange(s, ours, t, theirs, weights[0]), arrange(t, theirs, s, ours, weights[1])
 
 
-# Where a value is a DTensor:
+# ---- values that may be DTensors
 
 
 def on_every_rank(value: Tensor) -> Tensor:
-    """All of ``value`` as a plain tensor, for a loss of the user's own.
+    """Gather ``value`` into a plain tensor, for a loss that the user wrote.
 
-    Such a loss is as right as on one device. On shards it would often not be: torch's own mean of
-    squares has a gradient there that is too large by the number of ranks.
+    There the loss is as right as on one device. On shards it often would not be: the gradient of
+    torch's own mean of squares is too large by the number of ranks.
     """
     return value.full_tensor() if is_placed(value) else value
 
 
 def projected(projection: nn.Module, value: Tensor, ranks: Ranks | None) -> Tensor:
-    """``projection(value)``; its weights stay plain tensors, alike on every rank."""
+    """``projection(value)``; the parameters stay plain tensors, equal on every rank."""
     summed = ranks is not None and ranks.projections
     if not is_placed(value) and not summed:
         return projection(value)  # type: ignore[no-any-return]
@@ -309,31 +308,35 @@ def projected(projection: nn.Module, value: Tensor, ranks: Ranks | None) -> Tens
 
 
 def ordinary(loss: Tensor, name: str) -> Tensor:
-    """What a loss returned, as a plain scalar; a DTensor's pending sum is made."""
+    """The loss as a plain scalar: a DTensor is gathered, and a partial sum is summed."""
     require_scalar(loss, name)
     return loss.full_tensor() if is_placed(loss) else loss
 
 
 def with_constants(lookup: Lookup, frozen: frozenset[Tower]) -> Lookup:
-    """A frozen model may switch gradients on inside: what it hands over is cut off all the same."""
+    """Detach the values of frozen models, which may switch gradients on inside; each value once."""
+    found: dict[tuple[Tower, Tap], Tensor] = {}
 
     def detached(tower: Tower, tap: Tap) -> Tensor:
-        value = lookup(tower, tap)
-        return value.detach() if tower in frozen else value
+        if tower not in frozen:
+            return lookup(tower, tap)
+        if (tower, tap) not in found:
+            found[tower, tap] = lookup(tower, tap).detach()
+        return found[tower, tap]
 
     return detached
 
 
 @check
 def require_same_shape(student: Tensor, teacher: Tensor, s_name: str, t_name: str) -> None:
-    """Raise where the two values of a match cannot be compared."""
+    """Raise ShapeError where the two values of a match have different shapes."""
     if (problem := shape_problem(student.shape, teacher.shape, s_name, t_name)) is not None:
         raise problem
 
 
 @check
 def require_scalar(loss: Tensor, name: str) -> None:
-    """Raise where a loss is not one number: a sum of its entries is not what was meant."""
+    """Raise ShapeError where a loss is not one number: summing its entries would be a guess."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ShapeError(

@@ -57,6 +57,13 @@ def divergence(student, teacher, temperature=2.0):
     return (log_t.exp() * (log_t - log_s)).sum(-1).mean() * temperature**2
 
 
+def fused(made):
+    """How many pairs of heads are fused with their losses."""
+    history = () if made.program is None else made.program.history
+    said = [text for record in history if record.name == "FuseHead" for text in record.remarks]
+    return sum(text.startswith("logits fused") for text in said)
+
+
 def next_token(logits, ids):
     return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
 
@@ -117,6 +124,7 @@ def test_two_teachers(mode):
     assert_same_gradients(gradients(student), gradients(plain))
     assert all(p.grad is None for model in (big, small) for p in model.parameters())
     assert {name.split(".")[0] for name, _ in made.named_parameters()} == {"student"}
+    assert fused(made) == (2 if mode == "one_graph" else 0)  # one for each teacher
 
 
 # ---- two students
@@ -176,6 +184,7 @@ def test_two_students(mode):
     assert_same_gradients(gradients(a), gradients(plain_a))
     assert_same_gradients(gradients(b), gradients(plain_b))
     assert {name.split(".")[0] for name, _ in made.named_parameters()} == {"a", "b"}
+    assert fused(made) == (2 if mode == "one_graph" else 0)  # one for each student
 
 
 # ---- what is said of them

@@ -183,7 +183,7 @@ function track(forward, backward, most) {
 
 // Forward and backward of each row of blocks, both towers to one scale.
 function blockBars(side, most, entries) {
-  const first = side === "teacher" ? "teacher" : "forward";
+  const first = roleOf(side) === "teacher" ? "teacher" : "forward";
   return entries.flatMap(({ name, forward, backward }) => [
     el("div", { class: "path" }, name),
     track([first, forward], ["backward", backward], most),
@@ -207,7 +207,7 @@ function barsOf(side) {
     el("summary", {}, `Each of ${blocks.length} blocks`),
     el("div", { class: "bars" }, blockBars(side, single, blocks)),
   );
-  const head = el("h3", {}, side === "student" ? "Student, by block" : "Teacher, by block");
+  const head = el("h3", {}, `${titleOf(side)}, by block`);
   const bars = el("div", { class: "bars" }, blockBars(side, most, rows));
   return [head, bars, ...(rows.length < blocks.length ? [each] : [])];
 }

@@ -87,6 +87,13 @@ function coverage() {
   return `${pairs}: ${ours} of the student, ${theirs} of the teacher.${rest}`;
 }
 
+// Both paths; with the model's name in front, where it is none of the column's.
+function endsOf(pair, { student, teacher }) {
+  const named = (model, side, path) => (model === side ? path : `${model}/${path}`);
+  const ours = named(pair.student_model, "student", student);
+  return [ours, named(pair.teacher_model, "teacher", teacher)];
+}
+
 function pairRow(fold) {
   const pair = report.pairs[fold.members[0]];
   const [ours, theirs] = [valueText(pair.student_value), valueText(pair.teacher_value)];
@@ -96,7 +103,8 @@ function pairRow(fold) {
   const moved = fold.numbers.some(([a, b]) => a !== b);
   const summary = el("summary", {}, "Which layers");
   const map = moved ? [el("details", {}, summary, layerMap(fold.numbers))] : [];
-  const paths = el("span", { class: "path" }, fold.student, el("br"), `← ${fold.teacher}`);
+  const [student, teacher] = endsOf(pair, fold);
+  const paths = el("span", { class: "path" }, student, el("br"), `← ${teacher}`);
   return [
     rowHead(paths, values, between, map),
     cell(pair.loss, { "data-column": "loss" }),

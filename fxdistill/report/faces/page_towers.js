@@ -1,6 +1,8 @@
 // Both towers, the student's on the left, and the pairs drawn between their blocks.
 
-const SIDES = ["student", "teacher"];
+const SIDES = folded.sides; // the models that are drawn: who learns, and from whom
+const roleOf = (side) => (side === SIDES[0] ? "student" : "teacher");
+const titleOf = (side) => side.charAt(0).toUpperCase() + side.slice(1);
 const FOLD_FROM = 17; // a tower of fewer blocks is shown whole
 const HEIGHTS = { run: 46, open: 24, block: 32, plain: 26 };
 const GAP = 6;
@@ -28,7 +30,7 @@ function pairTip(members) {
   const pair = report.pairs[members[0]];
   const fold = folded.folds.find((one) => one.members.includes(members[0]));
   const whole = members.length > 1 && members.length === fold.members.length;
-  const [ours, theirs] = whole ? [fold.student, fold.teacher] : [pair.student, pair.teacher];
+  const [ours, theirs] = endsOf(pair, whole ? fold : pair);
   const rest = members.length > 1 && !whole ? ` and ${members.length - 1} like it` : "";
   const entries = [
     ["student", roleAnd(pair.student_role, valueText(pair.student_value))],
@@ -134,7 +136,7 @@ function drawBlock(item, x, width, matched) {
   const block = tower.blocks[item.first];
   const name = runs ? row.label : block.path;
   const group = svg("g", {
-    class: `block ${kind === "plain" ? "" : kind} ${runs ? "run" : ""} ${side}`,
+    class: `block ${kind === "plain" ? "" : kind} ${runs ? "run" : ""} ${roleOf(side)}`,
     transform: `translate(${x} ${item.y})`,
     role: runs ? "button" : "img",
     "aria-expanded": runs ? String(kind === "open") : null,
@@ -142,11 +144,11 @@ function drawBlock(item, x, width, matched) {
     tabindex: "-1",
   });
   group.append(svg("rect", { class: "box", width, height: item.h, rx: 4 }));
-  const edge = { y: 0, width: 3, height: item.h, fill: `var(--${side})` };
-  const facing = side === "student" ? width - 3 : 0;
+  const edge = { y: 0, width: 3, height: item.h, fill: `var(--${roleOf(side)})` };
+  const facing = roleOf(side) === "student" ? width - 3 : 0;
   if (kind !== "open") group.append(svg("rect", { ...edge, x: facing }));
   const middle = kind === "run" ? 16 : item.h / 2;
-  const left = side === "student" ? 12 : 14;
+  const left = roleOf(side) === "student" ? 12 : 14;
   const arrow = runs ? (kind === "open" ? "▾ " : "▸ ") : "";
   const look = { x: left, y: middle, "dominant-baseline": "central" };
   const title = svg("text", look, arrow + label(name));
@@ -187,7 +189,7 @@ function strip(item, x, width, matched) {
       y: 31,
       width: each - gap,
       height: 7,
-      fill: matched.has(item.first + i) ? `var(--${item.side})` : "var(--line)",
+      fill: matched.has(item.first + i) ? `var(--${roleOf(item.side)})` : "var(--line)",
     }),
   );
   return svg("g", { class: "strip", "aria-hidden": "true" }, cells);
@@ -266,7 +268,7 @@ function drawTowers(figure, width, open, change) {
   const root = svg("svg", { ...look, viewBox: `0 0 ${width} ${height + top + 4}` });
   const body = svg("g", { transform: `translate(0 ${top})` });
   SIDES.forEach((side, s) => {
-    const title = side === "student" ? "Student" : "Teacher";
+    const title = titleOf(side);
     root.append(svg("text", { x: xs[s], y: 14, "font-weight": 650 }, title));
   });
   for (const bundle of joined) bundle.node = drawPair(bundle, column + 4, xs[1] - 4);
@@ -311,7 +313,7 @@ function towersFigure() {
   const redraw = (item) => {
     drawTowers(figure, size, open, redraw);
     if (!item) return;
-    const drawn = figure.querySelectorAll(`.block.run.${item.side}`);
+    const drawn = figure.querySelectorAll(`.block.run.${roleOf(item.side)}`);
     drawn[runs(item.side).indexOf(item.at)].focus({ preventScroll: true });
   };
   const figure = drawn((_, width) => {

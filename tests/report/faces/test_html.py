@@ -1,5 +1,6 @@
 """The HTML report: what is in the file, and (slow) what a browser makes of it."""
 
+import dataclasses
 import json
 import re
 import stat
@@ -369,3 +370,17 @@ def test_numbers_are_written_as_in_the_terminal(show):
     for rule in (figures.size, figures.amount, figures.operations):
         script = f"return arguments[0].map((count) => {rule.__name__}(count))"
         assert driver.execute_script(script, counts) == [rule(count) for count in counts]
+
+
+def test_a_page_of_three_models_draws_two_and_names_them_all(show):
+    small = samples.small()
+    third = dataclasses.replace(small.towers[1], name="big")
+    other = dataclasses.replace(small.pairs[0], name="big/again", teacher_model="big")
+    report = dataclasses.replace(small, towers=(*small.towers, third), pairs=(*small.pairs, other))
+    page = show("three", report)
+    titles = [e.text for e in all_of(page, "h3")]
+    assert {"Student, by block", "Teacher, by block"} <= set(titles)
+    paths = [e.text for e in all_of(page, ".path")]
+    assert any(f"big/{other.teacher}" in text for text in paths)
+    assert all_of(page, ".block.student")
+    assert all_of(page, ".block.teacher")
