@@ -1,6 +1,6 @@
-"""Every way of asking for something that cannot be, one class each.
+"""The exceptions of fxdistill, one class for each kind of problem.
 
-A message says what was asked, what exists, and what to do about it.
+A message says what was asked for, what exists, and what to do about it.
 """
 
 import difflib
@@ -13,14 +13,14 @@ T = TypeVar("T")
 class FxDistillError(Exception):
     """The base of everything that fxdistill raises on purpose.
 
-    Where several things are wrong, ``problems`` holds an error for each.
+    If several things are wrong, ``problems`` holds an error for each.
     """
 
     problems: tuple["FxDistillError", ...] = ()
 
 
 class OptionError(FxDistillError, ValueError):
-    """An argument of ``wrap`` or ``set`` is not one that exists."""
+    """An argument is unknown, or has a value that is not allowed."""
 
 
 class PathError(FxDistillError, ValueError):
@@ -32,11 +32,11 @@ class PatternError(PathError):
 
 
 class DuplicateError(FxDistillError, ValueError):
-    """Two entries of a mapping claim one student value, or one pair stands there twice."""
+    """Two entries of a mapping use the same student value, or one pair is listed twice."""
 
 
 class CountError(FxDistillError, ValueError):
-    """A pattern matches another number of modules in the student than in the teacher."""
+    """A pattern matches different numbers of modules in the student and in the teacher."""
 
 
 class PortError(FxDistillError, ValueError):
@@ -48,35 +48,35 @@ class ShapeError(FxDistillError, ValueError):
 
 
 class LayoutError(ShapeError):
-    """A rearrange or reduce pattern does not fit the value that it is for."""
+    """A rearrange or reduce pattern does not fit its value."""
 
 
 class ProjectionError(FxDistillError, ValueError):
-    """A projection was asked for, and its widths cannot be known or do not fit."""
+    """The widths of a projection are unknown or do not fit."""
 
 
 class DtypeError(FxDistillError, ValueError):
-    """A matched value is not of a kind that a loss can compare."""
+    """A matched value has a dtype that no loss can compare."""
 
 
 class StructureError(FxDistillError, ValueError):
-    """``fxdistill.match`` cannot see the layers of a model."""
+    """``fxdistill.match`` cannot recognise or pair the layers of the models."""
 
 
 class MappingFileError(FxDistillError, ValueError):
-    """A file with a mapping cannot be read, or a mapping cannot be written to one."""
+    """A mapping cannot be read from a file, or written to one."""
 
 
 class LogError(FxDistillError, ValueError):
-    """Losses cannot be added to a file."""
+    """Losses cannot be appended to a log file."""
 
 
 class CommandError(FxDistillError, ValueError):
-    """An argument of the command line, or what it names, is not what is needed."""
+    """An argument of the command line, or the object that it names, cannot be used."""
 
 
 class TapError(FxDistillError, RuntimeError):
-    """A matched module was not run, or its value cannot be reached."""
+    """A matched module did not run, or its value cannot be read."""
 
 
 class CheckpointError(TapError):
@@ -88,11 +88,11 @@ class FrozenStudentError(FxDistillError, ValueError):
 
 
 class ModeError(FxDistillError, RuntimeError):
-    """A module of both towers would have to be in train and in eval mode at once."""
+    """A module that two models share would have to be in train and in eval mode at once."""
 
 
 class DeviceError(FxDistillError, ValueError):
-    """The batch, the student and the teacher are not on one device."""
+    """The batch, the models and the mesh are not on the same device."""
 
 
 class MeshError(FxDistillError, ValueError):
@@ -100,7 +100,7 @@ class MeshError(FxDistillError, ValueError):
 
 
 class LogitsError(FxDistillError, ValueError):
-    """A term needs logits, and the model returns none."""
+    """A term needs logits, and the model returns none that it can use."""
 
 
 class VocabularyError(FxDistillError, ValueError):
@@ -108,11 +108,11 @@ class VocabularyError(FxDistillError, ValueError):
 
 
 class TaskError(FxDistillError, ValueError):
-    """It cannot be told how the labels line up with the logits."""
+    """The student's task is unknown, so labels cannot be aligned with its logits."""
 
 
 class BatchError(FxDistillError, ValueError):
-    """A call-time tensor (labels, masks, weights) has a shape that fits nothing."""
+    """An argument of a call (labels, masks, weights) is no tensor, or its shape does not fit."""
 
 
 class CaptureError(FxDistillError, RuntimeError):
@@ -120,7 +120,7 @@ class CaptureError(FxDistillError, RuntimeError):
 
 
 class StepError(FxDistillError, RuntimeError):
-    """A model or a loss raises for this call, compiled or not."""
+    """A step cannot run: a model or a loss raises for this call, compiled or not."""
 
 
 class LoweringError(FxDistillError, RuntimeError):
@@ -128,7 +128,7 @@ class LoweringError(FxDistillError, RuntimeError):
 
 
 class RecompileError(FxDistillError, RuntimeError):
-    """The calls vary in more ways than dynamo keeps compiled versions."""
+    """The calls differ in more ways than dynamo keeps compiled versions for."""
 
 
 class PassError(FxDistillError, RuntimeError):
@@ -140,14 +140,14 @@ class Problems(FxDistillError, ValueError):
 
 
 class MatchWarning(UserWarning):
-    """A match that works and teaches nothing."""
+    """A mapping or a call is valid, but a part of it has no effect."""
 
 
 def raise_together(problems: Sequence[FxDistillError]) -> None:
-    """Raise what was found, all at once; nothing if nothing was.
+    """Raise all ``problems`` as one error; do nothing if there are none.
 
-    One problem is raised as it is; several of one class as one error of that class; else
-    ``Problems``.
+    A single problem is raised as it is, several of one class as one error of that class, and
+    others as ``Problems``.
     """
     each = [one for problem in problems for one in (problem.problems or (problem,))]
     if not each:
@@ -163,7 +163,7 @@ def raise_together(problems: Sequence[FxDistillError]) -> None:
 
 
 def gather(problems: list[FxDistillError], fn: Callable[..., T], *args: Any) -> T | None:
-    """Call ``fn``; what it raises joins ``problems``, and ``None`` is returned."""
+    """Call ``fn``; append an FxDistillError that it raises to ``problems``, and return ``None``."""
     try:
         return fn(*args)
     except FxDistillError as error:
@@ -172,7 +172,7 @@ def gather(problems: list[FxDistillError], fn: Callable[..., T], *args: Any) -> 
 
 
 def did_you_mean(asked: str, existing: Iterable[str], limit: int = 3) -> str:
-    """Name the entries of ``existing`` that are nearest to ``asked``, for use in a message."""
+    """Name the entries of ``existing`` that are most similar to ``asked``, for a message."""
     names = list(existing)
     close = difflib.get_close_matches(asked, names, n=limit, cutoff=0.4) or names[:limit]
     return ", ".join(repr(name) for name in close) if close else "none"

@@ -1,4 +1,4 @@
-"""What every other folder stands on: tensors, ranks, graph nodes, figures, files, text."""
+"""Helpers that every other folder uses: tensors, ranks, graph nodes, figures, files, text."""
 
 from fxdistill.base.later import later
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers formatted for people."""
 
 from collections.abc import Sequence
 
@@ -17,17 +17,17 @@ def operations(count: int) -> str:
 
 
 def amount(count: int) -> str:
-    """How many parameters there are, as models are named by them: ``"8.03 B"``."""
+    """A number of parameters, as in the names of models: ``"8.03 B"``."""
     return _scaled(count, 1000, ("", "k", "M", "B", "T")).strip()
 
 
 def ratio(ours: int, theirs: int) -> str:
-    """How many times ``theirs`` is in ``ours``: ``"1.35 ×"``."""
+    """``ours / theirs``: ``"1.35 ×"``; ``"–"`` where ``theirs`` is 0."""
     return f"{ours / theirs:.2f} ×" if theirs else "–"
 
 
 def share(part: int, whole: int) -> str:
-    """A part in percent of a whole: ``"45 %"``; ``"<1 %"`` for what is there but little."""
+    """A part in percent of a whole: ``"45 %"``; ``"<1 %"`` below 1 % but not 0; ``"–"`` of 0."""
     if not whole:
         return "–"
     percent = 100 * part / whole
@@ -35,7 +35,7 @@ def share(part: int, whole: int) -> str:
 
 
 def _scaled(count: int, base: int, units: Sequence[str]) -> str:
-    """Three digits that count, and the unit that makes them so."""
+    """The number with three significant digits, and the unit that fits."""
     number, unit = float(count), 0
     # 999.5 would be written as 1000 of the smaller unit.
     while abs(number) >= base - 0.5 and unit < len(units) - 1:

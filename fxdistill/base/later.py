@@ -1,7 +1,8 @@
-"""Files that are imported when they are first asked for.
+"""Modules that are imported on first use.
 
-Some files import ``torch.distributed``, which a build of torch may lack. Their folder offers them
-as attributes, ``parallel.setup``, and whoever meets a DTensor or a mesh asks for one.
+Some modules import ``torch.distributed``, which a build of torch may lack. Their package offers
+them as attributes (``parallel.setup``), and code reads such an attribute only once it has a DTensor
+or a mesh.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from types import ModuleType
 
 
 def later(folder: str, *files: str) -> Callable[[str], ModuleType]:
-    """Make the ``__getattr__`` of a package: each of its ``files`` comes when it is asked for."""
+    """Make a ``__getattr__`` for a package that imports each of ``files`` on first use."""
 
     def found(name: str) -> ModuleType:
         if name not in files:

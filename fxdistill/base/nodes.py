@@ -1,4 +1,4 @@
-"""Functions as dynamo takes them: as one node of a graph, or as code of their own."""
+"""Control how dynamo treats a function: as one graph node, or as a code object of its own."""
 
 import itertools
 import types
@@ -11,11 +11,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def one_node(fn: F) -> F:
-    """Let dynamo put a call of ``fn`` into its graph as it is, instead of tracing through it.
+    """Make dynamo put a call of ``fn`` into its graph as one node, instead of tracing through it.
 
-    For pure functions of their arguments only: dynamo runs them on fake tensors and guards on
-    nothing inside; AOTAutograd traces through them later. If ``allow_in_graph`` goes away, this is
-    the one place that uses it.
+    ``fn`` must be a pure function of its arguments: dynamo runs it on fake tensors and adds no
+    guards for its body. AOTAutograd traces through it later. This is the only place that uses
+    ``allow_in_graph``.
     """
     marked: F = torch.compiler.allow_in_graph(fn)
     return marked
@@ -27,8 +27,9 @@ _serial = itertools.count()
 def own_code(fn: F) -> F:
     """Copy ``fn`` with a code object and a name of its own.
 
-    Dynamo keeps compiled versions, and their number, by code object, and what it has learnt about
-    dynamic sizes by the code's name: distillers must not use up or misread each other's.
+    Dynamo stores and counts compiled versions by code object, and records dynamic sizes by the
+    code's name. With code of its own, no distiller uses up the recompile limit of another or reads
+    its dynamic sizes.
     """
     name = f"{fn.__name__}_{next(_serial)}"
     code = fn.__code__.replace(co_name=name)

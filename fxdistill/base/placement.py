@@ -1,4 +1,4 @@
-"""Tensors and their places on a mesh."""
+"""Tensors and their placements on a mesh."""
 
 from collections.abc import Sequence
 
@@ -11,29 +11,31 @@ from fxdistill.errors import MeshError
 
 
 def placed(x: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    """``x`` with these placements; a plain tensor is alike on all ranks."""
+    """``x`` with these placements; a plain tensor is taken to be the same on all ranks."""
     if not isinstance(x, DTensor):
         x = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return x.redistribute(mesh, placements)
 
 
 def countable(placement: Placement) -> Placement:
-    """``placement``, if it is a number of rows; else ``Replicate``.
+    """``placement`` if it is a plain ``Shard``; else ``Replicate``.
 
-    Pending sums are not, and neither are the strided shards that views leave behind.
+    Only a plain ``Shard`` gives each rank a contiguous range of an axis: pending sums (``Partial``)
+    and the strided shards that views create do not.
     """
     return placement if type(placement) is Shard else Replicate()
 
 
 def everywhere(x: Tensor, like: DTensor) -> DTensor:
-    """``x``, alike on all ranks, on the mesh of ``like``; its gradient is the sum of theirs."""
+    """``x`` replicated on the mesh of ``like``; its gradient is summed over the ranks."""
     return placed(x, like.device_mesh, [Replicate()] * like.device_mesh.ndim)
 
 
 def dense(x: DTensor) -> DTensor:
-    """``x`` with a contiguous part on every rank: the last of uneven ones may have gaps.
+    """``x`` with a contiguous local tensor on every rank.
 
-    Layers flatten what they are given, and DTensors do not look for gaps in their parts.
+    After an uneven split the last local tensor may have gaps. Layers flatten their input, and
+    DTensor does not check the strides of the local tensor.
     """
     part, placements = x.to_local().contiguous(), list(x.placements)
     return DTensor.from_local(
@@ -42,17 +44,17 @@ def dense(x: DTensor) -> DTensor:
 
 
 def whole(x: Tensor) -> Tensor:
-    """All of ``x`` on every rank."""
+    """The whole of ``x`` as a plain tensor, on every rank."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def local_part(x: Tensor) -> Tensor:
-    """What of ``x`` is here."""
+    """The local tensor of a DTensor; a plain tensor as it is."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def mesh_of(*tensors: Tensor) -> DeviceMesh:
-    """The mesh on which all DTensors among ``tensors`` lie; MeshError if there are two."""
+    """The mesh of all DTensors among ``tensors``; MeshError if they lie on different meshes."""
     meshes = [x.device_mesh for x in tensors if isinstance(x, DTensor)]
     if any(mesh != meshes[0] for mesh in meshes):
         raise MeshError(
@@ -72,16 +74,16 @@ def summed(local: Tensor, mesh: DeviceMesh, dims: set[int]) -> Tensor:
 
 
 def chunk_of(mesh: DeviceMesh, dim: int, size: int) -> tuple[int, int]:
-    """Where this rank's part of an axis begins, and how long a part is at most.
+    """The offset of this rank's shard of an axis of ``size``, and the length of the largest shard.
 
-    As ``Shard`` cuts: like ``torch.chunk``, so that the last parts may be shorter, or empty.
+    ``Shard`` cuts like ``torch.chunk``: the last shards may be shorter, or empty.
     """
     each = -(-size // mesh.size(dim))
     return min(size, each * mesh.get_local_rank(dim)), each
 
 
 def sum_over(x: Tensor, groups: Sequence[str]) -> Tensor:
-    """Σ x over the ranks of ``groups``, by name, on every rank. Without gradient."""
+    """Σ x over the ranks of ``groups`` (names), on every rank; it has no gradient."""
     for group in groups:
         x = funcol.wait_tensor(funcol.all_reduce(x, "sum", group))  # type: ignore[arg-type]
     return x

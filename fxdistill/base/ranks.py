@@ -1,8 +1,9 @@
-"""Ranks that hold different samples: what they count together, and what each adds to the loss.
+"""Ranks that hold different samples: a loss over all of them, from what each rank has.
 
-Every term is Σ w·value over Σ w of all samples. A rank counts its own, Σ w is summed over ranks
-before, and the values after. A rank's backward forms the gradient of its own samples; what sums
-those of all ranks is FSDP, or DDP, which averages.
+Every term is Σ w·value / Σ w over the samples of all ranks. The denominator Σ w is summed over
+ranks first; each rank then forms its own values, and their sum over ranks is the term. The backward
+on a rank forms the gradient of its own samples; FSDP sums these gradients over ranks, and DDP
+averages them.
 """
 
 from typing import Any, NamedTuple
@@ -15,10 +16,11 @@ from fxdistill.base.nodes import one_node
 
 
 class Ranks(NamedTuple):
-    """The groups over which samples lie (by name, one a mesh dimension), and how many ranks.
+    """The process groups over which samples are split, and how many ranks they have.
 
-    ``averaged``: gradients are averaged over the ranks, rather than summed. ``projections``: nobody
-    else brings together the gradients of projections.
+    ``groups`` are names, one for each mesh dimension. ``averaged``: a wrapper (DDP, FSDP2) averages
+    gradients over the ranks, rather than summing them. ``projections``: no wrapper reduces the
+    gradients of projections, so the step has to.
     """
 
     groups: tuple[str, ...]
@@ -28,25 +30,25 @@ class Ranks(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """What this rank's gradient is multiplied by, so that averaging gives the sum."""
+        """The factor for this rank's gradient that turns a wrapper's average into the sum."""
         return float(self.size) if self.averaged else 1.0
 
 
 @one_node
 def over_ranks(x: Tensor, groups: tuple[str, ...]) -> Tensor:
-    """Σ x over ranks; a constant."""
+    """Σ x over ranks, without gradient."""
     return _sum(x.detach(), groups)
 
 
 @one_node
 def total_over_ranks(total: Tensor, groups: tuple[str, ...], scale: float) -> Tensor:
-    """Σ total over ranks; the gradient is that of this rank's own, times ``scale``."""
+    """Σ total over ranks; only this rank's ``total`` gets a gradient, times ``scale``."""
     summed: Tensor = _Own.apply(total, _sum(total.detach(), groups), scale)  # type: ignore[no-untyped-call]
     return summed
 
 
 class _Own(torch.autograd.Function):
-    """The value of one, the gradient of the other."""
+    """The value of ``summed``, with the gradient going to ``own``."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, summed: Tensor, scale: float) -> Tensor:
@@ -60,7 +62,7 @@ class _Own(torch.autograd.Function):
 
 @one_node
 def shared(parameter: Tensor, groups: tuple[str, ...], scale: float) -> Tensor:
-    """``parameter``, alike on all ranks; its gradient is the sum of theirs over ``scale``."""
+    """``parameter``, replicated; its gradient is summed over ranks and divided by ``scale``."""
     whole: Tensor = _Shared.apply(parameter, groups, scale)  # type: ignore[no-untyped-call]
     return whole
 
@@ -77,7 +79,7 @@ class _Shared(torch.autograd.Function):
 
 
 def items_of(weights: Tensor | None, count: int, ranks: Ranks, like: Tensor) -> Tensor:
-    """Σ w over all ranks; how many there are, where nothing is weighted."""
+    """Σ w over all ranks; without weights the sum of their ``count``."""
     if weights is not None:
         return over_ranks(weights.sum(), ranks.groups)
     total = torch.full((), count, dtype=torch.float32, device=like.device)
@@ -89,5 +91,5 @@ def _sum(x: Tensor, groups: tuple[str, ...]) -> Tensor:
     return summed
 
 
-# Nodes of a captured graph that need other ranks.
+# The nodes of a captured graph that communicate with other ranks.
 ACROSS = (over_ranks, total_over_ranks, shared)

@@ -1,4 +1,4 @@
-"""Questions about single tensors, asked so that dynamo can follow and nothing is imported."""
+"""Helpers for single tensors that dynamo can trace, without importing torch.distributed."""
 
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def scalar(value: Any, device: torch.device) -> Tensor:
-    """A 0-d tensor on the device, without waiting for it: neither copy blocks the host."""
+    """``value`` as a 0-d tensor on ``device``; neither way of making it blocks the host."""
     if isinstance(value, Tensor):
         moved = value.detach().to(device=device, dtype=torch.float32, non_blocking=True)
         return moved.reshape(())
@@ -18,10 +18,10 @@ def scalar(value: Any, device: torch.device) -> Tensor:
 
 
 def is_placed(x: object) -> "TypeGuard[DTensor]":
-    """Whether ``x`` is a DTensor; asked so that dynamo can follow, and importing nothing."""
+    """Whether ``x`` is a DTensor, by an attribute: dynamo can trace it, and nothing is imported."""
     return hasattr(x, "placements")
 
 
 def wide(x: Tensor) -> Tensor:
-    """At least float32: losses are not formed in half precision."""
+    """``x`` in float32 (float64 stays): losses are not formed in half precision."""
     return x if x.dtype == torch.float64 else x.float()

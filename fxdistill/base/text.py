@@ -1,4 +1,4 @@
-"""What ``rich`` shows, as plain text."""
+"""Plain text of what ``rich`` renders."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from rich.console import Console
 
 
 def text(renderable: Any, width: int) -> str:
-    """What ``rich`` shows of something, as plain text of at most ``width`` columns."""
+    """Render with ``rich``, as plain text of at most ``width`` columns."""
     console = Console(width=width, force_terminal=False, color_system=None, highlight=False)
     with console.capture() as capture:
         console.print(renderable)

@@ -1,1 +1,1 @@
-"""From one step of Python to compiled code: capture, split, compose, lower."""
+"""Compile one step of Python: capture, split, compose and lower it."""

@@ -25,32 +25,32 @@ from fxdistill.taps.markers import CHECKS, LOCAL, begin, note_localised
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the backend does between capture and code, and where it notes what it did.
+    """The lowering and the passes of a backend, and the journal in which it notes what it did.
 
-    Dynamo never frees a backend, so a recipe must not keep a model alive: it holds the journal of
-    a distiller by weak reference. Dynamo cannot trace a weak reference: make the recipe outside of
-    any surrounding compile.
+    Dynamo never frees a backend, so a recipe must not keep a model alive: it holds the distiller's
+    journal by weak reference. Dynamo cannot trace a weak reference: make the recipe outside any
+    surrounding compile.
     """
 
     lowering: Lowering = Lowering()
     wanted: Wanted = Wanted()
     journal: Journal = field(default_factory=Journal)
     dry: bool = False
-    watch: Callable[[Halves], None] | None = None  # a dry run goes on until it has been called
+    watch: Callable[[Halves], None] | None = None  # gets the forward and backward of a dry run
 
     def passes(self, stage: Stage) -> tuple[Pass, ...]:
-        """The passes of a stage, as they are wanted at this moment."""
+        """The passes of a stage that are wanted now: the journal's state may change them."""
         compiled = self.lowering.backend == "inductor"
         wanted = replace(self.wanted, compiled=compiled, made=self.journal.logits_made)
         return passes_at(stage, wanted)
 
     def noting(self, journal: Journal) -> "Recipe":
-        """The same, with its notes in ``journal``."""
+        """A copy of the recipe that writes its notes to ``journal``."""
         return replace(self, journal=weakref.proxy(journal))
 
 
 class Captured(Exception):
-    """Thrown out of the backend when only the capture was wanted."""
+    """Raised by the backend when only the capture was wanted."""
 
 
 def backend(
@@ -62,8 +62,8 @@ def backend(
 ) -> Callable[..., Any]:
     """The ``torch.compile`` backend: split, expose, compose, user passes, prune, lower.
 
-    A graph without our markers is the terms of regional mode, which need no more than the fused
-    head; or something else that was compiled with ``backend="fxdistill"``, and lowered as it is.
+    A graph without our markers holds the terms of regional mode, which only need the fused head. Or
+    it is a user's function compiled with ``backend="fxdistill"``: then it is lowered as it is.
     """
     if unknown:
         raise OptionError(
@@ -76,16 +76,16 @@ def backend(
 
 
 def _step(gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: Recipe) -> Callable[..., Any]:
-    """Models and objective, in one graph."""
+    """Compile a graph that holds the models and the objective."""
     dump, journal = Dump(), recipe.journal
     journal.made_graph(_why_again())
     joint = joint_program(gm, recipe, dump)
     journal.program = joint
-    if recipe.dry and (recipe.watch is None or not _learns(joint)):  # there is nothing to cut
+    if recipe.dry and (recipe.watch is None or not _learns(joint)):  # no halves wanted, or none
         raise Captured
     passes, observers = recipe.passes("step"), (dump, _note(journal, joint))
     compiled = lower(joint.gm, example_inputs, recipe.lowering, passes, observers, recipe.watch)
-    if recipe.dry:  # nothing had to be cut: no output depends on what learns
+    if recipe.dry:  # AOTAutograd made no backward: no output depends on a trainable parameter
         raise Captured
     return compiled
 
@@ -93,11 +93,11 @@ def _step(gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: Recipe) -> 
 def _terms(
     gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: Recipe | None
 ) -> Callable[..., Any]:
-    """A graph without models: the objective on values of models that run as they are."""
+    """Compile a graph without models: the objective, on values of models that run as they are."""
     names = tuple(f"output_{i}" for i in range(len(output_values(gm.graph))))
     terms, dump = JointProgram(gm, names, title="terms"), Dump()
     dump.write("terms", terms)
-    if recipe is None:  # somebody else's
+    if recipe is None:  # a user's function
         return lower(terms.gm, example_inputs, Lowering(), ())
     recipe.journal.made_graph(_why_again())
     _erase_checks(gm)
@@ -108,21 +108,21 @@ def _terms(
 
 
 def _learns(joint: JointProgram) -> bool:
-    """Whether the total has a gradient, as far as its stand-in tells."""
+    """Whether the total requires a gradient; true where its fake tensor does not tell."""
     total = output_values(joint.gm.graph)[0]
     value = total.meta.get("example_value") if isinstance(total, fx.Node) else None
     return not isinstance(value, Tensor) or value.requires_grad
 
 
 def _why_again() -> str | None:
-    """Which guards of the graphs before did not hold; ``None`` for the first graph of a step."""
+    """The guards of earlier graphs that failed; ``None`` for the first graph of a step."""
     found = get_metrics_context()._metrics.get("recompile_reason")
-    # Behind the numbers of dynamo's frame and of its graph.
+    # Drop the numbers of dynamo's frame and graph, which the reason begins with.
     return None if found is None else re.sub(r"^\d+/\d+: ", "", str(found))
 
 
 def _note(journal: Journal, program: JointProgram) -> Observer:
-    """What passes of the joint level did becomes part of the history of ``program``."""
+    """Make an observer that adds the records of joint passes to the history of ``program``."""
     history = list(program.history)
 
     def note(record: PassRecord, _: Program) -> None:
@@ -133,7 +133,7 @@ def _note(journal: Journal, program: JointProgram) -> Observer:
 
 
 def joint_program(gm: fx.GraphModule, recipe: Recipe, dump: Dump) -> JointProgram:
-    """Everything that happens on the captured level."""
+    """Split the captured graph, run the passes of each model, compose, and run the joint passes."""
     names = tuple(f"output_{i}" for i in range(len(output_values(gm.graph))))
     dump.write("capture", Program(gm, names, title="capture"))
     _erase_checks(gm)
@@ -159,7 +159,7 @@ def _erase_checks(gm: fx.GraphModule) -> None:
 
 
 def _note_local(marker: fx.Node) -> None:
-    """What a parallel style made local: ExposeOutputs takes the DTensor behind it."""
+    """Mark a value that a parallel style made local: ExposeOutputs then reads its DTensor."""
     for value in marker.args:
         if isinstance(value, fx.Node) and value.target == "to_local":
             value.meta[LOCAL] = True

@@ -1,10 +1,10 @@
-"""Capture one step as one graph. The only file that knows dynamo.
+"""Capture one step as one graph.
 
-The step is traced by ``torch.compile`` with a backend of our own: guards, recompilation, dynamic
-shapes, autocast and mutation are dynamo's. The backend cuts the graph into programs, runs the
-passes, composes and lowers. Private to torch and used here only: the exceptions of
-``torch._dynamo.exc``, which become ours; and dynamo's metrics, which say why a graph is made anew
-(if they move, a report tells no recompiles).
+``torch.compile`` traces the step, with our backend: dynamo takes care of guards, recompilation,
+dynamic shapes, autocast and mutation. The backend cuts the graph into programs, runs the passes,
+composes and lowers. Private to torch: the exceptions of ``torch._dynamo.exc``, which this file and
+``explain`` turn into ours; and dynamo's metrics, from which ``backend`` reads why it compiles again
+(if they move, reports list no recompiles).
 """
 
 import contextlib
@@ -38,7 +38,7 @@ RECOMPILE_LIMIT = 32
 
 
 def one_graph(step: Traced, recipe: Recipe, dynamic: bool | None = None) -> Traced:
-    """``step`` as one compiled graph."""
+    """Compile ``step`` as one graph."""
     own = own_code(step)
     compiled = torch.compile(
         own, backend=functools.partial(backend, recipe=recipe), fullgraph=True, dynamic=dynamic
@@ -47,7 +47,7 @@ def one_graph(step: Traced, recipe: Recipe, dynamic: bool | None = None) -> Trac
 
 
 def _call(compiled: Traced, table: TapTable, *args: Any) -> Any:
-    """Call, and turn dynamo's exceptions into what happened."""
+    """Call the step, and turn dynamo's exceptions into ours, which say what happened."""
     table.failure = None
     try:
         with _dynamo_settings():
@@ -65,17 +65,17 @@ def _call(compiled: Traced, table: TapTable, *args: Any) -> Any:
 
 @contextlib.contextmanager
 def _dynamo_settings() -> Iterator[None]:
-    """What a step needs of dynamo, for the time of a call.
+    """The settings of dynamo that a step needs, for the duration of a call.
 
-    A training loop comes in more forms than dynamo's default of 8 (with labels, with masks, train,
-    eval, sizes of 1, ...). And transformers logs once for each message, through a cache that dynamo
-    would refuse to trace; such a message is not repeated in a graph.
+    A training loop has more kinds of calls than dynamo's default limit of 8 (with labels, with
+    masks, train, eval, sizes of 1, ...). And transformers logs each message once, through a cache
+    that dynamo refuses to trace; a compiled step leaves these messages out.
     """
     config: Any = torch._dynamo.config
     once = [getattr(logging.Logger, name, None) for name in ("warning_once", "info_once")]
     quiet = {*config.ignore_logger_methods, *(method for method in once if method is not None)}
     limit = max(config.recompile_limit, RECOMPILE_LIMIT)
-    # In DDP, dynamo would cut the graph into buckets before we see it.
+    # Under DDP, dynamo would split the graph into buckets before our backend gets it.
     with config.patch(recompile_limit=limit, ignore_logger_methods=quiet, optimize_ddp=False):
         yield
 
@@ -95,7 +95,10 @@ def dry_run(step: Traced, recipe: Recipe, table: TapTable, *args: Any) -> tuple[
 def dry_halves(
     step: Traced, recipe: Recipe, table: TapTable, *args: Any
 ) -> tuple[JointProgram, Halves | None]:
-    """As ``dry_run``, on to where AOTAutograd has cut the step; ``None`` if nothing learns."""
+    """Like ``dry_run``, with the halves into which AOTAutograd cuts the step.
+
+    The halves are ``None`` if no output depends on a trainable parameter.
+    """
     journal, cut = Journal(), list[Halves]()
 
     def stop(halves: Halves) -> None:
@@ -104,19 +107,19 @@ def dry_halves(
 
     compiled = one_graph(step, replace(recipe, dry=True, watch=stop).noting(journal))
     try:
-        # A cached graph would not be cut again.
+        # AOTAutograd does not partition a graph that it finds in its cache.
         with functorch_config.patch(enable_autograd_cache=False):
             compiled(table, *args)
     except Captured:
         assert journal.program is not None
         return journal.program, cut[0] if cut else None
     finally:
-        cut.clear()  # dynamo never frees a backend
+        cut.clear()  # dynamo never frees the backend, which holds this list
     raise AssertionError("a dry run ends in the backend")
 
 
 def dry_values(run: Callable[..., Any], table: TapTable, *args: Any) -> None:
-    """Trace ``run`` and execute nothing: ``table`` then holds stand-ins with the taps' shapes."""
+    """Trace ``run`` and execute nothing: ``table`` then holds fake tensors with the taps' shapes."""
 
     def stop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         raise Captured
@@ -133,8 +136,8 @@ def trace(module: nn.Module, *args: Any, **kwargs: Any) -> Program:
     """Capture one call of ``module`` as a Program, for reading and for writing passes.
 
     Every named submodule that runs is marked, so that ``ExposeOutputs(only=(pattern, ...))`` can
-    make any of their outputs an output of the graph. Parameters are placeholders; nothing is
-    executed.
+    turn the output of any of them into an output of the graph. Parameters become placeholders;
+    nothing is executed. Raises CaptureError where the call cannot be captured as one graph.
     """
     programs: list[Program] = []
 

@@ -1,4 +1,4 @@
-"""Programs + objective -> JointProgram: one graph, one total, named terms."""
+"""Compose the models' programs and the objective into a JointProgram: one graph, one total."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from fxdistill.models.tap import Section
 
 
 def compose(captured: fx.GraphModule, programs: dict[str, Program]) -> JointProgram:
-    """Inline the towers, then the objective, reading what the towers expose.
+    """Inline the models, then the objective, which reads the outputs that the models expose.
 
-    The placeholders are those of ``captured``, in order, used or not: dynamo's calling convention.
+    The graph has all placeholders of ``captured``, in order, even unused ones: dynamo calls it so.
     """
     graph, env = fx.Graph(), {}
     for node in captured.graph.find_nodes(op="placeholder"):
@@ -62,7 +62,7 @@ def _labelled(node: fx.Node, section: Section) -> dict[str, Any]:
 
 
 def _label_region(value: Any, section: Section) -> None:
-    """The operators of a checkpointed region belong to the same section, and their gradients."""
+    """Label the operators of a checkpointed region too; their gradients inherit the label."""
     if isinstance(value, fx.GraphModule):
         for module in value.modules():
             if isinstance(module, fx.GraphModule):

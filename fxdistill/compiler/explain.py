@@ -1,4 +1,4 @@
-"""What dynamo's exceptions mean: a line that no graph holds, a wrong call, a failed lowering."""
+"""Explain dynamo's exceptions: a line that cannot be traced, a wrong call, a failed lowering."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from fxdistill.errors import CaptureError, FxDistillError, LoweringError, Recomp
 
 
 def explained(error: Exception) -> FxDistillError:
-    """The error to raise in place of dynamo's: what stopped, where, and what there is to do."""
+    """The error to raise in place of dynamo's: what failed, where, and what to do about it."""
     reason = str(error).strip().split("\n\n")[0]
     if isinstance(error, exc.FailOnRecompileLimitHit):
         return RecompileError(
@@ -38,7 +38,7 @@ def explained(error: Exception) -> FxDistillError:
             'compile="regional"), compile=False: models run as they are.'
         )
     failed = isinstance(error, exc.TorchRuntimeError) or "Observed exception" in reason
-    if failed and "INTERNAL ASSERT" not in str(error):  # which is torch's failure, not the step's
+    if failed and "INTERNAL ASSERT" not in str(error):  # a failed assertion is torch's own fault
         return StepError(
             f"the step fails by itself, whether compiled or not.{_where(error)}\n"
             f"  {_short(error)}\n"
@@ -54,10 +54,10 @@ def explained(error: Exception) -> FxDistillError:
 
 
 def _where(error: Exception) -> str:
-    """The last line of the user's code on the way to the failure."""
+    """The innermost line of the user's code in the stack of the failure."""
     stack = list(getattr(error, "real_stack", None) or ())
     frames = [f for f in stack if not f.filename.startswith((_OURS, _OUR_PASSES))]
-    # A line of torch's own says less than the one that called it.
+    # A line inside torch says less than the line that called it.
     outside = [f for f in frames if not f.filename.startswith(_TORCH)]
     if not frames:
         return ""
@@ -65,20 +65,20 @@ def _where(error: Exception) -> str:
     return f"\n  at {last.filename}:{last.lineno} in {last.name}\n    {last.line or ''}"
 
 
-# Folders: of this package, wherever this file lies in it, of its passes, and of torch.
+# The folders of this package (wherever this file lies in it), of its passes, and of torch.
 _FILES = (fxdistill.__file__, passes.__file__, torch.__file__)
 _OURS, _OUR_PASSES, _TORCH = (os.path.dirname(str(file)) + os.sep for file in _FILES)
 
 
 def _in_trace(text: str) -> str:
-    """The last line of the user's code in a trace that was written to text."""
+    """The innermost line of the user's code in a traceback given as text."""
     frames = re.findall(r'File "(.+)", line (\d+), in (.+)\n +(.+)', text)
     outside = [f for f in frames if not f[0].startswith((_OURS, _OUR_PASSES, _TORCH))]
     return "\n  at {}:{} in {}\n    {}".format(*outside[-1]) if outside else ""
 
 
 def _short(error: Exception) -> str:
-    """What the failing operation said, without dynamo's account of its arguments."""
+    """The message of the failing operation, without dynamo's description of its arguments."""
     text = str(error).strip()
     if (told := re.search(r"got (\w+\(.*\))$", text, re.M)) is not None:
         return told[1]

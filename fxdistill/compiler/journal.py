@@ -1,4 +1,4 @@
-"""What a distiller remembers of its calls: their shapes, the last program, why graphs were made."""
+"""A distiller's journal: the shapes of its last call, its last program, why it compiled graphs."""
 
 import copy
 from collections import UserDict
@@ -25,7 +25,7 @@ class _Like:
 
     @classmethod
     def of(cls, value: Any) -> Any:
-        if type(value) is not Tensor:  # a DTensor is remembered as it is
+        if type(value) is not Tensor:  # a DTensor, for one, is kept as it is
             return value
         return cls(tuple(value.shape), value.dtype, value.device)
 
@@ -34,7 +34,7 @@ class _Like:
 
 
 def _mapped(fn: Callable[[Any], Any], tree: Any) -> Any:
-    """``tree_map``, which goes into mappings of other kinds too (a tokenizer's batch is one)."""
+    """``tree_map`` that also maps the values of a ``UserDict``, such as a tokenizer's batch."""
 
     def one(value: Any) -> Any:
         if not isinstance(value, UserDict):
@@ -47,34 +47,34 @@ def _mapped(fn: Callable[[Any], Any], tree: Any) -> Any:
 
 
 class Journal:
-    """The last call, and what happened while graphs were made."""
+    """The last call, the last captured program, and why each graph was compiled."""
 
     def __init__(self) -> None:
-        self.program: JointProgram | None = None  # the last that was captured
-        self.logits_made = ""  # why models that run as they are made logits in the last call
+        self.program: JointProgram | None = None  # the last one captured
+        self.logits_made = ""  # why regional mode made the logits in the last call
         self.events: list[tuple[str, str]] = []
         self._last: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has made no graph, and inputs may be what cannot be copied."""
+        """An empty journal: a copy has compiled no graph, and inputs need not be copyable."""
         return Journal().__dict__
 
     def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember the shapes of a call."""
+        """Remember the arguments of a call, with shapes in place of tensors."""
         self._last = _mapped(_Like.of, (args, kwargs))
 
     @property
     def last(self) -> Arguments | None:
-        """Arguments like those of the last call; their numbers are 0."""
+        """Arguments like those of the last call, with tensors of zeros."""
         if self._last is None:
             return None
         inputs: Arguments = _mapped(lambda x: x.made() if isinstance(x, _Like) else x, self._last)
         return inputs
 
     def made_graph(self, why: str | None) -> None:
-        """A graph is being made: the first one, or another because of ``why``."""
+        """Note that a graph is compiled: the first one, or another because of ``why``."""
         self.events.append(("capture", "first call") if why is None else ("recompile", why))
 
     def fell_back(self, why: str) -> None:
-        """One graph could not be made."""
+        """Note why the step could not be captured as one graph."""
         self.events.append(("fallback", why))

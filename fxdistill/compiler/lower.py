@@ -1,12 +1,11 @@
-"""Hand a joint program to AOTAutograd and Inductor. The only file that knows them.
+"""Hand a joint program to AOTAutograd and Inductor.
 
-Passes of the joint level run here, on AOTAutograd's functional forward-and-backward graph, just
-before it is partitioned. Private to torch and used here only: ``compile_fx``, the partitioner hook
-of Inductor's configuration, and ``aot_autograd`` of ``torch._dynamo.backends``. If the hook moves,
-joint passes stop running, and ``test_lower.py`` fails.
+This file runs the passes of the joint level, on AOTAutograd's functional graph of forward and
+backward, just before it is partitioned. Private to torch and used here only: ``compile_fx``, the
+partitioner hook of Inductor's configuration, and ``aot_autograd`` of ``torch._dynamo.backends``. If
+the hook moves, joint passes stop running, and ``test_lower.py`` fails.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +38,7 @@ SMALLEST_BUDGET = 1e-6
 
 @dataclass(frozen=True)
 class Lowering:
-    """What becomes of the joint program: a backend of torch.compile and its options."""
+    """How to compile the joint program: a backend of torch.compile, and its options."""
 
     backend: str | Callable[..., Any] = "inductor"
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -53,10 +52,10 @@ def lower(
     observers: Sequence[Observer] = (),
     watch: Callable[[Halves], None] | None = None,
 ) -> Compiled:
-    """Compile ``gm``; ``joint_passes`` are those of the joint level.
+    """Compile ``gm``; ``joint_passes`` are the passes of the joint level.
 
-    ``"inductor"`` and ``"aot_eager"`` run them; other backends are called as they are.
-    ``watch`` is handed both halves of what AOTAutograd has cut.
+    ``"inductor"`` and ``"aot_eager"`` run them; any other backend is called without them. ``watch``
+    gets the forward and the backward into which AOTAutograd's graph is partitioned.
     """
     inputs = () if watch is None else tuple(example_inputs)
     fuses = lowering.backend == "inductor"
@@ -76,9 +75,8 @@ def lower(
     return cast(Compiled, compiler(gm, list(example_inputs), **options))
 
 
-# On CPUs Inductor (torch 2.13) loses track of collectives that write in place once it fuses
-# kernels, and reads results before they are there (pytorch issue 185509, mended after 2.13). Only
-# its C++ code does.
+# On CPUs, Inductor (torch 2.13) loses track of in-place collectives once it fuses kernels: its C++
+# code reads results before they have arrived (pytorch issue 185509, fixed after 2.13).
 _UNFUSED = {"max_fusion_size": 1}
 
 
@@ -91,7 +89,7 @@ def _crosses_cpu_ranks(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
 
 
 def check_lowering(lowering: Lowering) -> None:
-    """Raise OptionError where the backend, or an option of Inductor, is not one that exists."""
+    """Raise OptionError where the backend, or an option of Inductor, does not exist."""
     backend = lowering.backend
     if not isinstance(backend, str):
         return
@@ -108,7 +106,7 @@ def check_lowering(lowering: Lowering) -> None:
 
 
 def mode_options(mode: str, dynamic: bool | None) -> dict[str, Any]:
-    """The options of Inductor that ``mode`` stands for."""
+    """The options of Inductor that ``mode`` stands for; raises OptionError for an unknown mode."""
     modes = torch._inductor.list_mode_options()
     if mode not in modes:
         near = did_you_mean(mode, modes)
@@ -117,12 +115,11 @@ def mode_options(mode: str, dynamic: bool | None) -> dict[str, Any]:
     return named
 
 
-@functools.cache
-def _source_hash() -> bytes:
-    """Of every file whose change may change the code that is made."""
-    folders = [Path(passes.__file__).parent, Path(fused.__file__).parent, Path(__file__).parent]
-    files = sorted(str(file) for folder in folders for file in folder.glob("*.py"))
-    return get_hash_for_files(tuple(files))
+def _sources() -> tuple[str, ...]:
+    """Every file whose change may change the code that is made."""
+    folders = [Path(str(package.__file__)).parent for package in (passes, fused)]
+    files = [file for folder in (*folders, Path(__file__).parent) for file in folder.glob("*.py")]
+    return tuple(sorted(map(str, files)))
 
 
 @dataclass
@@ -151,21 +148,21 @@ class _Partition(CustomPartitionerFn):
         return forward, backward
 
     def __getstate__(self) -> dict[str, Any]:
-        """Inductor pickles its configuration to key its caches; observers change no code."""
+        """The state without observers: Inductor pickles it into cache keys; they change no code."""
         return {**self.__dict__, "observers": (), "watch": None, "inputs": ()}
 
     def uuid(self) -> str:
-        """Part of the key of Inductor's caches: a changed pass must not be served old code."""
-        return f"{_source_hash()!r} {self.passes!r} {torch.__version__}"
+        """Part of the key of Inductor's caches: a changed pass must not get old code."""
+        return f"{get_hash_for_files(_sources())!r} {self.passes!r} {torch.__version__}"
 
 
 def _meshes_last(
     forward: fx.GraphModule, backward: fx.GraphModule, outputs: int
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Put what is neither tensor nor number (a device mesh) behind all tensors that are saved.
+    """Move saved values that are neither tensor nor number (device meshes) behind saved tensors.
 
-    AOTAutograd expects them there. torch's partitioner (2.13) puts the states of random operators
-    that a checkpoint runs again behind the meshes, as if these were tensors.
+    AOTAutograd expects them there. torch's partitioner (2.13) takes meshes for tensors, and puts
+    behind them the states of random operators that a checkpoint runs again.
     """
     last = forward.graph.output_node()
     values = list(last.args[0])  # type: ignore[arg-type]
@@ -184,7 +181,7 @@ def _meshes_last(
 
 
 def _order(saved: fx.Node) -> int:
-    """Tensors first, then what is no number either, then numbers."""
+    """The sort key of a saved value: tensors first, then other objects, then numbers."""
     value = saved.meta.get("val")
     if value is None or isinstance(value, torch.Tensor):
         return 0

@@ -1,4 +1,4 @@
-"""One captured graph -> a program of each tower and of the objective."""
+"""Split a captured graph into a program for each model and one for the objective."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ EDGE = "edge:"
 def split(gm: fx.GraphModule) -> dict[str, Program]:
     """Cut ``gm`` at its ``begin`` markers.
 
-    A section's placeholders carry the names of the nodes outside that it reads, or, for ``tapped``,
-    ``meta["tap"]``. Its outputs are the nodes that other sections read, as ``edge:name``; those of
-    the objective are the outputs of ``gm``, in order.
+    A section's placeholders have the names of the outside nodes that it reads; for a ``tapped``
+    node, ``meta["tap"]`` says which tap it is. A section's outputs are the nodes that other
+    sections read, called ``edge:name``; the objective's are the outputs of ``gm``, in order.
     """
     section_of, names = _sections(gm.graph)
     returned = output_values(gm.graph)
@@ -36,7 +36,7 @@ def split(gm: fx.GraphModule) -> dict[str, Program]:
 
 
 def _sections(graph: fx.Graph) -> tuple[dict[fx.Node, str], list[str]]:
-    """The section of every operator, and the sections in order."""
+    """The section of every operator, and the names of the sections in order."""
     names = [str(n.args[0]) for n in graph.nodes if n.op == "call_function" and n.target is begin]
     current, section_of = names[0], {}
     for node in graph.nodes:
@@ -48,7 +48,7 @@ def _sections(graph: fx.Graph) -> tuple[dict[fx.Node, str], list[str]]:
 
 
 def _extract(nodes: list[fx.Node], inside: set[fx.Node]) -> tuple[fx.Graph, dict[fx.Node, Any]]:
-    """Copy ``nodes`` into a graph of their own, reading the rest through placeholders."""
+    """Copy ``nodes`` into a graph of their own, which reads other nodes through placeholders."""
     graph = fx.Graph()
     env: dict[Any, Any] = {}
     for node in nodes:
@@ -68,7 +68,7 @@ def _extract(nodes: list[fx.Node], inside: set[fx.Node]) -> tuple[fx.Graph, dict
 
 
 def _placeholder(graph: fx.Graph, source: fx.Node) -> fx.Node:
-    """Placeholders stand above everything, in the order in which they are first read."""
+    """Add a placeholder behind the others: above all operators, in the order of first use."""
     last = next((n for n in reversed(graph.nodes) if n.op == "placeholder"), None)
     where = graph.inserting_after(last) if last else graph.inserting_before(_first(graph))
     with where:
@@ -82,7 +82,7 @@ def _first(graph: fx.Graph) -> Any:
 
 
 def _as_output(value: Any, env: dict[fx.Node, Any], graph: fx.Graph) -> Any:
-    """An output of the whole graph, as a node of the objective."""
+    """The node of the objective that computes or reads an output of the whole graph."""
     if not isinstance(value, fx.Node):
         return value
     if value not in env:
@@ -97,5 +97,5 @@ def _output_name(value: Any, index: int) -> str:
 
 
 def _module(gm: fx.GraphModule, graph: fx.Graph, name: str) -> fx.GraphModule:
-    """A graph module that shares what ``gm`` holds."""
+    """A graph module that shares the attributes of ``gm``."""
     return fx.GraphModule(gm, graph, name.capitalize())

@@ -8,6 +8,7 @@ from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.lower import Lowering, check_lowering, mode_options
 from fxdistill.distiller.towers import Towers
 from fxdistill.errors import OptionError, did_you_mean
+from fxdistill.graph.pipeline import pass_name
 from fxdistill.graph.program import Pass
 from fxdistill.passes.order import Wanted
 
@@ -59,6 +60,12 @@ def read_options(
     mode = _mode(compile)
     if passes and mode != "one_graph":
         raise OptionError(f"passes work on the one graph, and compile={compile!r} makes none")
+    for p in passes:
+        if (level := getattr(p, "level", "captured")) != "captured":
+            raise OptionError(
+                f"passes=: {pass_name(p)} works on the {level} level, and passes of your own run "
+                "on the captured one, after compose"
+            )
     lowering = Lowering(options.get("backend", "inductor"), _inductor_options(options))
     check_lowering(lowering)
     return Options(

@@ -1,1 +1,1 @@
-"""Reading a vocabulary head, in a graph or in a model that runs, so that logits need not exist."""
+"""Read a vocabulary head, in a graph or in a running model, so that logits need not be stored."""

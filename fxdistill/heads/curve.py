@@ -1,4 +1,4 @@
-"""What a head makes of the numbers that its weight gives: a curve, a bias, the first columns."""
+"""The form of a head: how logits follow from the hidden state and the weight."""
 
 import ast
 import math
@@ -12,58 +12,59 @@ from fxdistill.base.nodes import one_node
 
 
 class Unreadable(Exception):
-    """Why a graph is not of the form that is sought."""
+    """A graph or a module does not have the form that is sought; the message says why."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What a head makes of each number its weight gives: a·x, or b·tanh(a·x)."""
+    """What a head does to each output x of its linear layer: a·x, or b·tanh(a·x)."""
 
-    inner: float = 1.0
-    outer: float | None = None  # a number: behind a tanh
+    inner: float = 1.0  # a
+    outer: float | None = None  # b; None: there is no tanh
 
     def times(self, factor: float) -> "Curve":
-        """Followed by a multiplication."""
+        """The curve, followed by a multiplication."""
         if self.outer is None:
             return replace(self, inner=self.inner * factor)
         return replace(self, outer=self.outer * factor)
 
     def bent(self) -> "Curve":
-        """Followed by a tanh."""
+        """The curve, followed by a tanh."""
         if self.outer is not None:
             raise Unreadable("logits pass through two tanh")
         return replace(self, outer=1.0)
 
     @property
     def softcap(self) -> float | None:
-        """The c of c·tanh(scale·x / c)."""
+        """The c of c·tanh(scale·x / c); ``None`` if there is no tanh."""
         return self.outer
 
     @property
     def scale(self) -> float:
-        """The scale of the same."""
+        """The scale of scale·x, or of c·tanh(scale·x / c)."""
         return self.inner if self.outer is None else self.inner * self.outer
 
     def __str__(self) -> str:
-        """For a report."""
+        """The scale and the softcap as text for a report; empty if there are none."""
         parts = [] if self.scale == 1.0 else [f"scale {self.scale:g}"]
         return ", ".join([*parts, *([] if self.outer is None else [f"softcap {self.outer:g}"])])
 
 
 @dataclass(frozen=True)
 class Form:
-    """How logits come from what a weight gives: plus ``bias``, along ``curve``, ``columns`` of it.
+    """How logits follow from the hidden state: ``curve(hidden @ weight.T + bias)[..., :columns]``.
 
-    ``bias`` is a node of a graph or a tensor. Each method is one more operator behind the logits;
-    Unreadable says why that cannot be said in this form. ``name`` is the operator's, for that.
+    ``bias`` is a graph node or a tensor. Each method appends one operator to the logits, and raises
+    Unreadable where the result would not have this form; ``name`` is the operator's, for the
+    message.
     """
 
     curve: Curve = Curve()
     bias: Any = None
-    columns: int | None = None  # of the vocabulary, where not all are used
+    columns: int | None = None  # how many entries of the vocabulary are used; None: all
 
     def scaled(self, number: Any, name: str, *, divided: bool) -> "Form":
-        """Multiplied, or divided, by a number."""
+        """Multiply, or divide, the logits by a number."""
         if not isinstance(number, (int, float)):
             raise Unreadable(f"logits pass through {name} by what is no constant")
         factor = float(number)
@@ -72,11 +73,11 @@ class Form:
         return replace(self, curve=self.curve.times(1 / factor if divided else factor))
 
     def bent(self) -> "Form":
-        """Through a tanh."""
+        """Apply a tanh."""
         return replace(self, curve=self.curve.bent())
 
     def with_bias(self, bias: Any, value: Tensor, logits: Tensor, name: str) -> "Form":
-        """Plus ``bias``, whose value is like ``value``; ``logits`` are what it is added to."""
+        """Add ``bias`` to ``logits``; ``value`` has the shape and the dtype of the bias."""
         plain = self == Form()
         size = logits.shape[-1]
         like = value.dtype == logits.dtype and value.shape[-1:] == (size,)
@@ -85,26 +86,26 @@ class Form:
         return replace(self, bias=bias)
 
     def cut(self, columns: int, size: int) -> "Form":
-        """The first ``columns`` of ``size``."""
+        """Cut the vocabulary to the first ``columns`` of ``size`` entries."""
         return self if columns == size else replace(self, columns=columns)
 
     @property
     def text(self) -> str:
-        """Curve and columns as text: dynamo would make numbers symbolic."""
+        """The curve and the columns as text: dynamo would make numbers symbolic."""
         return repr((self.curve.inner, self.curve.outer, self.columns))
 
     @classmethod
     def read(cls, text: str, bias: Any = None) -> "Form":
-        """The inverse of ``text``."""
+        """Read a form from its ``text``."""
         inner, outer, columns = ast.literal_eval(text)
         return cls(Curve(inner, outer), bias, columns)
 
 
 @one_node
 def logits_from(hidden: Tensor, weight: Tensor, bias: Tensor | None, spec: str) -> Tensor:
-    """The logits of a head: how the losses are handed those that were not made yet.
+    """Compute the logits of a head; in the graph of the losses this node stands for a stand-in.
 
-    ``spec`` is the text of a ``Form``.
+    ``hidden`` is ``[..., D]``, ``weight`` ``[V, D]``, ``bias`` ``[V]``; ``spec`` is ``Form.text``.
     """
     form = Form.read(spec, bias)
     rows = slice(form.columns)

@@ -1,4 +1,4 @@
-"""The module that makes a model's logits: where it is, and whether it can be kept from it.
+"""Find the module that computes a model's logits, and whether it may return a stand-in for them.
 
 Private to torch and used here only: the dictionaries of backward hooks. If they move, regional mode
 fails in the first call.
@@ -23,7 +23,7 @@ from fxdistill.taps.hooks import compiles_itself
 
 @dataclass(frozen=True)
 class Found:
-    """The heads whose logits only losses read, or why they are made where the models make them."""
+    """The heads that may return stand-ins, or the reason why the models must make all logits."""
 
     heads: tuple[DeferrableHead, ...] = ()
     why_not: str = ""
@@ -34,7 +34,7 @@ def deferrable(
     paths: Mapping[Tower, str | None],
     needed: Collection[Tower],
 ) -> Found:
-    """The heads of all models, by their paths; none if one that is ``needed`` cannot be kept."""
+    """The heads at ``paths`` that may return stand-ins; none if a ``needed`` model's may not."""
     found = {tower: _asked(tower, model, paths[tower]) for tower, model in models.items()}
     reasons = (found[tower] for tower in models if tower in needed)
     why_not = next((reason for reason in reasons if isinstance(reason, str)), "")
@@ -52,8 +52,8 @@ def _asked(tower: Tower, model: nn.Module, path: str | None) -> DeferrableHead |
 def head_of(model: nn.Module, path: str | None) -> DeferrableHead:
     """The module at ``path``, if it is a linear layer that nothing has changed or compiled.
 
-    Unreadable otherwise, and in wrappers that shard a model in ways unknown here, or wait for its
-    outputs in the backward: those must see its logits.
+    Raises Unreadable for any other module. Also in a wrapper other than FSDP2 and under backward
+    hooks: these must see the logits.
     """
     if path is None:
         raise Unreadable("head is no module that could be found")
@@ -65,14 +65,14 @@ def head_of(model: nn.Module, path: str | None) -> DeferrableHead:
         raise Unreadable(f"head {path!r} is no plain linear layer")
     if any(compiles_itself(module) for module in around):
         raise Unreadable(f"head {path!r} is compiled by itself")
-    # What waits for gradients, of these or of all modules, must see the logits that have them.
+    # A backward hook, of one of these modules or of all modules, needs logits that have gradients.
     if any(map(_waits, around)) or _any_waits():
         raise Unreadable(f"head {path!r} has backward hooks around it")
     return found
 
 
 def _in_wrappers(model: nn.Module, head: nn.Module) -> tuple[DeferrableHead, type]:
-    """The head, and of what class it was before ``fully_shard``; Unreadable in other wrappers."""
+    """The head, and its class before ``fully_shard``; raises Unreadable for other wrappers."""
     wrappers = [m for m in model.modules() if _is_wrapper(type(m).__mro__)]
     if others := [type(m).__name__ for m in wrappers if not _is_fsdp2(type(m).__mro__)]:
         raise Unreadable(f"logits are for {others[0]} to see, which wraps the model")
@@ -88,7 +88,7 @@ def _in_wrappers(model: nn.Module, head: nn.Module) -> tuple[DeferrableHead, typ
 def sharded_vocabularies(
     models: Mapping[Tower, nn.Module], paths: Mapping[Tower, str | None]
 ) -> dict[Tower, tuple[int, int]]:
-    """By model, where its head is sharded: how many entries are here, and how many in all."""
+    """For each model with a sharded head, the vocabulary entries on this rank and in all."""
     found = {}
     for tower, model in models.items():
         path = paths[tower]
@@ -99,7 +99,10 @@ def sharded_vocabularies(
 
 
 def mesh_sizes(model: nn.Module) -> frozenset[int]:
-    """The sizes of the mesh dimensions that may shard a sequence: not those of samples."""
+    """The sizes of the mesh dimensions that may shard a sequence, so not those that split samples.
+
+    A mesh dimension that splits samples is called "dp" or "replicate". None in a wrapped model.
+    """
     meshes = {p.device_mesh for p in model.parameters() if is_placed(p)}
     if not meshes or any(_is_wrapper(type(module).__mro__) for module in model.modules()):
         return frozenset()
@@ -114,14 +117,14 @@ def mesh_sizes(model: nn.Module) -> frozenset[int]:
 @functools.cache
 def _is_wrapper(bases: tuple[type, ...]) -> bool:
     wrappers = ("torch.distributed", "torch.nn.parallel", "deepspeed")
-    # Checkpoints neither shard nor wait; a head inside of one is told when it runs.
+    # Checkpoint wrappers neither shard nor add hooks; a head inside one is noticed when it runs.
     checkpoints = "torch.distributed.algorithms._checkpoint"
     modules = [b.__module__ for b in bases if not b.__module__.startswith(checkpoints)]
     return any(name.startswith(wrappers) for name in modules)
 
 
 def _is_fsdp2(bases: tuple[type, ...]) -> bool:
-    """Whether ``fully_shard`` was called on such a module."""
+    """Whether these are the base classes of a module on which ``fully_shard`` was called."""
     modules = [base.__module__ for base in bases if base.__name__ == "FSDPModule"]
     return any(module.startswith("torch.distributed.fsdp") for module in modules)
 
@@ -131,17 +134,18 @@ def _waits(module: nn.Module) -> bool:
 
 
 def _any_waits() -> bool:
-    """Whether there are backward hooks of all modules."""
+    """Whether there are global backward hooks, which run for every module."""
     hooks = torch.nn.modules.module
     return bool(hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
 
 
 def head_in_fsdp(wrappers: Iterable[nn.Module], head: nn.Linear) -> DeferrableHead:
-    """The head of a model whose ``wrappers`` are FSDP2's; Unreadable where logits must be made.
+    """The head of a model whose ``wrappers`` are FSDP2's; Unreadable if it is tensor parallel too.
 
-    FSDP2 gathers the head's weights before the module runs that owns them. After it they may be
-    freed (asked when the head runs: the root decides in its first forward); else they live until
-    the backward. Their gradient goes to FSDP2 through the gathered parameter.
+    FSDP2 gathers the head's weights before the forward of the module that owns them. It may free
+    them after that forward, and otherwise keeps them until the backward; ``freed`` asks when the
+    head runs, because the root module decides in its first forward. FSDP2 gets the gradient through
+    the gathered parameter.
     """
     owned = [
         (group, p)

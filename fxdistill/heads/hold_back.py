@@ -1,8 +1,9 @@
-"""Heads that may hand on stand-ins, and what waits for their logits' backward.
+"""Heads that may return stand-ins for their logits, and the hooks that wrappers put on logits.
 
-A wrapper that shards a model (FSDP2) gathers weights before a module runs, and before the backward
-of what the module returned: it puts a hook on the outputs that learn. A stand-in is no node of
-autograd's graph. All that learns from it are the losses, so that the hook is right on their total.
+A wrapper that shards a model (FSDP2) gathers weights before a module's forward, and again before
+its backward: it registers a hook on those outputs of the module that require gradients. A stand-in
+is not part of autograd's graph. Only the losses take gradients from it, so registering the hook on
+their total is as good.
 """
 
 from collections.abc import Callable
@@ -14,17 +15,17 @@ Hook = Callable[[Tensor], Tensor | None]
 
 
 class StandIn(Protocol):
-    """Logits that may be made."""
+    """Logits that may be materialised later."""
 
     materialised: Tensor | None
 
 
 class DeferrableHead(NamedTuple):
-    """A linear layer that may hand on stand-ins, and what a wrapper that shards it does about it.
+    """A linear layer that may return stand-ins, and how a wrapper that shards it behaves.
 
-    ``gathered``: the wrapper gathers its weights for each forward. ``freed``: whether it frees them
-    after the forward. ``awaits``: whether a hook that is put on logits is the wrapper's, to be run
-    before the backward of the module that returns them.
+    ``gathered``: the wrapper gathers the weights for each forward. ``freed()`` tells whether it
+    frees them after the forward. ``awaits(hook)`` tells whether a hook on logits is the wrapper's,
+    which must run before the backward of the module that returns them.
     """
 
     module: nn.Linear
@@ -34,26 +35,27 @@ class DeferrableHead(NamedTuple):
 
 
 class Waiting:
-    """Hooks of wrappers that are to run before the backward of logits, and so of the losses."""
+    """The wrappers' hooks that must run before the backward of the logits, so of the losses."""
 
     def __init__(self) -> None:
         self._hooks: list[tuple[StandIn, Hook]] = []
 
     def add(self, logits: StandIn, hook: Hook) -> None:
-        """Remember ``hook``, which was put on ``logits``."""
+        """Remember ``hook``, which a wrapper registered on ``logits``."""
         self._hooks.append((logits, hook))
 
     def hand_to(self, total: Tensor) -> None:
-        """Put them on the loss, outer modules first: it has its gradient before all else has.
+        """Register the hooks on the loss, those of outer modules first.
 
-        Those of logits that were made after all are on these.
+        The backward reaches the loss before anything else. Logits that were materialised after all
+        carry their hooks themselves.
         """
         for logits, hook in reversed(self._hooks):
             if logits.materialised is None and total.requires_grad:
                 total.register_hook(hook)
 
     def move(self, logits: StandIn) -> None:
-        """Put those of ``logits``, which are made now, on what was made."""
+        """Register the hooks of ``logits``, which have just been materialised, on the result."""
         for waiting, hook in self._hooks:
             if waiting is logits and logits.materialised is not None:
                 logits.materialised.register_hook(hook)

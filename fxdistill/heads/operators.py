@@ -1,7 +1,8 @@
-"""The operators that heads end in, by kind. Two readers follow them by the rules of ``Form``.
+"""The operators that may follow a head's linear layer, by kind.
 
-``read_head`` goes back through a graph from the logits; ``unmade`` goes along with a running model.
-Both ask here what an operator is, and whether a cast or an index is one that a head may have.
+Two readers follow them by the rules of ``Form``: ``read_head`` walks a graph backwards from the
+logits, and ``unmade`` follows a running model. Both ask this file what an operator does, and
+whether a head may have a cast or an index.
 """
 
 import operator
@@ -15,7 +16,7 @@ from fxdistill.heads.curve import Unreadable
 Kind = Literal[
     "times", "divided", "tanh", "plus", "reshaped", "cast", "detached", "placed", "sliced"
 ]
-# Functions, methods as they are found on a tensor, and methods by their names in a graph.
+# Functions, and methods by their names in a graph. _KINDS adds the methods as Tensor has them.
 _OF_KIND: dict[Kind, tuple[Any, ...]] = {
     "times": (operator.mul, torch.mul, "mul", "__mul__", "__rmul__"),
     "divided": (operator.truediv, torch.div, torch.true_divide, "div", "__truediv__"),
@@ -36,18 +37,22 @@ _KINDS |= {
 
 
 def classify(target: Any) -> Kind | None:
-    """What an operator does to logits; ``None`` for one that heads do not end in."""
+    """What an operator does to logits; ``None`` for one that no reader follows."""
     return _KINDS.get(target)
 
 
 def require_lossless(before: torch.dtype, after: torch.dtype) -> None:
-    """Unreadable for a cast that is neither none nor to float32."""
+    """Raise Unreadable for a cast to another dtype, unless that is float32."""
     if after not in (before, torch.float32):
         raise Unreadable(f"logits are cast from {before} to {after}")
 
 
 def split_index(given: Any, axes: int, size: int) -> tuple[tuple[Any, ...], int]:
-    """An index of logits as one of their tokens (empty for all) and a number of first columns."""
+    """Split an index of logits into one of their tokens, ``()`` for all, and a number of columns.
+
+    ``axes`` and ``size`` are the number of axes of the logits and their vocabulary. Raises
+    Unreadable unless the columns are the first ones.
+    """
     index = list(given) if isinstance(given, (tuple, list)) else [given]
     if None in index or index.count(Ellipsis) > 1:
         raise Unreadable("logits are indexed so that they get more axes")

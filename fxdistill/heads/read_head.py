@@ -1,8 +1,8 @@
-"""Reading logits backwards: hidden state → linear → scale, cap, slice, cast → logits.
+"""Read logits backwards: hidden state → linear → scale, cap, slice, cast → logits.
 
-The graph of a language model ends in a linear layer (its weight tied to the embedding or not) and
-at most a few operators on single logits. What is read here is a value, ``Head``, from which the
-fused form of ``losses.vocab`` computes the same logits a chunk at a time.
+The graph of a language model ends in a linear layer (whose weight may be tied to the embedding) and
+at most a few operators on single logits. The result is a ``Head``, from which the fused form of
+``losses.vocab`` computes the same logits chunk by chunk.
 """
 
 import operator
@@ -21,7 +21,7 @@ from fxdistill.heads.operators import classify, require_lossless, split_index
 
 @dataclass(frozen=True)
 class Head:
-    """Where logits come from. ``moves`` are what happens to their leading axes."""
+    """How a graph computes logits. ``moves`` reshape and index their leading axes, in order."""
 
     hidden: fx.Node
     weight: fx.Node
@@ -34,32 +34,32 @@ class Head:
 
     @property
     def bias(self) -> fx.Node | None:
-        """What is added to what the weight gives."""
+        """The bias of the linear layer."""
         found: fx.Node | None = self.form.bias
         return found
 
     @property
     def curve(self) -> Curve:
-        """What becomes of each number."""
+        """What the head does to each output of the linear layer."""
         return self.form.curve
 
     @property
     def logits(self) -> fx.Node:
-        """What the head ends in."""
+        """The node of the logits, the last of the head."""
         return self.nodes[0]
 
     @property
     def linear(self) -> fx.Node:
-        """The linear layer."""
+        """The node of the linear layer."""
         return self.nodes[-1]
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
-        """What the linear layer reads."""
+        """The nodes that the linear layer reads."""
         return tuple(n for n in (self.hidden, self.weight, self.bias) if n is not None)
 
     def emit(self, graph: fx.Graph) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-        """Write hidden state ``[..., D]``, weight ``[V, D]`` and bias ``[V]`` into ``graph``."""
+        """Write nodes for hidden state ``[..., D]``, weight ``[V, D]``, bias ``[V]`` to ``graph``."""
         hidden, weight, bias = self.hidden, self.weight, self.bias
         for move in self.moves:
             hidden = move(graph, hidden)
@@ -75,7 +75,7 @@ class Head:
 
 
 def value_of(node: fx.Node) -> Tensor:
-    """The fake tensor that stands for ``node``."""
+    """The fake tensor of ``node``; raises Unreadable if the node is no tensor."""
     value = node.meta.get("example_value")
     if not isinstance(value, Tensor):
         raise Unreadable(f"{node.name} is no tensor")
@@ -83,7 +83,7 @@ def value_of(node: fx.Node) -> Tensor:
 
 
 def read_head(logits: fx.Node) -> Head:
-    """Read backwards from ``logits``; Unreadable says what stands in the way."""
+    """Read the head backwards from its ``logits``; raises Unreadable for any other form."""
     size = value_of(logits).shape[-1]
     if not isinstance(size, int):
         raise Unreadable("vocabulary has no fixed size")
@@ -105,7 +105,7 @@ def read_head(logits: fx.Node) -> Head:
 
 
 def _on_mesh(head: Head) -> Head:
-    """A head of DTensors: what its parallel style has gathered for it need not be."""
+    """A head of DTensors that reads the hidden state before its parallel style gathers it."""
     if head.moves or head.form.columns is not None:
         raise Unreadable("logits are sharded, and cut or laid out anew")
     hidden = head.hidden
@@ -119,7 +119,7 @@ _MATMUL = (torch.matmul, operator.matmul, "matmul")
 
 
 def _projection(node: fx.Node) -> Head | None:
-    """The linear layer that ``node`` is, if it is one."""
+    """The head that consists of the linear layer ``node``; ``None`` for any other node."""
     if node.target is logits_from:
         hidden, weight, bias, spec = node.args
         return Head(hidden, weight, form=Form.read(str(spec), bias))  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ def _projection(node: fx.Node) -> Head | None:
 
 
 def _source(node: fx.Node) -> fx.Node:
-    """What ``node`` changes, if it is one of the operators that a head may end in."""
+    """The input of ``node`` that carries the logits; raises Unreadable for an unknown operator."""
     if node.op in ("call_function", "call_method") and classify(node.target) is not None:
         tensors = [n for n in node.args[:2] if isinstance(n, fx.Node)]
         tensors = [n for n in tensors if isinstance(n.meta.get("example_value"), Tensor)]
@@ -159,7 +159,7 @@ def _require_one_reader(node: fx.Node) -> None:
 
 
 def _followed(head: Head, step: fx.Node) -> Head:
-    """``head`` with one more operator behind it."""
+    """``head``, followed by the operator ``step``."""
     kind, source, form = classify(step.target), _source(step), head.form
     if kind in ("times", "divided"):
         if kind == "divided" and step.args[0] is not source:
@@ -183,7 +183,7 @@ def _followed(head: Head, step: fx.Node) -> Head:
 
 
 def _other(step: fx.Node, source: fx.Node) -> Any:
-    """The one other operand; ``None`` where there is none, or more than one."""
+    """The other operand of ``step``; ``None`` if there is none or more than one."""
     others = [value for value in (*step.args, *step.kwargs.values()) if value is not source]
     return others[0] if len(others) == 1 else None
 
@@ -197,7 +197,7 @@ def _with_bias(head: Head, step: fx.Node, source: fx.Node) -> Head:
 
 
 def _reshaped(head: Head, step: fx.Node, source: fx.Node) -> Head:
-    """The leading axes are laid out anew: so are the hidden state's."""
+    """Reshape the leading axes of the hidden state as ``step`` reshapes those of the logits."""
     before, after = value_of(source), value_of(step)
     if len(step.args) < 2:
         raise Unreadable(f"logits pass through {target_name(step)} by keyword")
@@ -213,7 +213,7 @@ def _reshaped(head: Head, step: fx.Node, source: fx.Node) -> Head:
 
 
 def _sliced(head: Head, step: fx.Node, source: fx.Node) -> Head:
-    """Tokens are taken from the hidden state, columns from the weight."""
+    """Apply an index to the head: tokens index the hidden state, columns cut the weight."""
     value = value_of(source)
     index, columns = split_index(step.args[1], value.ndim, value.shape[-1])
     head = replace(head, form=head.form.cut(columns, value.shape[-1]))
@@ -227,7 +227,7 @@ def _sliced(head: Head, step: fx.Node, source: fx.Node) -> Head:
 
 
 def is_cut(node: fx.Node, source: fx.Node) -> bool:
-    """Whether ``node`` is the first columns of ``source``, and all of its tokens."""
+    """Whether ``node`` takes the first columns of ``source``, for all of its tokens."""
     if node.target is not operator.getitem or node.args[0] is not source:
         return False
     try:
@@ -238,7 +238,7 @@ def is_cut(node: fx.Node, source: fx.Node) -> bool:
 
 
 def target_name(node: fx.Node) -> str:
-    """A node's operator as a reader knows it."""
+    """The name of a node's operator, for messages."""
     if node.op == "output":
         return "the output"
     if node.op == "placeholder":

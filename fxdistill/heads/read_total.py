@@ -1,7 +1,7 @@
-"""Reading the total backwards: which losses on logits, of what, with which weight.
+"""Read the total backwards: which losses on logits it has, of which values, with which weights.
 
-The objective is a fixed shape in the graph, Σ weight · loss over a few summands. What a user's own
-loss makes of our divergences (a sum of them, with numbers in front) is read too.
+The objective has a fixed form in the graph, Σ weight · loss over a few summands. A user's own loss
+can be read too, if it is a sum of this library's divergences with constant coefficients.
 """
 
 import operator
@@ -27,7 +27,7 @@ _ADD, _MUL = (operator.add, torch.add), (operator.mul, torch.mul)
 
 @dataclass(frozen=True)
 class Summand:
-    """``weight · Σ coefficient · loss``, over ``items`` where they are given."""
+    """``weight · Σ coefficient · loss``; with ``items``, these are the losses' denominator."""
 
     weight: Any
     parts: tuple[tuple[float, fx.Node], ...]
@@ -37,7 +37,7 @@ class Summand:
 
     @property
     def product(self) -> fx.Node:
-        """The summand as the total takes it."""
+        """The node that the total sums: weight times value."""
         return self.nodes[0]
 
     @property
@@ -47,12 +47,12 @@ class Summand:
 
     @property
     def is_divergence(self) -> bool:
-        """Whether it compares with the teacher, rather than with labels."""
+        """Whether the losses compare with the teacher, rather than with labels."""
         return self.losses[0].target in NAMES
 
     @property
     def mix(self) -> tuple[Divergence, ...]:
-        """Name, coefficient and β of each divergence."""
+        """The name, coefficient and β of each divergence."""
         betas = [loss.kwargs.get("beta", 0.5) for loss in self.losses]
         if not all(isinstance(beta, (int, float)) for beta in betas):
             raise Unreadable("the β of a divergence is no constant")
@@ -62,7 +62,7 @@ class Summand:
         )
 
     def argument(self, index: int) -> fx.Node:
-        """What all of its losses take at ``index``."""
+        """The positional argument at ``index``, which all of the losses must share."""
         if any(len(loss.args) <= index for loss in self.losses):
             raise Unreadable("a loss takes its logits by keyword")
         taken = [loss.args[index] for loss in self.losses]
@@ -71,7 +71,7 @@ class Summand:
         return taken[0]
 
     def option(self, name: str, default: Any = None) -> Any:
-        """What all of its losses are given for ``name``."""
+        """The keyword argument ``name``, which all of the losses must share."""
         given = [loss.kwargs.get(name, default) for loss in self.losses]
         if any(value is not given[0] and value != given[0] for value in given):
             raise Unreadable(f"the losses of one term differ in {name}")
@@ -79,7 +79,10 @@ class Summand:
 
 
 def read_total(graph: fx.Graph) -> tuple[fx.Node, tuple[Summand, ...]]:
-    """The node that stacks the summands of the total, and those that are losses on logits."""
+    """The node that stacks the summands of the total, and those summands that are of logits.
+
+    Raises Unreadable where the total, or a loss on logits in it, has another form.
+    """
     out = graph.output_node()
     for stack in graph.find_nodes(op="call_function", target=torch.stack):
         if any(user.target == "sum" and out in _ends(user) for user in stack.users):
@@ -89,12 +92,12 @@ def read_total(graph: fx.Graph) -> tuple[fx.Node, tuple[Summand, ...]]:
 
 
 def _ends(node: fx.Node) -> list[fx.Node]:
-    """Who reads ``node``, on this rank or summed over ranks."""
+    """The nodes that read ``node``, directly or through its sum over ranks."""
     return [end for user in node.users for end in (user.users if user.target in OVER else [user])]
 
 
 def _summand(product: Any) -> Summand | None:
-    """``product`` as a summand of losses on logits; ``None`` where it is something else."""
+    """Read ``product`` as a summand of losses on logits; ``None`` if it is something else."""
     if not isinstance(product, fx.Node) or product.target is not operator.mul:
         return None
     weight, value = product.args
@@ -124,12 +127,12 @@ def _summand(product: Any) -> Summand | None:
 
 
 def _is_told(node: fx.Node) -> bool:
-    """Whether ``node`` is the value of a term as the user gets it."""
+    """Whether ``node`` is the detached value of a term that the step returns."""
     return node.target == "detach" and all(end.op == "output" for end in _ends(node))
 
 
 def _mix(node: Any, factor: float, nodes: list[fx.Node]) -> list[tuple[float, fx.Node]]:
-    """``node`` as Σ coefficient · loss; empty where it is not."""
+    """Read ``node`` as Σ coefficient · loss; empty if it has another form."""
     if not isinstance(node, fx.Node) or (node.kwargs and node.target not in ON_LOGITS):
         return []
     nodes.append(node)

@@ -1,10 +1,11 @@
-"""Logits that regional mode does not make: a head hands on a stand-in for what it would return.
+"""Logits that regional mode does not make: a head returns a stand-in for them.
 
-In regional mode the models run as they are, and so would their heads. For the time of a call the
-``forward`` of a plain linear head returns a tensor without storage instead. It remembers hidden
-state and weight and follows the operators that heads end in (``heads.operators``); anything else
-that is done to it makes the logits there and then, and all that came of them. What reaches the
-losses still unmade is handed to them as ``curve.logits_from`` its inputs, which ``FuseHead`` reads.
+In regional mode the models run as they are, and so would their heads. During a call, the
+``forward`` of a plain linear head therefore returns a tensor without storage. It remembers the
+hidden state and the weight, and follows the operators that heads end in (``heads.operators``). Any
+other operation makes the logits at once, together with everything derived from them so far. Logits
+that are still unmade at the losses enter their graph as ``curve.logits_from`` of their inputs,
+which ``FuseHead`` reads.
 
 Private to torch and used here only: ``_make_wrapper_subclass`` and
 ``_top_saved_tensors_default_hooks``. If they move, regional mode fails in the first call.
@@ -30,7 +31,7 @@ from fxdistill.taps.table import runs_frozen
 
 
 class HeadInputs(NamedTuple):
-    """What logits are made from; ``spec`` is the text of a ``Form``."""
+    """The inputs of ``curve.logits_from``; ``spec`` is the text of a ``Form``."""
 
     hidden: Tensor
     weight: Tensor
@@ -40,9 +41,9 @@ class HeadInputs(NamedTuple):
 
 @dataclass
 class _Origin:
-    """How one stand-in came to be: by the head, or by ``make`` from another one."""
+    """How to compute the logits of one stand-in: from hidden state and weight, or by ``make``."""
 
-    source: tuple[Tensor, int] | None  # what the head took, and how often it had been written
+    source: tuple[Tensor, int] | None  # the head's input, and its version when the head ran
     hidden: Tensor
     weight: Tensor
     form: Form
@@ -52,7 +53,7 @@ class _Origin:
     family: "list[UnmadeLogits]" = field(default_factory=list)
 
     def require_unwritten(self) -> None:
-        """StepError where hidden state or weight are not what the head took any more."""
+        """Raise StepError if hidden state or weight have changed since the head ran."""
         if self.head.gathered and self.weight.untyped_storage().nbytes() < self.weight.nbytes:
             raise StepError(
                 "the weight of a model's head was sharded again before its logits were made. "
@@ -66,7 +67,7 @@ class _Origin:
 
 
 class UnmadeLogits(Tensor):
-    """Logits that are not made yet."""
+    """A tensor without storage that stands for logits; ``materialised`` holds them once made."""
 
     origin: _Origin
     materialised: Tensor | None
@@ -74,7 +75,7 @@ class UnmadeLogits(Tensor):
 
     @staticmethod
     def __new__(cls: "type[UnmadeLogits]", origin: _Origin, like: Tensor) -> "UnmadeLogits":
-        """A stand-in of the shape and dtype of ``like``."""
+        """Create a stand-in of the shape and dtype of ``like``."""
         sources = (origin.hidden, origin.weight, origin.form.bias)
         learns = any(x is not None and x.requires_grad for x in sources)
         learns = learns and torch.is_grad_enabled()
@@ -88,13 +89,13 @@ class UnmadeLogits(Tensor):
         origin.family.append(self)
         return self
 
-    # A part of the model that is compiled is not traced through what follows here, but run.
+    # A compiled part of a model calls this method instead of tracing through it.
     @classmethod
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Follow, answer what needs no numbers, or make the logits and go on with those."""
+        """Return a stand-in, answer what needs no numbers, or make the logits and call ``func``."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if func in _QUESTIONS:
@@ -113,7 +114,7 @@ class UnmadeLogits(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """What comes past ``__torch_function__`` gets the logits too."""
+        """Make the logits for an operation that bypasses ``__torch_function__``."""
         args, kwargs = tree_map(_settled, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -122,7 +123,7 @@ class UnmadeLogits(Tensor):
 
     @property
     def inputs(self) -> HeadInputs:
-        """What the losses are handed."""
+        """The inputs from which the losses compute the logits."""
         origin = self.origin
         origin.require_unwritten()
         form = origin.form
@@ -130,17 +131,17 @@ class UnmadeLogits(Tensor):
 
 
 def as_loss_input(value: Tensor) -> Tensor | HeadInputs:
-    """A tapped value as the losses take it."""
+    """A tapped value in the form that the losses take: the inputs of logits that are not made."""
     if not isinstance(value, UnmadeLogits):
         return value
     return value.inputs if value.materialised is None else value.materialised
 
 
 def _settled(value: Any) -> Any:
-    """The logits themselves, and with them all that stand-ins were followed through so far.
+    """The logits of a stand-in, which are made now; any other value as it is.
 
-    In their order, so that what an operator in place does to one of them later is done to its
-    aliases, as it would have been.
+    All stand-ins that come from the same head's output are made together, in their order: then an
+    in-place operator on one of them also changes its aliases, as it would without stand-ins.
     """
     if not isinstance(value, UnmadeLogits):
         return value
@@ -154,14 +155,14 @@ def _settled(value: Any) -> Any:
 
 
 def _is_awaited(logits: Tensor, hook: Any) -> bool:
-    """Whether a hook on logits that are not made waits for the backward of all that reads them."""
+    """Whether a wrapper's hook is put on a stand-in, to run before the backward of its readers."""
     if not isinstance(logits, UnmadeLogits) or logits.materialised is not None:
         return False
     return logits.origin.head.awaits(hook)
 
 
 def _lost(gradient: Tensor) -> None:
-    """Raise where autograd hands a stand-in the gradient that the head should have had."""
+    """Raise StepError when autograd gives a stand-in a gradient: the head would not get it."""
     raise StepError(
         "a model hands its logits to what no stand-in can be followed through (an "
         "autograd.Function, a scripted function), and their gradient would be lost. "
@@ -179,7 +180,7 @@ _QUESTIONS = {
 
 
 def _followed(func: Any, x: UnmadeLogits, args: Any, kwargs: dict[str, Any]) -> UnmadeLogits | None:
-    """A stand-in for ``func`` of one, or ``None`` where none can be."""
+    """The stand-in for ``func`` applied to ``x``; ``None`` if no stand-in can follow it."""
     kind, others = classify(func), [value for value in args if value is not x]
 
     def make() -> Tensor:
@@ -203,7 +204,7 @@ def _followed(func: Any, x: UnmadeLogits, args: Any, kwargs: dict[str, Any]) -> 
 def _with_operator(
     kind: Kind, x: UnmadeLogits, new: _Origin, args: Any, others: Any, like: Tensor
 ) -> _Origin | None:
-    """``new`` with one more operator behind it; ``None``, or Unreadable, where that cannot be."""
+    """``new``, followed by one more operator; ``None`` or Unreadable if no ``Form`` covers it."""
     form = new.form
     if kind in ("times", "divided") and len(others) == 1 and args[0] is x:
         return replace(new, form=form.scaled(others[0], kind, divided=kind == "divided"))
@@ -227,7 +228,7 @@ def _made(value: Any) -> Any:
 
 
 def _like(func: Any, x: UnmadeLogits, args: Any) -> Tensor:
-    """The shape of what ``func`` returns."""
+    """A meta tensor of the shape and dtype that ``func`` returns."""
     meta = torch.empty(x.shape, dtype=x.dtype, device="meta")
     given = [meta if value is x else value for value in args]
     given = [v.to("meta") if isinstance(v, Tensor) and v is not meta else v for v in given]
@@ -235,7 +236,10 @@ def _like(func: Any, x: UnmadeLogits, args: Any) -> Tensor:
 
 
 def _cast(func: Any, x: UnmadeLogits, others: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """Casts that lose nothing, on the same device."""
+    """A meta tensor of a cast's result; ``None`` if the cast may move to another device.
+
+    Raises Unreadable for a lossy cast.
+    """
     given = [*others, *kwargs.values()]
     if any(isinstance(value, (str, torch.device, Tensor)) for value in given):
         return None
@@ -245,7 +249,7 @@ def _cast(func: Any, x: UnmadeLogits, others: Any, kwargs: dict[str, Any]) -> Te
 
 
 def _is_plain_index(others: Any) -> bool:
-    """Whether an index is made of numbers and slices alone."""
+    """Whether an index consists of numbers, slices and ellipses only."""
     index = others[0] if len(others) == 1 else None
     parts = index if isinstance(index, tuple) else (index,)
     return all(isinstance(p, slice) or type(p) is int or p is Ellipsis for p in parts)
@@ -253,14 +257,14 @@ def _is_plain_index(others: Any) -> bool:
 
 @contextlib.contextmanager
 def deferring(heads: Iterable[DeferrableHead]) -> Iterator[Waiting]:
-    """While the context lasts the heads return stand-ins; one head may be both towers'."""
+    """Make the heads return stand-ins within the context. Models may share a head."""
     modes, waiting = _modes(), Waiting()
     changed: list[nn.Linear] = []
 
     def put(head: DeferrableHead) -> None:
         def forward(x: Tensor) -> Tensor:
             here = _modes()
-            # A frozen teacher runs without gradients, as its values are taken.
+            # A frozen teacher runs without gradients, and the losses read it as a constant.
             same = here[1:] == modes[1:] and (here[0] == modes[0] or runs_frozen())
             own = is_traceable_wrapper_subclass(head.module.weight)
             if x.ndim < 2 or not same or own or _saves_elsewhere():
@@ -284,7 +288,7 @@ _Modes = tuple[Any, ...]
 
 
 def _modes() -> _Modes:
-    """What a linear layer depends on besides its arguments: must be the same at the losses."""
+    """The modes that a linear layer depends on; the losses must run under the same ones."""
     autocast = [
         (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         for kind in ("cpu", "cuda")
@@ -294,7 +298,7 @@ def _modes() -> _Modes:
 
 @contextlib.contextmanager
 def _under(modes: _Modes) -> Iterator[None]:
-    """Under the modes that a stand-in was made under, whoever asks for its logits now."""
+    """Enter the modes under which the head ran, whatever modes hold where logits are needed."""
     grad, inference, *autocasts = modes
     with contextlib.ExitStack() as stack:
         if inference != torch.is_inference_mode_enabled():
@@ -307,21 +311,21 @@ def _under(modes: _Modes) -> Iterator[None]:
 
 
 def _saves_elsewhere() -> bool:
-    """Whether what autograd saves goes through hooks: checkpoints count on its order."""
+    """Whether hooks take the tensors that autograd saves: checkpoints rely on their order."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _defer(x: Tensor, head: DeferrableHead, waiting: Waiting) -> UnmadeLogits:
     weights: list[Tensor | None] = [head.module.weight, head.module.bias]
     if head.freed():
-        # A copy costs what keeping the weights would, and no second gathering.
+        # A copy takes as much memory as keeping the weights would, and saves gathering them again.
         weights = [None if value is None else value.clone() for value in weights]
     weight, bias = weights
     assert weight is not None
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     like = torch.empty(*x.shape[:-1], weight.shape[0], dtype=dtype, device="meta")
-    inference = x.is_inference()  # then nobody counts how often it is written
+    inference = x.is_inference()  # inference tensors have no version counter
     source = None if inference else (x, x._version)
     x = x.clone() if inference else x
     made = functools.partial(F.linear, x, weight, bias)

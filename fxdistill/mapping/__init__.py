@@ -1,1 +1,1 @@
-"""Which student value is compared with which teacher value: written, proposed, resolved, saved."""
+"""Mappings from student values to teacher values: writing, proposing, resolving, saving them."""

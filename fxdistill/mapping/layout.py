@@ -1,9 +1,10 @@
 """Layouts: einops patterns that make a student value and a teacher value comparable.
 
-One addition to einops: a group of the left side may name entries to drop, with ``+``, as the class
-token in ``"b (1 + h w) c -> b c h w"`` or two registers at the end in ``"b (n + 2) c -> b n c"``.
-And one convenience: an axis that cannot be known from its own side (``h`` above) is read from the
-other side by its name. einops does all the work on tensors.
+Layouts add one thing to einops: with ``+``, a group on the left side names entries to drop, such as
+the class token in ``"b (1 + h w) c -> b c h w"`` or two registers at the end in
+``"b (n + 2) c -> b n c"``. They also add one convenience: where a value does not determine an axis
+of its own pattern (``h`` above), the axis of that name in the other model's pattern gives its size.
+einops does all the work on tensors.
 """
 
 import re
@@ -20,7 +21,7 @@ Group = tuple[tuple[str, ...], ...]  # the terms of a sum, each a product of nam
 
 @dataclass(frozen=True)
 class Step:
-    """One pattern. ``left`` are the axes of the value; the sums in them are cut before einops."""
+    """One pattern. ``left`` holds the value's axes; einops sees them after sums have been cut."""
 
     text: str
     left: tuple[Group, ...]
@@ -29,12 +30,12 @@ class Step:
 
     @property
     def ellipsis(self) -> int | None:
-        """Where ``...`` stands on the left."""
+        """The index of ``...`` on the left side; ``None`` if there is none."""
         return next((i for i, group in enumerate(self.left) if group == (("...",),)), None)
 
     @property
     def kept(self) -> list[tuple[str, ...]]:
-        """The left side without what is dropped."""
+        """The left side without the terms that name entries to drop."""
         return [kept(group) for group in self.left]
 
 
@@ -44,20 +45,24 @@ def kept(group: Group) -> tuple[str, ...]:
 
 
 def is_size(name: str) -> bool:
-    """Whether an axis is a number that einops does not take: any but 1."""
+    """Whether an axis is written as a number that einops refuses: any number but 1."""
     return name.isdigit() and name != "1"
 
 
 def is_number(term: tuple[str, ...]) -> bool:
-    """Whether a term of a sum is a number of entries to drop."""
+    """Whether a term of a sum is the number of entries to drop."""
     return len(term) == 1 and term[0].isdigit()
 
 
-Layout = tuple[tuple[str, str], ...]  # (pattern, reduction or "") in order; plain, for the graph
+# (pattern, reduction or "") in order. Plain tuples, because a graph node carries them as arguments.
+Layout = tuple[tuple[str, str], ...]
 
 
 def layouts(rearrange: Any, reduce: Any, where: str) -> tuple[Layout, Layout]:
-    """The layouts of both sides from a match's options; raises where they are none."""
+    """The student's and the teacher's layout, from a match's options.
+
+    Raises OptionError or LayoutError where an option is not a layout.
+    """
     sides: tuple[list[tuple[str, str]], list[tuple[str, str]]] = ([], [])
     for side, pattern in zip(sides, _pair(rearrange, isinstance(rearrange, str)), strict=True):
         if pattern is not None:
@@ -90,7 +95,7 @@ def _pair(value: Any, single: bool) -> tuple[Any, Any]:
 
 @cache
 def parse(pattern: str, reduction: str = "") -> Step:
-    """Take a pattern apart; raises LayoutError, in words, where it is none."""
+    """Parse a pattern; raises LayoutError, which explains the mistake, where it is not one."""
     if not isinstance(pattern, str) or pattern.count("->") != 1:
         raise LayoutError(
             f"{pattern!r} is no einops pattern: 'axes -> axes', as in 'b c h w -> b (h w) c'"
@@ -132,7 +137,7 @@ def parse(pattern: str, reduction: str = "") -> Step:
 
 
 def _check_right(right: str, left: str, pattern: str) -> None:
-    """What einops would refuse at the first step is refused here."""
+    """Raise now for a right side that einops would refuse only at the first training step."""
     names = [n for group in _groups(right, pattern, "right") for term in group for n in term]
     if twice := {name for name in names if names.count(name) > 1 and name != "1"}:
         raise LayoutError(f"{pattern!r} names {', '.join(sorted(twice))} twice on the right")
@@ -167,7 +172,10 @@ def _groups(left: str, pattern: str, side: str = "left") -> list[Group]:
 
 
 def pooling_step(layout: Layout) -> int | None:
-    """Which step reduces the token axis of ``[B, L, ...]``; ``None`` where none does."""
+    """The index of the step that reduces the token axis of ``[B, L, ...]``; ``None`` if none does.
+
+    Also ``None`` where a pattern merges or splits that axis.
+    """
     axis = 1
     for number, (pattern, reduction) in enumerate(layout):
         step = parse(pattern, reduction)
@@ -190,7 +198,10 @@ def pools_tokens(layout: Layout) -> bool:
 
 
 def keeps_tokens(layout: Layout, axis: int = 1) -> bool:
-    """Whether a value is ``[B, L, ...]`` or ``[B·L, ...]`` afterwards; ``axis``: of its tokens."""
+    """Whether the layout returns ``[B, L, ...]`` or ``[B·L, ...]``, in that order of tokens.
+
+    ``axis`` is the token axis of the value before the layout.
+    """
     for pattern, reduction in layout:
         step = parse(pattern, reduction)
         groups = (step.left[0], *step.left[axis : axis + 1])
@@ -205,9 +216,9 @@ def keeps_tokens(layout: Layout, axis: int = 1) -> bool:
 
 
 def width_after(layout: Layout, size: int, is_map: bool) -> tuple[int, bool] | None:
-    """Where a value's width goes: its size, and whether it is a map's; ``None`` if it is lost.
+    """The width after a layout, and whether it is that of a feature map; ``None`` if it is lost.
 
-    The width is the second of four axes of a map, and the last axis of anything else.
+    The width is the second of the four axes of a feature map, and the last axis of any other value.
     """
     for pattern, reduction in layout:
         step = parse(pattern, reduction)

@@ -1,4 +1,4 @@
-"""One pair of values, and how they are made comparable."""
+"""``Match``: one pair of values, and how to make them comparable."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -17,27 +17,27 @@ class Match:
     """Compare one value of the student with one of the teacher.
 
     Args:
-        student: A module path or a pattern; in the dict form of a mapping, the key. ``path@k`` is
-            the k-th further call of a module that runs more than once.
-        teacher: Likewise, of the teacher.
-        loss: A name, or a callable ``(student, teacher, weights) -> scalar``; ``None``: the
+        student: A module path or a pattern of the student; in the dict form of a mapping, the key
+            gives it. ``path@k`` is the k-th further call of a module that runs more than once.
+        teacher: A module path or a pattern of the teacher.
+        loss: A name, or a callable ``(student, teacher, weights) -> scalar``; ``None`` takes the
             ``feature_loss`` of ``wrap``.
         weight: The weight of this match in the mean over all matches.
-        project: What maps the student's value to the teacher's width: ``None`` (the shapes must
-            agree), ``"linear"``, ``"auto"`` (a linear only where the widths differ), or a module,
-            which several matches may share. A linear layer works on the last axis; for feature maps
-            ``[B, C, H, W]`` it is a 1×1 convolution. Both start as torch starts them: weights and
-            biases uniform in ±1/√(student's width).
-        rearrange: An einops pattern for both sides, or a pair ``(student's, teacher's)`` of which
-            either may be ``None``. A group may drop leading or trailing entries, as the class token
-            in ``"b (1 + n) d -> b n d"``. An axis that one side cannot know is read from the other
-            by its name.
-        reduce: ``(pattern, "mean" | "max" | "sum")`` for both sides, or a pair of such, run after
-            ``rearrange``.
-        student_port: ``"output"`` (of a tuple, dict or dataclass: its first tensor),
+        project: The layer that maps the student's value to the teacher's width: ``None`` (the
+            shapes must agree), ``"linear"``, ``"auto"`` (a linear layer only where the widths
+            differ), or a module, which several matches may share. A linear layer acts on the last
+            axis; feature maps ``[B, C, H, W]`` get a 1×1 convolution instead. torch initialises
+            both: weights and biases uniform in ±1/√(student's width).
+        rearrange: An einops pattern for both sides, or a pair ``(student's, teacher's)``, either of
+            which may be ``None``. A group may drop leading or trailing entries, such as the class
+            token in ``"b (1 + n) d -> b n d"``. Where a value does not determine an axis of its
+            own pattern, the axis of that name in the other pattern gives its size.
+        reduce: ``(pattern, "mean" | "max" | "sum")`` for both sides, or a pair of these; it runs
+            after ``rearrange``.
+        student_port: ``"output"`` (the first tensor of a tuple, dict or dataclass),
             ``"output[i]"``, ``"output.field"``, ``"input"``, ``"input[i]"`` or ``"input.name"``.
-        teacher_port: Likewise, of the teacher.
-        reason: Why the pair was proposed, by ``fxdistill.match``; for reading only.
+        teacher_port: The same for the teacher.
+        reason: Why ``fxdistill.match`` proposed the pair; it changes nothing.
     """
 
     student: str | None = None
@@ -54,13 +54,13 @@ class Match:
     reason: str = field(default="", kw_only=True, compare=False)
 
     def __repr__(self) -> str:
-        """Only what is not default."""
+        """The fields that differ from their defaults."""
         given = (f for f in fields(self) if getattr(self, f.name) != f.default)
         return f"Match({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in given)})"
 
     @property
     def options(self) -> str:
-        """What is not default, as text, for tables."""
+        """The options that differ from their defaults, as text for tables."""
         parts = [] if self.loss is None else [loss_name(self.loss)]
         parts += [] if self.weight == 1.0 else [f"weight {self.weight:g}"]
         told = self.project == "auto" and self.reason.endswith(" wide")

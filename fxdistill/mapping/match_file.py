@@ -1,4 +1,4 @@
-"""Mappings in files: TOML and JSON, written whole or not at all."""
+"""Mapping files: TOML or JSON. A file is written whole or not at all."""
 
 import functools
 import inspect
@@ -33,7 +33,7 @@ _DEFAULTS = {
 
 
 def save(matches: Iterable[Match], notes: Sequence[str], path: str | os.PathLike[str]) -> None:
-    """Write matches and notes; the ending of ``path`` says as what."""
+    """Write matches and notes to ``path``, as its suffix says: ``.toml`` or ``.json``."""
     target = Path(path)
     text = text_of(matches, notes, kind_of(target))
     try:
@@ -44,7 +44,7 @@ def save(matches: Iterable[Match], notes: Sequence[str], path: str | os.PathLike
 
 
 def text_of(matches: Iterable[Match], notes: Sequence[str], kind: str) -> str:
-    """What a file of that kind, "toml" or "json", holds."""
+    """The content of a mapping file of a kind, "toml" or "json"."""
     entries = [_entry(match) for match in matches]
     if kind == "toml":
         return _toml(notes, entries)
@@ -53,7 +53,7 @@ def text_of(matches: Iterable[Match], notes: Sequence[str], kind: str) -> str:
 
 
 def load(path: str | os.PathLike[str]) -> tuple[list[Match], list[str]]:
-    """Read the matches and the notes of a file; everything in it must be known."""
+    """Read the matches and the notes of a file; raises MappingFileError for an unknown field."""
     source = Path(path)
     kind = kind_of(source)
     try:
@@ -82,12 +82,12 @@ def load(path: str | os.PathLike[str]) -> tuple[list[Match], list[str]]:
 
 
 def _entries(data: dict[str, Any]) -> Any:
-    """What is matched; TOML writes no tables as nothing, and then the format says what it is."""
+    """The list of matches. TOML writes an empty one as nothing: then ``format`` must be there."""
     return data.get("match", [] if "format" in data else None)
 
 
 def kind_of(path: Path) -> str:
-    """As what a file is read and written."""
+    """The format that the suffix of ``path`` names; raises MappingFileError for any other."""
     kind = path.suffix.removeprefix(".").lower()
     if kind not in ("toml", "json"):
         raise MappingFileError(f"{path}: a mapping is kept in a .toml or a .json file")
@@ -103,7 +103,7 @@ def _entry(match: Match) -> dict[str, Any]:
 
 
 def _plain(name: str, value: Any, match: Match) -> Any:
-    """A value as files have it. ``None`` in a pair of layouts becomes an empty string."""
+    """A value as a file holds it: ``None`` in a pair of layouts becomes an empty string."""
     if name == "loss":
         return _loss(value, match)
     if isinstance(value, Tensor):
@@ -163,7 +163,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def _known_loss(loss: Any, where: str) -> Any:
-    """A loss by name, or with options; everything in it must exist."""
+    """The loss of a name, or of a table with options; raises MappingFileError for unknown ones."""
     name = loss.get("name") if isinstance(loss, Mapping) else loss
     if name not in FEATURE_LOSSES:
         near = did_you_mean(str(name), FEATURE_LOSSES)
@@ -207,5 +207,5 @@ def _toml_value(value: Any) -> str:
         return "{ " + ", ".join(f"{key} = {_toml_value(v)}" for key, v in value.items()) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml_value, value)) + "]"
-    # What JSON writes for texts, numbers and truth values, TOML reads; but for this character.
+    # TOML reads the texts, numbers and truth values that JSON writes, except for this character.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,9 +1,8 @@
-"""Which student value is compared with which teacher value.
+"""``Matches``: which student value is compared with which teacher value.
 
-A mapping is explicit in the end: one ``Match`` for every pair of module calls, in a ``Matches``
-that prints, is edited like a list or a dict, and can be saved and loaded. Patterns
-(``patterns.py``) are a way of writing many at once, ``match`` (``proposal.py``) a way of not
-writing any.
+Every mapping ends up explicit: one ``Match`` for each pair of module calls, in a ``Matches`` that
+prints, can be edited like a list or a dict, and can be saved and loaded. A pattern
+(``patterns.py``) writes many matches at once; ``match`` (``propose.py``) proposes all of them.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, MutableSequence
@@ -21,12 +20,12 @@ from fxdistill.mapping.match import ACCEPTED, Match
 
 
 class Matches(MutableSequence[Match]):
-    """A mapping: an editable list of ``Match``, which also goes by the student's path.
+    """A mapping: an editable list of ``Match``, which can also be indexed by the student's path.
 
     ``matches[0]``, ``matches["model.layers.0.mlp"]``, ``del matches[...]``, ``append``, and
-    ``matches["model.layers.0.mlp"] = "model.layers.1.mlp"`` (or a ``Match``) all work. Printed, it
-    fits 80 columns. ``save`` and ``load`` keep it as TOML or JSON. Where a student's path is
-    matched again, the path means its first match.
+    ``matches["model.layers.0.mlp"] = "model.layers.1.mlp"`` (or a ``Match``) all work. It prints in
+    80 columns. ``save`` and ``load`` keep it as TOML or JSON. Where several matches have the same
+    student path, the path selects the first of them.
     """
 
     def __init__(self, matches: Iterable[Match] = (), notes: Iterable[str] = ()) -> None:
@@ -87,7 +86,7 @@ class Matches(MutableSequence[Match]):
         self._matches.insert(index, _match(value))
 
     def keys(self) -> list[str]:
-        """The students' paths, in order."""
+        """The student path of each match, in order."""
         return [str(match.student) for match in self._matches]
 
     def items(self) -> list[tuple[str, Match]]:
@@ -97,13 +96,17 @@ class Matches(MutableSequence[Match]):
     def save(self, path: Any) -> None:
         """Write the matches to ``path`` (``.toml`` or ``.json``), whole or not at all.
 
-        Raises OptionError where a loss or a projection is an object, which no file can hold.
+        Raises MappingFileError where a loss or a projection is an object that no file can hold, or
+        where the file cannot be written.
         """
         match_file.save(self._matches, self.notes, path)
 
     @classmethod
     def load(cls, path: Any) -> "Matches":
-        """Read what ``save`` wrote, or a file written by hand in the same form."""
+        """Read a file that ``save`` wrote, or one written by hand in the same form.
+
+        Raises MappingFileError where it cannot be read or names something unknown.
+        """
         return cls(*match_file.load(path))
 
     def __repr__(self) -> str:
@@ -113,7 +116,7 @@ class Matches(MutableSequence[Match]):
         return text(self, 80)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """A line for each pair, below it what it asks for and why, then the notes."""
+        """A line for each pair, under it the reason and the options, and the notes at the end."""
         width = max((len(_path(m, "student")) for m in self), default=0)
         longest = max((len(_path(m, "teacher")) for m in self), default=0)
         apart = width + longest + len(" ← ") > options.max_width
@@ -135,7 +138,7 @@ Mapped = Mapping[str, str | Match] | Iterable[Match | Mapping[str, str | Match]]
 
 
 def parse_entries(mapping: Any) -> tuple[list[Match], list[FxDistillError]]:
-    """The entries of a mapping in any of its forms, unexpanded, and what is wrong with the rest."""
+    """The entries of a mapping in any form, patterns unexpanded, and the errors of the others."""
     problems: list[FxDistillError] = []
     if mapping is None:
         return [], problems
@@ -147,7 +150,7 @@ def parse_entries(mapping: Any) -> tuple[list[Match], list[FxDistillError]]:
         return [], [OptionError(f"mapping={mapping!r}: a mapping is {ACCEPTED}")]
     matches: list[Match] = []
     for entry in mapping:
-        if isinstance(entry, (Mapping, Matches)):  # what a list may hold as a whole
+        if isinstance(entry, (Mapping, Matches)):  # a list may also hold whole mappings
             inner, wrong = parse_entries(entry)
             matches += inner
             problems += wrong

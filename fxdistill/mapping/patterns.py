@@ -1,8 +1,9 @@
-"""Patterns: many matches in one line, expanded to explicit ones.
+"""Patterns: one line that stands for many matches.
 
-``*`` stands for one path segment (or a part of one), ``**`` for any number of them, ``{i}`` for a
-number that the other side may compute with: ``"layers.{i}.mlp": "layers.{2*i+1}.mlp"``. What ``*``
-and ``**`` match pairs in natural order (numbers as numbers), for each value of the ``{}``.
+``*`` stands for one path segment (or a part of one), ``**`` for any number of segments, and ``{i}``
+for a number that the other side may compute with: ``"layers.{i}.mlp": "layers.{2*i+1}.mlp"``. For
+each value of the variables in braces, the paths that ``*`` and ``**`` match on the two sides are
+paired in natural order (``layers.10`` after ``layers.9``).
 """
 
 import ast
@@ -15,14 +16,14 @@ from functools import cached_property
 from fxdistill.errors import PatternError
 
 _TOKEN = re.compile(r"\{[^{}]*\}|\*\*|\*|[^{}*]+|[{}]")
-_COMPUTED = "fxdistill_computed_"  # names of groups; no variable is called like that
+_COMPUTED = "fxdistill_computed_"  # prefix of regex groups that no variable's name begins with
 
 Binding = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """One side of a match. ``call`` is what follows ``@``."""
+    """One side of a match. ``call`` is the number after ``@``."""
 
     path: str
     call: int = 0
@@ -30,7 +31,7 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str, tower: str) -> "Pattern":
-        """Check and take apart; raises PatternError where ``text`` is no pattern."""
+        """Parse and check ``text``; raises PatternError where it is not a pattern."""
         path, at, call = text.partition("@")
         if at and not call.isdigit():
             raise PatternError(
@@ -55,30 +56,30 @@ class Pattern:
 
     @cached_property
     def expressions(self) -> tuple[str, ...]:
-        """What stands in braces."""
+        """The expressions in braces."""
         return tuple(
             t[1:-1].strip() for t in _TOKEN.findall(self.path) if len(t) > 1 and t[0] == "{"
         )
 
     @property
     def is_plain(self) -> bool:
-        """Whether this is simply a path."""
+        """Whether this is a path without ``*`` and braces."""
         return "*" not in self.path and "{" not in self.path
 
     @property
     def names(self) -> set[str]:
-        """The variables that appear."""
+        """The variables of all expressions."""
         return set().union(*(_names(e) for e in self.expressions))
 
     @property
     def bare(self) -> set[str]:
-        """The variables that stand alone in braces somewhere: matching gives their value."""
+        """The variables that stand alone in braces somewhere: a matching path gives their value."""
         return {e for e in self.expressions if e.isidentifier()}
 
     def found(self, paths: Collection[str], known: Mapping[str, int]) -> dict[Binding, list[str]]:
-        """The paths that match, in the order of ``paths``, by the values of the variables.
+        """The matching paths, in the order of ``paths``, for each binding of the variables.
 
-        Variables in ``known`` have that value; the others take whatever number matches.
+        A variable in ``known`` has the value given there; any other takes the number that matches.
         """
         if self.is_plain:
             return {tuple(sorted(known.items())): [self.path]} if self.path in paths else {}
@@ -102,7 +103,7 @@ class Pattern:
             token, around = found[0], self.path[: found.start()][-1:] + self.path[found.end() :][:1]
             if token == "**":
                 parts.append(".*")
-            elif token == "*":  # a part of a segment may be nothing, a segment not
+            elif token == "*":  # part of a segment may be empty, a whole segment may not
                 parts.append("[^.]+" if not around.strip(".") else "[^.]*")
             elif token[0] != "{":
                 parts.append(re.escape(token))
@@ -115,7 +116,7 @@ class Pattern:
             else:
                 parts.append(rf"(?P<{_COMPUTED}{computed}>\d+)")
                 computed += 1
-        # `**` stands for no segment, too, and then takes its dot with it.
+        # `**` may stand for no segment: then its dot goes as well.
         return "".join(parts).replace(r".*\.", r"(?:.*\.)?").replace(r"\..*", r"(?:\..*)?")
 
     def _value(self, expression: str, known: Mapping[str, int]) -> int:
@@ -129,7 +130,7 @@ class Pattern:
             ) from None
 
     def filled(self, known: Mapping[str, int]) -> str:
-        """The pattern with values in place of braces, for messages."""
+        """The pattern with values in place of its expressions, for messages."""
 
         def fill(token: str) -> str:
             return str(self._value(token[1:-1].strip(), known)) if token[0] == "{" else token
@@ -137,7 +138,7 @@ class Pattern:
         return "".join(map(fill, _TOKEN.findall(self.path)))
 
     def range(self, paths: Collection[str]) -> str:
-        """Which numbers there are where the last braces stand, for messages."""
+        """The range of numbers that ``paths`` have in place of the last braces, for messages."""
         stars = {"*": "[^.]*", "**": ".*"}
         tokens = _TOKEN.findall(self.path)
         parts = [r"(\d+)" if t[0] == "{" else stars.get(t, re.escape(t)) for t in tokens]
@@ -147,7 +148,7 @@ class Pattern:
 
 
 def in_words(binding: Binding) -> str:
-    """Values of variables, for messages."""
+    """The values of the variables, for messages."""
     return ", ".join(f"{name}={value}" for name, value in binding)
 
 
@@ -166,7 +167,7 @@ _OPERATORS = {
 
 
 def evaluate(expression: str, values: Mapping[str, int]) -> int:
-    """An index expression over whole numbers: names, numbers, ``+ - * // %``, parentheses."""
+    """The value of an index expression: names, whole numbers, ``+ - * // %``, parentheses."""
 
     def value(node: ast.expr) -> int:
         if isinstance(node, ast.Constant):

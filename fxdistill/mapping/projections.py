@@ -1,8 +1,8 @@
 """Projections: layers that map a student's value to the teacher's width.
 
-They belong to the distiller, are trained with the student, and stay out of its export. A linear
-layer works on the last axis, a 1×1 convolution on feature maps ``[B, C, H, W]``. Both start as
-torch starts them: weights and biases uniform in ±1/√(student's width).
+The distiller owns them and trains them with the student; exporting the student leaves them out. A
+linear layer acts on the last axis, a 1×1 convolution on feature maps ``[B, C, H, W]``. torch
+initialises both: weights and biases uniform in ±1/√(student's width).
 """
 
 import itertools
@@ -24,14 +24,14 @@ KINDS = ("auto", "linear")
 
 @dataclass(frozen=True)
 class Width:
-    """The width of a value, and whether it is the second axis of a map rather than the last."""
+    """A value's width; it is the second axis of a feature map, or the last axis of other values."""
 
     size: int
     is_map: bool = False
 
 
 def check_option(match: Match, student: nn.Module) -> None:
-    """Raise OptionError where ``project`` is nothing that can be."""
+    """Raise OptionError for an unknown ``project``, or one that shares the student's parameters."""
     if isinstance(match.project, nn.Module):
         own = {id(p) for p in student.parameters()}
         if any(id(p) in own for p in match.project.parameters()):
@@ -50,9 +50,10 @@ def check_option(match: Match, student: nn.Module) -> None:
 def made(
     match: Match, student: Width | None, teacher: Width | None, like: nn.Module
 ) -> nn.Module | None:
-    """The projection of a match between values of known widths, on the device of ``like``.
+    """Make the projection of a match from the two widths, on the device of ``like``.
 
-    ``None`` where "auto" finds equal widths.
+    Returns ``None`` where "auto" finds equal widths. Raises ProjectionError where a width is
+    unknown.
     """
     if student is None or teacher is None:
         unknown = " and ".join(
@@ -72,7 +73,7 @@ def made(
         return None
     first = next(like.parameters(), None)
     device, dtype = (None, None) if first is None else (first.device, first.dtype)
-    # Made in place: a layer that is moved is written anew, which fake tensors do not take.
+    # Create it on the device: moving it would reassign its parameters, which fake tensors refuse.
     if student.is_map:
         return nn.Conv2d(student.size, teacher.size, 1, device=device, dtype=dtype)
     return nn.Linear(student.size, teacher.size, device=device, dtype=dtype)
@@ -81,9 +82,10 @@ def made(
 def widths_by_shape(
     student: Sequence[int], teacher: Sequence[int], channels_last: bool
 ) -> tuple[Width, Width]:
-    """The widths of two values of known shapes: of four axes the second, if it is not the last.
+    """The widths of a student and a teacher value, from their shapes.
 
-    ``channels_last`` tells where the shapes do not.
+    Values with four axes are taken for feature maps ``[B, C, H, W]``, unless their shapes agree in
+    all axes but the last. Where they agree in all axes, ``channels_last`` decides.
     """
     s, t = list(student), list(teacher)
     last = s[:-1] == t[:-1] and (s[-1] != t[-1] or channels_last)
@@ -93,12 +95,15 @@ def widths_by_shape(
 
 
 def structural_widths(model: nn.Module) -> Callable[[Tap, Layout], Width | None]:
-    """Tell widths from a model's structure, without running it; ``None`` where it does not tell."""
+    """A function that reads widths off a model's structure; it returns ``None`` if it cannot.
+
+    The model is not run.
+    """
     stacks = stacks_of(model)
     known: dict[str, Width] = {}
     for block in (block for stack in stacks for block in stack.blocks):
         if block.width is not None:
-            # What is around the blocks (a stage, an encoder) returns what the last block does.
+            # A module around the blocks (a stage, an encoder) returns what its last block returns.
             outer = itertools.accumulate(block.path.split("."), lambda a, b: f"{a}.{b}")
             known.update((path, Width(block.width, block.is_map)) for path in outer)
             for part in block.parts:

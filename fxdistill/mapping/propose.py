@@ -26,30 +26,32 @@ def match(
 ) -> Matches:
     """Propose which layers to match, and say why.
 
-    The repeated blocks of both models are found, and in each block its mixers (attention, state
-    space, linear attention, convolution) and its MLP (dense, gated, mixture of experts): what they
-    put out before it is added to the residual stream. Nothing is run; meta tensors will do.
+    ``match`` finds the repeated blocks of both models, and in each block the mixers (attention,
+    state space, linear attention, convolution) and the MLPs (dense, gated, mixture of experts). It
+    pairs their outputs, as they are before they are added to the residual stream. Neither model is
+    run, so both may be on the meta device.
 
     Args:
-        student: Its n blocks each get a teacher block (by ``layers``).
-        teacher: Has m blocks.
-        roles: Any of "mixer", "mlp", "block", "embedding" (of tokens; in vision, what enters the
-            first block), "norm" (the final one) and "logits".
+        student: The model with n blocks; ``layers`` gives each of them a teacher block.
+        teacher: The model with m blocks.
+        roles: Any of "mixer", "mlp", "block", "embedding" (of tokens; without one, the module
+            before the first block), "norm" (the final norm) and "logits".
         layers: Which teacher block (counted from 0) student block i learns from. "uniform": the
-            last of its share, ⌈(i+1)·m/n⌉ - 1, so that the last blocks meet (TinyBERT, Jiao et al.,
-            2020); "skip": the first of its share, i·⌊m/n⌋; "first": i; "last": m - n + i; or
-            explicit, ``{0: 1, 1: 3}``. With several stacks (an encoder and a decoder, or stages) it
-            holds for each; ``{student stack: strategy}`` tells them apart.
+            last of its share, ⌈(i+1)·m/n⌉ - 1, so that the last blocks are paired (TinyBERT, Jiao
+            et al., 2020); "skip": the first of its share, i·⌊m/n⌋; "first": i; "last": m - n + i;
+            or explicit, ``{0: 1, 1: 3}``. Models with several stacks of blocks (an encoder and a
+            decoder, or stages) use it for each stack; ``{student stack: strategy}`` gives each
+            stack its own.
 
     Returns:
-        Matches, explicit and editable, ``project="auto"`` where the widths differ. ``notes`` say
-        what has no counterpart.
+        Explicit matches to edit, with ``project="auto"`` where the widths differ or are unknown.
+        ``notes`` name the layers without a counterpart.
 
     Raises:
-        StructureError: No repeated blocks are found, or the models have different numbers of
-            stacks.
+        StructureError: No repeated blocks or nothing to match is found, or the models have
+            different numbers of stacks.
         CountError: The strategy needs more teacher blocks than there are.
-        OptionError: An unknown role or strategy, or an index out of range.
+        OptionError: A role, a strategy or a stack is unknown, or an index is out of range.
     """
     wanted = _checked_roles(roles)
     s_stacks, t_stacks = _stacks(student, "student"), _stacks(teacher, "teacher")
@@ -83,7 +85,7 @@ def match(
 
 
 class _Notes:
-    """What has no counterpart, told once for each kind."""
+    """The layers without a counterpart, one line for each kind, and other remarks."""
 
     def __init__(self) -> None:
         self.texts: dict[str, None] = {}
@@ -138,7 +140,7 @@ def _described(stacks: list[Stack]) -> str:
 
 @dataclass(frozen=True)
 class _Depth:
-    """A strategy: its name for the reasons, and the teacher block of each student block."""
+    """A strategy: its name for ``Match.reason``, and the teacher block of each student block."""
 
     name: str
     layers: Layers
@@ -214,7 +216,7 @@ def _stack_matches(
             if role in roles:
                 for a, b in _paired(s, t, role, notes):
                     pair = _match(a.path, b.path, s.width, t.width, f"{where}: {_kinds(a, b)}")
-                    # What mixes tokens by linear layers works on the transposed value.
+                    # An MLP that mixes tokens by linear layers acts on the transposed value.
                     sides = [TRANSPOSED if part.kind == TOKEN_MLP else None for part in (a, b)]
                     layout = (sides[0], sides[1]) if any(sides) else None
                     found.append(replace(pair, rearrange=layout))
@@ -227,7 +229,7 @@ def _stack_matches(
 
 
 def _paired(s: Block, t: Block, role: str, notes: _Notes) -> list[tuple[Part, Part]]:
-    """The parts of two blocks: in order where they are equally many, else those of one kind."""
+    """Pair the parts of two blocks by kind, or in order where equally many differ in kind."""
     ours, theirs = s.of(role), t.of(role)
     if len(ours) == len(theirs) and sorted(p.kind for p in ours) != sorted(p.kind for p in theirs):
         return list(zip(ours, theirs, strict=True))
@@ -279,7 +281,7 @@ def _landmark(role: str, paths: Ends, widths: Widths, notes: _Notes) -> list[Mat
 
 
 def _logits(paths: Ends, widths: Widths, notes: _Notes) -> list[Match]:
-    """No projection between vocabularies: what is beyond the padding is another matter."""
+    """Pair the logits if they are equally wide: no projection maps one vocabulary to another."""
     if None not in widths and widths[0] != widths[1]:
         notes.add(
             f"the logits are {widths[0]} and {widths[1]} wide and are not paired: logit_loss "
@@ -298,6 +300,6 @@ def _leaf_widths(student: nn.Module, teacher: nn.Module, paths: Ends) -> Widths:
 
 
 def _entry_width(model: nn.Module, path: str | None, stacks: list[Stack]) -> int | None:
-    """How wide the embedding is: as it says itself, else as the first block takes it."""
+    """The embedding's width, from the module itself or else from the first block's input."""
     leaf = None if path is None else output_width(model.get_submodule(path))
     return stacks[0].blocks[0].width_in if leaf is None else leaf[0]

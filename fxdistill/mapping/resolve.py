@@ -1,4 +1,4 @@
-"""A mapping in any of its forms -> explicit matches, or all that is wrong with it, at once."""
+"""Resolve a mapping in any of its forms to explicit matches, or raise all of its errors at once."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -25,19 +25,19 @@ from fxdistill.models.tap import Tap, module_names
 PORT = re.compile(r"output(\[\d+\]|\.\w+)?|input(\[\d+\]|\.\w+)?")
 _SHOWN = 6
 
-ModulePaths = Mapping[str, Collection[str]]  # of each tower
+ModulePaths = Mapping[str, Collection[str]]  # by tower
 
 
 def resolve(student: nn.Module, teacher: nn.Module, mapping: object) -> Matches:
     """Expand a mapping in any of its forms to explicit matches, in order.
 
-    All that is wrong is reported together: PathError for what does not exist, naming the nearest
-    that does; CountError where the two sides of a pattern match different numbers of modules;
-    PatternError for what is no pattern; PortError for an unknown port; DuplicateError where two
-    entries claim one student value.
+    All errors are raised together: PathError for a path that no module has, with the nearest that
+    exist; CountError where the two sides of a pattern match different numbers of modules;
+    PatternError for a text that is no pattern; PortError for an unknown port; DuplicateError where
+    two entries claim one student value; OptionError for an entry that is not a match.
     """
     models = {"student": student, "teacher": teacher}
-    # The keys of a dict: looked up at once, and in natural order for patterns.
+    # Keys of a dict: a lookup takes constant time, and patterns match in natural order.
     paths = {
         tower: dict.fromkeys(sorted(module_names(model), key=natural)).keys()
         for tower, model in models.items()
@@ -108,10 +108,10 @@ def _at(path: str, call: int) -> str:
 
 
 def _claimed_twice(found: list[tuple[Match, Match]]) -> list[FxDistillError]:
-    """A student value may be matched again on purpose: by explicit paths, or by another loss.
+    """The errors where entries claim one student value by mistake.
 
-    Two patterns that meet in one value with different teachers, and the same pair twice, are not on
-    purpose.
+    A student value may be matched again on purpose, by explicit paths or with another loss. Two
+    patterns that give it different teacher values, or a pair that occurs twice, are mistakes.
     """
     first: dict[Tap, list[tuple[Match, Match]]] = {}
     problems: dict[tuple[int, int], FxDistillError] = {}
@@ -126,7 +126,7 @@ def _claimed_twice(found: list[tuple[Match, Match]]) -> list[FxDistillError]:
 
 
 def _conflict(source: Match, pair: Match, other: Match, before: Match) -> str | None:
-    """What to say of two entries that claim one student value; ``None`` where both may."""
+    """The message for two entries that claim one student value; ``None`` where both may do so."""
     if replace(before, weight=pair.weight) == pair:
         return (
             f"student {pair.student!r} is matched with teacher {pair.teacher!r} twice, with the "
@@ -151,7 +151,7 @@ def _conflict(source: Match, pair: Match, other: Match, before: Match) -> str | 
 
 
 def _one_module_twice(model: nn.Module, tower: str, taps: list[Tap]) -> list[FxDistillError]:
-    """Two paths to one module would both read the module's first call."""
+    """The errors where two paths lead to one module: both would read its first call."""
     first: dict[tuple[int, str, int], str] = {}
     problems: list[FxDistillError] = []
     for tap in taps:

@@ -1,1 +1,1 @@
-"""What a user's model is made of, and what it says about itself."""
+"""Read the structure of a user's model, and what the model says about itself."""

@@ -11,7 +11,7 @@ from fxdistill.errors import OptionError
 from fxdistill.models.tap import Tap
 
 Task = Literal["causal_lm", "masked_lm", "seq2seq", "classification"]
-Stream = Literal["tokens", "encoder", "decoder"]  # whose tokens a value is indexed by
+Stream = Literal["tokens", "encoder", "decoder"]  # the sequence that indexes a value
 TASKS: tuple[Task, ...] = ("causal_lm", "masked_lm", "seq2seq", "classification")
 
 # Endings of Hugging Face class names (transformers' auto classes name models by their head).
@@ -30,7 +30,7 @@ _CLASS_ENDINGS: dict[str, Task] = {
 
 
 def find_task(model: nn.Module, task: str) -> Task | None:
-    """The task that was asked for, or what class name and config say; ``None`` if they do not."""
+    """Return ``task``, or for ``"auto"`` what class name and config tell; ``None`` if unknown."""
     if task in TASKS:
         return task
     if task != "auto":
@@ -43,7 +43,7 @@ def find_task(model: nn.Module, task: str) -> Task | None:
     # Before "causal_lm": an encoder-decoder's generation class has that ending too.
     if any(getattr(config, "is_encoder_decoder", False) for config in configs):
         return "seq2seq"
-    # A checkpoint's architecture comes last: it may be another head than the model at hand has.
+    # The architectures of the checkpoint come last: their head may be another than this model's.
     names = [type(m).__name__ for m in models]
     names += [name for c in configs for name in (getattr(c, "architectures", None) or ())]
     return next((found for name in names if (found := _by_ending(name)) is not None), None)
@@ -82,7 +82,7 @@ def logits_of(output: Any) -> Tensor | None:
 
 
 def stream_of(model: nn.Module, tap: Tap, task: Task | None) -> Stream:
-    """Whose tokens a tapped value is indexed by."""
+    """The token sequence that indexes a tapped value."""
     if task != "seq2seq":
         return "tokens"
     encoder = encoder_of(model)
@@ -93,18 +93,18 @@ def stream_of(model: nn.Module, tap: Tap, task: Task | None) -> Stream:
 
 
 def encoder_of(model: nn.Module) -> nn.Module | None:
-    """The encoder of an encoder-decoder, where the model has a way to say so."""
+    """The encoder of an encoder-decoder: ``get_encoder()``, or the attribute ``encoder``."""
     get = getattr(model, "get_encoder", None)
     encoder = get() if callable(get) else getattr(model, "encoder", None)
     return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
 
 
 def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor | None:
-    """The decoder's tokens made from labels as the model's own class makes them."""
+    """Make the decoder's input tokens from labels as the model's own code does; else ``None``."""
     for name in ("prepare_decoder_input_ids_from_labels", "_shift_right"):
         if callable(make := getattr(model, name, None)):
             return cast(Tensor, make(labels))
-    # Whisper and its kin shift with a function of their module.
+    # Whisper and similar models shift with a function of their Python module.
     make = getattr(sys.modules[type(model).__module__], "shift_tokens_right", None)
     config: Any = getattr(model, "config", None)
     if make is None or config is None:

@@ -1,4 +1,4 @@
-"""Where a model lies, and whether what it is called with lies there too."""
+"""The device of a model, and checks that inputs and other models are on it."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,7 +20,7 @@ def device_of(model: nn.Module) -> torch.device:
 def check_devices(
     model: nn.Module, name: str, args: Iterable[Any], kwargs: Mapping[str, Any]
 ) -> None:
-    """Raise DeviceError where an input is not where the model is (if that is one place)."""
+    """Raise DeviceError if an input is not on the device of the model (if it is on one only)."""
     device = device_of(model)
     named = {**{f"argument {i}": value for i, value in enumerate(args)}, **kwargs}
     wrong = {
@@ -36,7 +36,7 @@ def check_devices(
 
 
 def check_same_device(student: nn.Module, other: nn.Module, name: str) -> None:
-    """Raise DeviceError where two models that are each in one place are not in the same."""
+    """Raise DeviceError if two models, each on one device, are not on the same one."""
     places = [{p.device for p in model.parameters()} for model in (student, other)]
     if len(places[0]) == len(places[1]) == 1 and places[0] != places[1]:
         (s,), (t,) = places

@@ -1,4 +1,4 @@
-"""What stands around the stacks: embedding, final norm, and the module that makes the logits."""
+"""The modules around the stacks of blocks: embedding, final norm, and the head."""
 
 import itertools
 
@@ -10,9 +10,10 @@ from fxdistill.models.weights import norm_width, weights_in
 
 
 def head_path(model: nn.Module) -> str | None:
-    """The linear layer that makes the logits, by what the model says.
+    """The path of the linear layer that makes the logits, by ``get_output_embeddings``.
 
-    If it says nothing: the last one outside of lists that is as wide as an embedding has entries.
+    If the model has none: the last linear layer outside of lists whose output is as wide as an
+    embedding has entries.
     """
     own = asked(model, "get_output_embeddings")
     linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
@@ -24,7 +25,7 @@ def head_path(model: nn.Module) -> str | None:
 
 
 def roles_in(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """The role of each module that structure knows, by its path, and what it was recognised as."""
+    """By path, the role of each recognised module, and what it was recognised as."""
     stacks = stacks_of(model)
     ends = {"embedding": embedding_of(model, stacks), "logits": logits_module_of(model, stacks)}
     roles = {path: (role, "") for role, path in ends.items() if path is not None}
@@ -36,10 +37,11 @@ def roles_in(model: nn.Module) -> dict[str, tuple[str, str]]:
 
 
 def embedding_of(model: nn.Module, stacks: list[Stack]) -> str | None:
-    """The token embedding; without one, the module that hands over to the first block."""
+    """The token embedding; without one, the module before the first block."""
     own = asked(model, "get_input_embeddings")
     if isinstance(own, nn.Embedding):
-        # T5 names one that never runs: of those that share its weight, the one beside the blocks.
+        # T5 names an embedding that never runs: of those that share its weight, take the one whose
+        # path is nearest to the blocks.
         shared: list[str] = [
             name
             for name, module in model.named_modules()
@@ -59,13 +61,13 @@ def embedding_of(model: nn.Module, stacks: list[Stack]) -> str | None:
 
 
 def norms_of(model: nn.Module, stacks: list[Stack]) -> list[str | None]:
-    """For each stack the norm behind its last block; ``None`` where another stack follows first."""
+    """For each stack the norm after its last block; ``None`` if another stack comes before it."""
     found = [_sibling(model, stack.path, behind=True) for stack in stacks]
     return [None if name in found[i + 1 :] else name for i, name in enumerate(found)]
 
 
 def logits_module_of(model: nn.Module, stacks: list[Stack]) -> str | None:
-    """The module whose output is the logits: what the model says, else its last weight."""
+    """The module that returns the logits: as the model says, else the last weight behind stacks."""
     own = asked(model, "get_output_embeddings")
     if own is not None:
         return _path_of(model, own)
@@ -79,13 +81,13 @@ def logits_module_of(model: nn.Module, stacks: list[Stack]) -> str | None:
 
 
 def vocabulary_of(model: nn.Module) -> int | None:
-    """How many columns the logits have, where the model names a plain head."""
+    """The number of logits per token, if the model names a linear head; else ``None``."""
     head = asked(model, "get_output_embeddings")
     return head.out_features if isinstance(head, nn.Linear) else None
 
 
 def asked(model: nn.Module, method: str) -> nn.Module | None:
-    """What Hugging Face's accessors return; not every model implements them."""
+    """The module that a Hugging Face accessor returns; not every model implements them."""
     get = getattr(model, method, None)
     try:
         found = get() if callable(get) else None
@@ -99,7 +101,7 @@ def _path_of(model: nn.Module, wanted: nn.Module) -> str | None:
 
 
 def _common(a: str, b: str) -> int:
-    """How many segments two paths share from the beginning."""
+    """How many leading segments two paths share."""
     pairs = zip(a.split("."), b.split("."), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -109,14 +111,14 @@ def _inside(path: str, stack: Stack) -> bool:
 
 
 def _sibling(model: nn.Module, path: str, *, behind: bool) -> str | None:
-    """The nearest norm behind the stack, or the nearest module before it, going outwards."""
+    """Search outwards from a stack for the nearest norm after it, or the nearest module before."""
     while path:
         parent, _, name = path.rpartition(".")
         children = list(model.get_submodule(parent).named_children())
         index = [n for n, _ in children].index(name)
         around = children[index + 1 :] if behind else children[:index][::-1]
         for sibling, module in around:
-            # A norm of the embedding may be defined behind the blocks: its name is all that tells.
+            # A norm of the embedding may be defined after the blocks: only its name tells it apart.
             final = norm_width(module) is not None and "emb" not in sibling
             if final if behind else _carries(module):
                 return f"{parent}.{sibling}" if parent else sibling
@@ -125,6 +127,6 @@ def _sibling(model: nn.Module, path: str, *, behind: bool) -> str | None:
 
 
 def _carries(module: nn.Module) -> bool:
-    """Whether a module in front of the blocks makes the value that enters them."""
+    """Whether a module before the blocks may make the value that enters them."""
     passive = isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Identity, _DropoutNd))
     return not passive and (bool(list(module.parameters())) or not list(module.children()))

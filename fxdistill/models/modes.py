@@ -1,4 +1,4 @@
-"""Train and eval mode, and buffers: settled for a step, put back after an error."""
+"""Set train and eval mode for a step; restore modes and buffers after an error."""
 
 import contextlib
 import functools
@@ -16,9 +16,10 @@ from fxdistill.errors import FxDistillError, ModeError
 
 
 def settle_modes(learning: Iterable[nn.Module], frozen: nn.Module, name: str = "teacher") -> None:
-    """Put a frozen model in eval mode; modules of models that learn too keep their mode.
+    """Put a frozen model in eval mode, except modules that it shares with a model that learns.
 
-    Raises ModeError where that would change what the frozen model computes; ``name`` is its own.
+    Raises ModeError if such a module is in train mode and computes something else in that mode.
+    ``name`` is the name of the frozen model.
     """
     shared = {id(m) for model in learning for m in model.modules()}
     for path, module in frozen.named_modules():
@@ -36,7 +37,7 @@ def settle_modes(learning: Iterable[nn.Module], frozen: nn.Module, name: str = "
 
 @contextlib.contextmanager
 def modes_kept_on_error(*models: nn.Module) -> Iterator[None]:
-    """Put the train and eval modes of ``models`` back if the body raises."""
+    """Restore the train and eval modes of ``models`` if the body raises."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         yield
@@ -48,7 +49,7 @@ def modes_kept_on_error(*models: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def buffers_kept_on_error(*models: nn.Module) -> Iterator[None]:
-    """Put buffers (running statistics) back if the body raises an error of ours."""
+    """Restore buffers (running statistics) if the body raises an FxDistillError."""
     before = {b: b.detach().clone() for model in models for b in model.buffers()}
     try:
         yield
@@ -60,7 +61,7 @@ def buffers_kept_on_error(*models: nn.Module) -> Iterator[None]:
 
 
 def _probabilities(module: nn.Module) -> dict[str, float]:
-    """The probabilities with which ``module`` itself drops, or shakes, values in training."""
+    """The probabilities with which ``module`` itself drops or jitters values in training."""
     if isinstance(module, _DropoutNd):
         return {"p": module.p}
     return {
@@ -71,19 +72,20 @@ def _probabilities(module: nn.Module) -> dict[str, float]:
 
 
 def drops(module: nn.Module) -> str | None:
-    """Name and value of the probability of ``module`` that is not 0; ``None`` without one."""
+    """The first drop or jitter probability of ``module`` above 0, as ``name=p``; else ``None``."""
     return next((f"{name}={p}" for name, p in _probabilities(module).items() if p > 0), None)
 
 
 def _mode_matters(module: nn.Module) -> str | None:
-    """Why ``module`` computes something else in train mode; ``None`` if it does not seem to."""
+    """Why ``module`` computes something else in train mode; ``None`` if it seems not to."""
     if isinstance(module, (_BatchNorm, _InstanceNorm)):
         return "batch statistics" if module.track_running_stats else None
     if isinstance(module, nn.RReLU):
         return "random slopes"
     if (dropped := drops(module)) is not None:
         return dropped
-    # A layer that asks for its mode, and has no probability that would say that it does not matter.
+    # A leaf that reads its mode. If it has probabilities, all are 0 here, and the mode does not
+    # matter.
     leaf = next(module.children(), None) is None
     own = type(module).__module__.split(".")[0] != "torch"
     if (
@@ -98,7 +100,7 @@ def _mode_matters(module: nn.Module) -> str | None:
 
 @functools.cache
 def _source(function: Callable[..., Any]) -> str:
-    """The source of a function; empty where there is none to read."""
+    """The source of a function; empty if it cannot be read."""
     try:
         return inspect.getsource(function)
     except (OSError, TypeError):

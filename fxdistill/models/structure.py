@@ -1,8 +1,8 @@
-"""What a model is made of: stacks of blocks, and in each block its mixers and its MLP.
+"""The structure of a model: stacks of blocks, and in each block its mixers and its MLPs.
 
-By structure first: heads, state-space parameters, convolutions, and how widths go up and down
-tell what a module does, whatever it is called. Names decide only where structure does not. Nothing
-is run, so models on the meta device are as good as any.
+Structure decides first: heads, state-space parameters, convolutions, and how widths go up and down
+tell what a module does, whatever its name. Names decide only where structure does not. The model is
+not run, so it may be on the meta device.
 """
 
 import re
@@ -16,17 +16,17 @@ from torch import nn
 from fxdistill.models.weights import Weight, norm_width, under, weight_of, weights_in
 
 Role = Literal["mixer", "mlp"]
-Accept = Callable[[tuple["Block", ...], set[type]], bool]  # what makes these blocks a stack
+Accept = Callable[[tuple["Block", ...], set[type]], bool]  # whether these blocks are a stack
 
 _MIXER_NAMES = re.compile(r"attn|attention|mixer|mamba|ssm|retention|rwkv|delta|recurrent", re.I)
 TOKEN_MLP = "token MLP"
-_BRANCHES = ("convolution", "convolved MLP")  # their norms are within them
+_BRANCHES = ("convolution", "convolved MLP")  # the part is the whole branch, norms included
 _MLP_NAMES = re.compile(r"mlp|ffn|feed_?forward|(^|[._])ff|moe|expert", re.I)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A mixer or an MLP: the module that returns it before it is added to the residual stream."""
+    """A mixer or an MLP: the module whose output is added to the residual stream."""
 
     path: str
     role: Role
@@ -38,9 +38,9 @@ class Part:
 class Block:
     """One repeated block.
 
-    ``width`` is that of the residual stream it writes to, ``width_in`` of what enters it;
-    ``is_map`` tells that both are feature maps ``[B, C, H, W]``. What is not ``called`` returns
-    nothing.
+    ``width`` is that of the residual stream that the block writes to, ``width_in`` that of its
+    input. With ``is_map``, both are feature maps ``[B, C, H, W]``. A block that is not ``called``
+    (a ModuleList or ModuleDict) returns nothing.
     """
 
     path: str
@@ -51,20 +51,20 @@ class Block:
     called: bool = True
 
     def of(self, role: str) -> list[Part]:
-        """The parts of a role, in the order of the model."""
+        """The parts with ``role``, in the order of the model."""
         return [part for part in self.parts if part.role == role]
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks that follow one another: the children of one container."""
+    """Consecutive blocks: the children of one container."""
 
     path: str
     blocks: tuple[Block, ...]
 
 
 def stacks_of(model: nn.Module) -> list[Stack]:
-    """The stacks of ``model``, in order; none where nothing is repeated."""
+    """The stacks of ``model``, in order; none if it has no repeated blocks."""
     found = _search(model, "", _is_strict_stack)
     return found or _search(model, "", lambda blocks, kinds: bool(blocks))
 
@@ -90,15 +90,15 @@ def _search(module: nn.Module, path: str, accept: Accept) -> list[Stack]:
 
 
 def _is_strict_stack(blocks: tuple[Block, ...], kinds: set[type]) -> bool:
-    """Blocks with mixers: all of one class, or each with a mixer of its own."""
+    """Whether there are mixers, and the blocks are of one class or each has a mixer."""
     mixed = [bool(block.of("mixer")) for block in blocks]
     return any(mixed) and (len(kinds) == 1 or all(mixed))
 
 
 def _is_uniform(stack: Stack) -> bool:
-    """Whether every block has a mixer: then the container around is a list of stages.
+    """Whether every block has a mixer: then a list around the stack is a list of stages.
 
-    Otherwise the list may be one block's own (a T5 block is a list of its attention and its MLP).
+    Otherwise the stack may be a list inside one block (a T5 block lists its attention and its MLP).
     """
     return all(block.of("mixer") for block in stack.blocks)
 
@@ -135,10 +135,10 @@ def block_of(block: nn.Module, path: str) -> Block:
 
 
 def _stream_width(block: nn.Module, path: str) -> int | None:
-    """The width that the block's outermost norms have; else the one that most weights share."""
+    """The width of the block's outermost norms; else the width that most weights share."""
     weights = weights_in(block, path)
     convolved = [w for w in weights if w.kind == "convolution"]
-    if convolved:  # the last one in the main branch writes the stream
+    if convolved:  # the last weight of the main branch writes the stream
         return weights[-1].fan_out
     depths: dict[int, list[int]] = {}
     for name, module in under(block, path):
@@ -151,7 +151,7 @@ def _stream_width(block: nn.Module, path: str) -> int | None:
 
 
 def _parts(module: nn.Module, path: str, width: int | None) -> tuple[list[Part], list[Weight]]:
-    """The parts below ``module``, and the weights that belong to none alone."""
+    """The parts inside ``module``, and the weights that belong to none of them."""
     parts: list[Part] = []
     loose: list[Weight] = []
     for name, child in module.named_children():
@@ -179,9 +179,10 @@ def _parts(module: nn.Module, path: str, width: int | None) -> tuple[list[Part],
 def _output_of(part: nn.Module, path: str) -> str:
     """The module inside ``part`` that returns the part's value before norm and residual.
 
-    1. A wrapper that holds one module with all the weights, and a norm: that module.
-    2. A last child that holds one weight and a norm (BERT's output, which adds the residual): that
+    1. If ``part`` wraps one module with all the weights, and a norm: that module.
+    2. If its last child holds one weight and a norm (BERT's output, which adds the residual): that
        weight.
+    3. Otherwise ``part`` itself.
     """
     holders = [(n, c) for n, c in part.named_children() if weights_in(c, "") or _has_attention(c)]
     norms = any(norm_width(c) is not None for c in part.children())
@@ -204,7 +205,7 @@ def _has_attention(module: nn.Module) -> bool:
 
 
 def _classify(module: nn.Module, path: str, width: int | None) -> Part | None:
-    """What ``module`` is, as a whole; ``None`` where it is nothing or more than one thing."""
+    """The part that ``module`` is as a whole; ``None`` if it is none, or holds several."""
     weights = weights_in(module, path)
     if _has_attention(module):
         return Part(path, "mixer", _attention(path, module), "nn.MultiheadAttention")
@@ -235,7 +236,7 @@ def _by_widths(
     width: int | None,
     chain: tuple[str, int] | None,
 ) -> Part | None:
-    """Tell attention from an MLP by how many weights read the stream, and what widths meet."""
+    """Tell attention from an MLP by how many weights read the stream, and by their widths."""
     readers = [w for w in weights if w.fan_in == width]
     writers = [w for w in weights if w.fan_out == width]
     square = [w for w in readers if w.fan_out == width]
@@ -261,9 +262,9 @@ def _by_widths(
 
 
 def _chain(weights: Iterable[Weight], width: int | None) -> tuple[str, int] | None:
-    """An expansion: one weight from the stream to F (or 2F, gate and value), one from F back.
+    """Find an expansion: a weight from the stream to F (or 2F: gate and value), one from F back.
 
-    Returns the path of the one back, and F.
+    Returns the path of the weight back, and F; ``None`` if there is none.
     """
     linear = [w for w in weights if w.kind == "linear"]
     found = None
@@ -280,7 +281,7 @@ def _chain(weights: Iterable[Weight], width: int | None) -> tuple[str, int] | No
 
 
 def _experts(module: nn.Module, width: int | None) -> str | None:
-    """Expert weights: three-dimensional parameters, or a list of equal MLPs."""
+    """Count the experts: three-dimensional parameters, or a list of equal MLPs."""
     for m in module.modules():
         cubes = [p for p in m.parameters(recurse=False) if p.ndim == 3]
         alike = len(cubes) >= 2 and len({p.shape[0] for p in cubes}) == 1
@@ -309,7 +310,7 @@ def _attention(path: str, module: nn.Module) -> str:
 
 
 def _by_name(path: str, module: nn.Module) -> Part | None:
-    """Names, where structure says nothing: the module's own and its class's."""
+    """Classify by name where structure tells nothing: by the module's name, then its class's."""
     for text in (path.rsplit(".", 1)[-1], type(module).__name__):
         if _MLP_NAMES.search(text):
             return Part(path, "mlp", "MLP", f"named {text}")
@@ -318,13 +319,13 @@ def _by_name(path: str, module: nn.Module) -> Part | None:
     return None
 
 
-# ---- weights that lie in the block itself
+# ---- weights of the block itself
 
 
 def _loose_parts(
     block: nn.Module, path: str, loose: list[Weight], width: int | None, roles: set[Role]
 ) -> list[Part]:
-    """Parts whose weights are the block's own (``fc1``, ``fc2``), or each in a module apart."""
+    """Find parts whose weights are children of the block (``fc1``, ``fc2``), not of one module."""
     parts = []
     spatial = [w for w in loose if w.kind != "linear"]
     has_mixer = "mixer" in roles
@@ -333,7 +334,7 @@ def _loose_parts(
     if spatial and len(loose) > 1:
         inside = _chain(loose, width)
         if inside is None or spatial[-1].fan_in != width or inside[1] == width:
-            # One branch: what comes last in it, a norm included, returns its value.
+            # One branch: its last module, which may be a norm, returns its value.
             return [
                 Part(_last_of_branch(block, path, loose), "mixer", "convolution", _count(spatial))
             ]
@@ -356,7 +357,7 @@ def _count(weights: list[Weight]) -> str:
 
 
 def _holder(block: nn.Module, path: str, weight: str) -> str:
-    """The child that holds ``weight`` alone and adds no norm; else the weight itself."""
+    """The child that holds only ``weight``, and no norm; else the weight itself."""
     name = weight.removeprefix(f"{path}.").split(".")[0]
     child = block.get_submodule(name)
     normed = any(norm_width(m) is not None for m in child.modules())
@@ -365,7 +366,7 @@ def _holder(block: nn.Module, path: str, weight: str) -> str:
 
 
 def _last_of_branch(block: nn.Module, path: str, loose: list[Weight]) -> str:
-    """The norm behind the last of the block's own weights, or that weight."""
+    """The norm after the last of the block's own weights, or that weight."""
     direct = [w for w in loose if w.path.count(".") == path.count(".") + 1] or loose
     last = max((w for w in direct), key=lambda w: [n for n, _ in under(block, path)].index(w.path))
     names = list(under(block, path))

@@ -1,4 +1,4 @@
-"""Names: of a model in a distiller, and of one value of a model."""
+"""Names for the models of a distiller, and for single values of a model."""
 
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ Section = str
 
 
 def module_names(module: nn.Module) -> list[str]:
-    """The paths of all submodules of ``module``, in order: what a mapping can name."""
+    """The paths of all submodules of ``module``, in order: those that a mapping can name."""
     return [name for name, _ in module.named_modules(remove_duplicate=False) if name]
 
 
@@ -26,12 +26,12 @@ class Tap:
     path: str
     port: str = "output"
     call: int = 0
-    # As text, made here: dynamo makes the numbers that it meets symbolic, and prints none of those.
+    # Text, formed here: dynamo makes numbers symbolic, and cannot format symbolic numbers.
     name: str = field(init=False, compare=False, repr=False, default="")
     call_text: str = field(init=False, compare=False, repr=False, default="")
 
     def __post_init__(self) -> None:
-        """``name`` is ``path``, with ``@call`` and ``:port`` where they are not the default."""
+        """Set ``name``: ``path``, with ``@call`` and ``:port`` where they are not the default."""
         call = f"@{self.call}" if self.call else ""
         port = f":{self.port}" if self.port != "output" else ""
         object.__setattr__(self, "name", f"{self.path}{call}{port}")

@@ -1,7 +1,7 @@
-"""The weights of a model by what they do: which module maps which width to which.
+"""The weights of a model, by the widths that they map to each other.
 
-The ground that ``structure.py`` stands on. Only shapes and classes are looked at, so it works on
-meta tensors, and on quantised or hand-written layers that keep a two-dimensional ``weight``.
+``structure.py`` builds on this file. It reads only shapes and classes, so it works on meta tensors,
+and on quantised or hand-written layers that keep a two-dimensional ``weight``.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ WeightKind = Literal["linear", "convolution", "depthwise"]
 
 @dataclass(frozen=True)
 class Weight:
-    """A leaf that maps ``fan_in`` features to ``fan_out``; a convolution also mixes positions."""
+    """A leaf module that maps ``fan_in`` features to ``fan_out``; a convolution mixes positions."""
 
     path: str
     kind: WeightKind
@@ -25,7 +25,7 @@ class Weight:
 
 
 def weight_of(module: nn.Module, path: str) -> Weight | None:
-    """The weight that ``module`` is itself, if it is one."""
+    """The weight that ``module`` itself is; ``None`` if it is none."""
     if isinstance(module, _ConvNd):
         pointwise = all(k == 1 for k in module.kernel_size)
         depthwise = module.groups > 1 and module.groups == module.in_channels
@@ -45,17 +45,17 @@ def weight_of(module: nn.Module, path: str) -> Weight | None:
 
 
 def weights_in(module: nn.Module, path: str) -> list[Weight]:
-    """All weights of ``module``, in the order in which it defines them."""
+    """All weights inside ``module``, in the order of their definition."""
     return [w for name, m in under(module, path) if (w := weight_of(m, name)) is not None]
 
 
 def under(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """``module`` and everything in it, with full paths."""
+    """``module`` and all modules inside it, with full paths."""
     yield from module.named_modules(prefix=path)
 
 
 def norm_width(module: nn.Module) -> int | None:
-    """The width of a normalisation: a leaf that owns vectors of one length, and nothing else."""
+    """The width of a normalisation: a leaf whose parameters are vectors of one length."""
     parameters = list(module.parameters(recurse=False))
     if not parameters or next(module.children(), None) is not None:
         return None
@@ -69,7 +69,7 @@ def norm_width(module: nn.Module) -> int | None:
 
 
 def output_width(module: nn.Module) -> tuple[int, bool] | None:
-    """The width of what a leaf returns, and whether that is a feature map ``[B, C, H, W]``."""
+    """The width of a leaf's output, and whether that is a feature map ``[B, C, H, W]``."""
     if (weight := weight_of(module, "")) is not None:
         return weight.fan_out, isinstance(module, (nn.Conv2d, nn.Conv1d, nn.Conv3d))
     if isinstance(module, nn.Embedding):

@@ -1,1 +1,1 @@
-"""Which losses a step has, on which values, for which tokens, with which weights."""
+"""The objective: which losses a step has, on which values and tokens, and with which weights."""

@@ -1,4 +1,4 @@
-"""Layouts on tensors: what the patterns of ``layout.py`` do, by einops, and the shapes it gives."""
+"""Apply the layouts of ``layout.py`` to tensors with einops, and predict the resulting shapes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -24,7 +24,7 @@ from fxdistill.mapping.layout import (
 
 
 def _axes(step: Step, shape: Sequence[Any]) -> list[tuple[int, Group]]:
-    """Which axis of the value each group means, but for the ellipsis."""
+    """Pair each group but the ellipsis with the axis of the value that it describes."""
     where, count = step.ellipsis, len(step.left)
     fits = len(shape) == count if where is None else len(shape) >= count - 1
     if not fits:
@@ -39,7 +39,7 @@ def _axes(step: Step, shape: Sequence[Any]) -> list[tuple[int, Group]]:
 
 
 def _dropped(group: Group) -> tuple[int, int]:
-    """How many entries to drop at the beginning and at the end."""
+    """The numbers of entries to drop at the beginning and at the end of an axis."""
     if len(group) == 1:
         return 0, 0
     keep = next(i for i, term in enumerate(group) if not is_number(term))
@@ -48,7 +48,11 @@ def _dropped(group: Group) -> tuple[int, int]:
 
 
 def sizes(layout: Layout, shape: Sequence[Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """The axes of the first pattern of ``layout`` that ``shape`` and ``known`` give a size."""
+    """The sizes, by name, of the axes in ``layout``'s first pattern that ``shape`` determines.
+
+    ``known`` gives sizes of further names, and they are returned too. A group of several names
+    determines the one that is left open.
+    """
     found = dict(known)
     if not layout:
         return found
@@ -111,7 +115,7 @@ def _run(x: Tensor, layout: Layout, known: Mapping[str, Any]) -> Tensor:
 
 
 def _for_einops(step: Step, lengths: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The left side with names for numbers, and the lengths that einops needs."""
+    """The left side, with a name in place of each number, and the lengths that einops needs."""
     parts = []
     given: dict[str, Any] = {}
     for axis, term in enumerate(step.kept):
@@ -128,10 +132,10 @@ def _for_einops(step: Step, lengths: Mapping[str, Any]) -> tuple[str, dict[str, 
 def arrange(
     value: Tensor, own: Layout, other: Tensor, others: Layout, weights: Tensor | None = None
 ) -> Tensor:
-    """``value`` by its ``own`` layout; ``other`` and its layout tell sizes by name.
+    """Apply ``value``'s ``own`` layout; ``other`` and its layout give the sizes it leaves open.
 
-    ``weights`` ``[B, L]``, where the value is ``[B, L, ...]``: the step that reduces the tokens
-    counts each by its weight, and a padded one not at all.
+    With ``weights`` ``[B, L]`` for a value ``[B, L, ...]``, the step that reduces the tokens weighs
+    each of them; a token with weight 0, such as padding, does not count.
     """
     theirs = sizes(others, other.shape, {})
     at = None if weights is None else pooling_step(own)
@@ -159,7 +163,7 @@ def _pooled(
 
 
 def arranged_shape(value: Tensor, own: Layout, other: Tensor, others: Layout) -> tuple[int, ...]:
-    """The shape that ``arrange`` gives; raises LayoutError where the patterns do not fit."""
+    """The shape that ``arrange`` returns; raises LayoutError where the patterns do not fit."""
     if not own:
         return tuple(value.shape)
     theirs = sizes(others, other.shape, {})

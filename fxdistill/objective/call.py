@@ -1,4 +1,4 @@
-"""Sorting what a call brings: model inputs, and what the objective takes for itself."""
+"""Sort the arguments of a call: inputs of the models, and arguments of the objective."""
 
 import warnings
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ CALL_KEYWORDS = (
 
 
 class Inputs(NamedTuple):
-    """What one model is called with."""
+    """The arguments of one model."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """One call, sorted: what goes to which model, and what stays here."""
+    """One sorted call: the inputs of each model, and the batch that the objective reads."""
 
     inputs: Mapping[Tower, Inputs]
     batch: Batch
@@ -47,11 +47,12 @@ def sort_call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Call:
-    """Sort the arguments of a call: for each model, and for the objective.
+    """Sort the arguments of a call into the inputs of each model and those of the objective.
 
-    ``NAME_inputs`` is laid over what the model of that name gets. Positional arguments stay
-    positional; the objective reads them by the names that the ``forward`` of ``main`` gives them.
-    An encoder-decoder whose decoder gets nothing gets the labels, shifted.
+    The entries of ``NAME_inputs`` replace or extend the inputs of the model called NAME. Positional
+    arguments stay positional; the objective reads them by their names in ``main``'s ``forward``. An
+    encoder-decoder without decoder inputs gets the shifted labels as its decoder's tokens. Raises
+    BatchError for a field of the wrong type or shape.
     """
     of_one = {f"{tower}_inputs": tower for tower in models}
     kept = {*CALL_KEYWORDS, *of_one}
@@ -70,7 +71,7 @@ def sort_call(
 
 
 def _batch(model: nn.Module, inputs: Inputs, own: Mapping[str, Any], task: str | None) -> Batch:
-    """What a call says about its tokens: by its own keywords, and by the inputs of ``model``."""
+    """The batch, from the objective's own keywords and from the inputs of ``model``."""
     device = device_of(model)
     items = own.get("num_items", own.get("num_items_in_batch"))
     feature_items = own.get("num_feature_items")
@@ -106,7 +107,7 @@ _NOTHING = torch.empty(0)
 
 
 def _by_name(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """The inputs with positional ones under their names; those without a name are left out."""
+    """All inputs by name; a positional input that ``forward`` does not name is left out."""
     names = input_names(model) if inputs.args else ()
     if sum(isinstance(arg, Tensor) for arg in inputs.args[len(names) :]) > 1:
         warnings.warn(
@@ -115,17 +116,17 @@ def _by_name(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
             MatchWarning,
             stacklevel=2,
         )
-    # A model of one's own may take the whole batch as one mapping.
+    # A user's model may take the whole batch as one mapping.
     whole = {k: v for arg in inputs.args if isinstance(arg, Mapping) for k, v in arg.items()}
     return {**whole, **dict(zip(names, inputs.args, strict=False)), **inputs.kwargs}
 
 
 def _laid_over(model: nn.Module, shared: Inputs, own: Mapping[str, Any]) -> Inputs:
-    """``shared``, with what the model gets of its own in place of what has the same name."""
+    """``shared``, with the model's ``own`` inputs in place of those of the same name."""
     names = input_names(model)[: len(shared.args)] if own else ()
     if not any(name in own for name in names):
         return Inputs(shared.args, {**shared.kwargs, **own})
-    # Positional ones that are replaced: all that have a name are passed by it.
+    # An own input replaces a positional one: pass every positional input that has a name by it.
     named = {**dict(zip(names, shared.args, strict=False)), **shared.kwargs, **own}
     return Inputs(shared.args[len(names) :], named)
 
@@ -144,7 +145,7 @@ def _tensor(value: Any) -> Tensor | None:
 def _token_grid(
     args: tuple[Any, ...], seen: Mapping[str, Any], own: Mapping[str, Any], task: str | None
 ) -> Tensor | None:
-    """A tensor whose leading two sizes are those of the (encoder's) tokens."""
+    """A tensor whose first two sizes are those of the tokens (the encoder's, if there is one)."""
     for name in ("input_ids", "inputs_embeds"):
         if isinstance(found := seen.get(name), Tensor) and found.ndim >= 2:
             return found

@@ -1,7 +1,7 @@
-"""What is checked about all matches at once, when their values' shapes are known.
+"""Check all matches at once, when the shapes of their values are known.
 
-That is while the first step is traced, or, eagerly, between the models and the first loss; always
-before anything of the student changes. Everything found is reported together.
+A captured step does so while it is traced, an eager one between the models and the first loss: in
+both cases before the student changes. All errors are raised together.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,8 @@ def verify(
 ) -> None:
     """Check every match against the values in ``table``; add warnings to it, raise errors.
 
-    ``alone``: no other term, and no projection, would teach anything.
+    ``alone`` says that only the matches could train anything: there is no other term and no
+    projection.
     """
     problems: list[FxDistillError] = []
     frozen: list[Term] = []
@@ -71,13 +72,16 @@ def verify(
 
 
 def _named(term: Term) -> tuple[str, str]:
-    """Both values as messages call them: the model, and what of it."""
+    """Both values as messages name them: the model and its tap."""
     ours, theirs = (f"{tower} {str(tap)!r}" for tower, tap in term.taps)
     return ours, theirs
 
 
 def _parts(table: TapTable, tower: Tower, tap: Tap, value: Tensor) -> list[FxDistillError]:
-    """A plain value that looks like one rank's part of the sequence: never compare those."""
+    """The error for a plain tensor that looks like one rank's shard of the sequence.
+
+    Comparing such shards would compare different tokens.
+    """
     if is_placed(value) or value.ndim < 3:
         return []
     ranks = table.expected.ranks.get(tower, frozenset())
@@ -100,7 +104,7 @@ def _parts(table: TapTable, tower: Tower, tap: Tap, value: Tensor) -> list[FxDis
 
 
 def _meshes(term: Term, student: Tensor, teacher: Tensor) -> list[FxDistillError]:
-    """Two values on two meshes."""
+    """The error for two values on different meshes."""
     if not is_placed(student) or not is_placed(teacher):
         return []
     if student.device_mesh == teacher.device_mesh:
@@ -151,7 +155,7 @@ def _shapes(
         projected = projected_shape(s, projection, f"{s_name!r} -> {t_name!r}")
         if isinstance(projected, ProjectionError):
             return [projected]
-        if projected is None:  # a module of the user's own: judged by what it returns
+        if projected is None:  # a user's module: the step checks the shape that it returns
             return []
         s = projected
     problem = shape_problem(s, t, s_name, t_name)
@@ -161,7 +165,7 @@ def _shapes(
 def _dtype_problem(name: str, value: Tensor, projection: nn.Module) -> DtypeError | None:
     first = next(projection.parameters(), None)
     kind = value.device.type
-    # "meta" has no autocast, and may not be asked.
+    # "meta" has no autocast: asking torch whether it is enabled there would raise.
     casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     if first is None or first.dtype == value.dtype or casts:
         return None
@@ -174,7 +178,10 @@ def _dtype_problem(name: str, value: Tensor, projection: nn.Module) -> DtypeErro
 def projected_shape(
     shape: Sequence[int], projection: nn.Module, name: str
 ) -> Sequence[int] | ProjectionError | None:
-    """The shape behind a single linear layer or 1×1 convolution; ``None`` for other modules."""
+    """The output shape of a linear layer or 1×1 convolution; ``None`` for any other module.
+
+    A ProjectionError is returned, not raised, where ``shape`` does not fit the layer.
+    """
     weight = weight_of(projection, "")
     if weight is None or weight.kind != "linear":
         return None
@@ -191,7 +198,7 @@ def projected_shape(
 def shape_problem(
     student: Sequence[int], teacher: Sequence[int], s_name: str, t_name: str
 ) -> ShapeError | None:
-    """What to say, and to do, where two values cannot be compared."""
+    """The error, with advice, for two values of different shapes; ``None`` for equal shapes."""
     s, t = list(student), list(teacher)
     if s == t:
         return None

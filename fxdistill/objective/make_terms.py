@@ -1,4 +1,4 @@
-"""Matches -> terms of the objective, and the projections that they ask for."""
+"""Turn matches into terms of the objective, and make the projections that they ask for."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +19,7 @@ from fxdistill.objective.arrange import arranged_shape
 from fxdistill.objective.term import GLOBAL_SETTINGS, Term
 
 RESERVED = ("loss", "logits", "labels", "features", *GLOBAL_SETTINGS)
-Shapes = Mapping[tuple[Tower, Tap], Tensor]  # meta tensors: what a tap has been seen to be
+Shapes = Mapping[tuple[Tower, Tap], Tensor]  # meta tensors with the shapes seen at the taps
 
 
 def make_terms(
@@ -28,16 +28,16 @@ def make_terms(
     default: str | Callable[..., Tensor],
     task: Task | None,
 ) -> tuple[Term, ...]:
-    """One term a match, named by the student's tap; ``#2`` where that is matched again.
+    """Make one term for each match, named by the student's tap, with ``#2`` at its second match.
 
-    Raises what is wrong with the matches' options, all together.
+    Raises all errors in the matches' options together.
     """
     seen: dict[str, int] = {}
     terms, problems = [], list[FxDistillError]()
     for match in matches:
         tap = tap_of(match, "student")
         base = str(tap)
-        if base in RESERVED:  # a module called like a term: say its port
+        if base in RESERVED:  # a module that is named like another term: add its port
             base += ":output"
         seen[base] = seen.get(base, 0) + 1
         name = base if seen[base] == 1 else f"{base}#{seen[base]}"
@@ -67,20 +67,20 @@ def check_options(
     default: str | Callable[..., Tensor],
     problems: list[FxDistillError],
 ) -> tuple[Loss | None, tuple[Layout, Layout] | None]:
-    """The loss and the layouts of a match; what is wrong with its options joins ``problems``."""
+    """The loss and the layouts of a match; errors in its options are added to ``problems``."""
     gather(problems, projections.check_option, match, student)
     loss = gather(problems, loss_of, match.loss or default, FEATURE_LOSSES, "loss")
     return loss, gather(problems, layouts, match.rearrange, match.reduce, name)
 
 
 def _token_axis(model: nn.Module, tap: Tap) -> int:
-    """Where the tokens of a value lie: behind the channels in what a 1-D convolution returns."""
+    """The token axis of a value: a 1-D convolution returns ``[B, C, L]``, with tokens last."""
     channels_first = isinstance(model.get_submodule(tap.path), (nn.Conv1d, nn.BatchNorm1d))
     return 2 if channels_first and tap.port == "output" else 1
 
 
 def asks_for_width(matches: Matches) -> bool:
-    """Whether a projection has to be made."""
+    """Whether a match asks for a projection that has yet to be made."""
     return any(isinstance(match.project, str) for match in matches)
 
 
@@ -91,10 +91,11 @@ def with_projections(
     shapes: Shapes,
     problems: list[FxDistillError],
 ) -> tuple[tuple[Term, ...], nn.ModuleList]:
-    """Terms that know their projections, and those. A module given to several matches is shared.
+    """Make the projections, and give each term the index of its own.
 
-    Widths are those of ``shapes`` where a tap is in it, else what the models' structure tells. A
-    term whose projection cannot be made is left out, and the reason joins ``problems``.
+    Matches that name one module share it. Widths come from ``shapes`` where both taps of a term are
+    in it, and otherwise from the models' structure. A term whose projection cannot be made is left
+    out, and the error is added to ``problems``.
     """
     structure = {}
     if asks_for_width(matches):

@@ -1,6 +1,6 @@
-"""The terms of an objective: a loss, the values that it compares, its weight.
+"""The terms of an objective: each has a loss, the values that it compares, and a weight.
 
-Each term says which models its values come from, by name. Any number of models may be compared.
+Each term names the models that its values come from. Any number of models may be compared.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from fxdistill.mapping.layout import Layout
 from fxdistill.models.conventions import Stream
 from fxdistill.models.tap import Tap, Tower
 
-LOGITS = Tap("", "logits")  # of any model: what it returns
+LOGITS = Tap("", "logits")  # the logits that a model returns
 GLOBAL_SETTINGS = ("logit_weight", "feature_weight", "label_weight", "temperature")
 
 
@@ -29,14 +29,14 @@ class Term:
     stream: Stream = "tokens"
     projection: int | None = None
     layouts: tuple[Layout, Layout] = ((), ())
-    # What the layouts do to tokens, told here so that no pattern is read while the step is traced.
+    # What the layouts do to tokens, stored so that tracing the step parses no pattern.
     keeps_tokens: bool = True
     pools_tokens: tuple[bool, bool] = (False, False)
     of: tuple[Tower, Tower] = ("student", "teacher")
 
     @property
     def taps(self) -> tuple[tuple[Tower, Tap], tuple[Tower, Tap]]:
-        """What the term reads, by model."""
+        """The two values that the term reads, each with its model."""
         return (self.of[0], self.student), (self.of[1], self.teacher)
 
 
@@ -44,7 +44,7 @@ class Term:
 class LogitTerm:
     """``loss(student logits, teacher logits, *, temperature, weights)``, times ``share``.
 
-    ``share`` is the term's part of the logit weight.
+    ``share`` is the term's fraction of the logit weight.
     """
 
     loss: Loss

@@ -1,8 +1,9 @@
-"""Which tokens count, and how much: one rule for every term.
+"""Token weights: one rule says for every term which tokens count, and how much.
 
-``labels``, ``loss_mask`` and ``token_weights`` are indexed by token. Token j's weight scales the
-features at j, and the label and logit terms of the prediction *of* j: made at j - 1 by a causal
-model, at j otherwise. A prediction counts only where the position that makes it is attended too.
+``labels``, ``loss_mask`` and ``token_weights`` are indexed by token. The weight of token j scales
+the features at j, and the label and logit terms of the prediction *of* j, which a causal model
+makes at j - 1 and any other model at j. A prediction counts only if the position that makes it is
+attended, too.
 
 B batch, L sequence, D width, V vocabulary.
 """
@@ -22,9 +23,9 @@ TOKEN_FIELDS = ("labels", "loss_mask", "token_weights")
 
 
 class Batch(NamedTuple):
-    """What a call says about its tokens; every field is optional.
+    """The token-indexed tensors and the item counts of a call; every field is optional.
 
-    ``tokens`` and ``decoder_tokens`` are read for their leading two sizes only.
+    Only the first two sizes of ``tokens`` and ``decoder_tokens`` are read.
     """
 
     labels: Tensor | None = None
@@ -38,13 +39,13 @@ class Batch(NamedTuple):
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
-        """Batch and length of what is indexed by token."""
+        """The (batch, length) of the tokens and of the decoder's tokens."""
         given = [x for x in (self.tokens, self.decoder_tokens) if x is not None and x.ndim > 1]
         return tuple((x.shape[0], x.shape[1]) for x in given)
 
 
 def chosen_weights(batch: Batch) -> Tensor | None:
-    """loss_mask × token_weights, ``None`` where neither is given."""
+    """loss_mask × token_weights; ``None`` if neither is given."""
     mask, weights = batch.loss_mask, batch.token_weights
     if mask is None:
         return None if weights is None else weights.float()
@@ -52,7 +53,7 @@ def chosen_weights(batch: Batch) -> Tensor | None:
 
 
 def attended(batch: Batch) -> Tensor | None:
-    """The 2-D attention mask as weights, ``None`` where there is none."""
+    """The 2-D attention mask as weights; ``None`` if there is none."""
     mask = batch.attention_mask
     return mask.float() if mask is not None and mask.ndim == 2 else None
 
@@ -64,14 +65,14 @@ def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 
 def align_labels(labels: Tensor, task: Task) -> Tensor:
-    """Labels by the position that predicts them: a causal model's move left by one."""
+    """Move labels to the positions that predict them: one to the left for a causal model."""
     if task != "causal_lm":
         return labels
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)], dim=1)
 
 
 def prediction_weights(batch: Batch, task: Task | None, logits: Tensor) -> Tensor:
-    """The weight of every prediction, shaped like ``logits`` without the vocabulary."""
+    """The weight of every prediction, in the shape of ``logits`` without the vocabulary axis."""
     chosen = chosen_weights(batch)
     mask = attended(batch) if task in ("causal_lm", "masked_lm") else None
     _check(batch, logits, mask)
@@ -92,12 +93,12 @@ def prediction_weights(batch: Batch, task: Task | None, logits: Tensor) -> Tenso
 
 
 def _ones(logits: Tensor) -> Tensor:
-    """One for each prediction; made without reading the logits, which need not exist."""
+    """One for each prediction; only the shape of the logits is read, so they need not exist."""
     return torch.ones(logits.shape[:-1], dtype=torch.float32, device=logits.device)
 
 
 def _check(batch: Batch, logits: Tensor, mask: Tensor | None) -> None:
-    """Every token-indexed tensor must have the shape of the predictions."""
+    """Raise BatchError where a token-indexed tensor does not have the shape of the predictions."""
     require_grid("labels", batch.labels, logits)
     require_grid("loss_mask", batch.loss_mask, logits)
     require_grid("token_weights", batch.token_weights, logits)
@@ -106,7 +107,7 @@ def _check(batch: Batch, logits: Tensor, mask: Tensor | None) -> None:
 
 @check
 def require_grid(name: str, tensor: Tensor | None, logits: Tensor) -> None:
-    """Raise unless ``tensor`` is shaped like ``logits`` without the vocabulary."""
+    """Raise BatchError unless ``tensor`` is shaped like ``logits`` without the vocabulary axis."""
     grid = logits.shape[:-1]
     if tensor is not None and tensor.shape != grid:
         raise BatchError(
@@ -118,7 +119,7 @@ def require_grid(name: str, tensor: Tensor | None, logits: Tensor) -> None:
 
 @check
 def require_tokens(weights: Tensor, tokens: Tensor) -> None:
-    """Raise unless ``weights`` are shaped like the batch of tokens."""
+    """Raise BatchError unless ``weights`` have the shape ``[B, L]`` of the tokens."""
     if weights.shape != tokens.shape[:2]:
         raise BatchError(
             "loss_mask, token_weights and attention_mask make weights of shape "
@@ -129,11 +130,11 @@ def require_tokens(weights: Tensor, tokens: Tensor) -> None:
 def feature_weights(
     batch: Batch, task: Task | None, stream: Stream, feature: Tensor
 ) -> Tensor | None:
-    """The weights of a feature's leading axes; ``None`` where those are not tokens or samples.
+    """The weights of a feature's leading axes; ``None`` where these are not tokens or samples.
 
-    A feature is matched to the tokens by its leading axes, ``[B, L, ...]`` or flattened ``[B·L,
-    D]``. In classification the chosen weights are per sample, and scale all of the sample's
-    positions.
+    The leading axes tell whether a feature has tokens: ``[B, L, ...]``, or flattened ``[B·L, D]``.
+    In classification, loss_mask × token_weights is per sample, and scales all positions of the
+    sample.
     """
     tokens = batch.decoder_tokens if stream == "decoder" else batch.tokens
     chosen = None if stream == "encoder" else chosen_weights(batch)
@@ -152,7 +153,7 @@ def feature_weights(
 
 
 def _lay_over(weights: Tensor, feature: Tensor) -> Tensor | None:
-    """Weights ``[B, L]`` in the shape of the feature's leading axes, if those are the tokens."""
+    """Weights ``[B, L]`` in the shape of the feature's leading axes, if these are the tokens."""
     if feature.ndim >= 3 and feature.shape[:2] == weights.shape:
         return weights
     if feature.ndim >= 2 and feature.shape[0] == weights.shape[0] * weights.shape[1]:
@@ -171,19 +172,22 @@ def _sample_feature_weights(
             return laid
     if sample is None or sample.shape[0] != feature.shape[0]:
         return None
-    if feature.ndim == 3:  # [B, N, D]: the sample's weight, spread over its N positions
+    if feature.ndim == 3:  # [B, N, D]: the sample's weight is spread over its N positions
         return (sample.unsqueeze(1) / feature.shape[1]).expand(feature.shape[:2])
     return sample
 
 
 def rescaled(value: Tensor, weights: Tensor | None, count: int, items: Tensor | None) -> Tensor:
-    """``over_items`` where there are any."""
+    """``value`` over ``items``, if they are given; otherwise ``value`` as it is."""
     return value if items is None else over_items(value, weights, count, items)
 
 
 @one_node
 def over_items(value: Tensor, weights: Tensor | None, count: int, items: Tensor) -> Tensor:
-    """Turn a mean over Σ w into a sum over ``items``: gradient accumulation's denominator."""
+    """Turn a mean, Σ w·v / Σ w, into Σ w·v / items: gradient accumulation sets the denominator.
+
+    Without weights, the mean is over ``count`` values.
+    """
     total: Tensor | int = count if weights is None else weights.sum()
-    # No items at all: nothing counts, and the value is 0 already.
+    # Without any items nothing counts, and the value is 0 already.
     return value * (total / torch.where(items == 0, torch.ones_like(items), items))

@@ -1,4 +1,4 @@
-"""Whether two vocabularies, and the labels, fit each other."""
+"""Check that two vocabularies, and the labels, fit each other."""
 
 from torch import Tensor
 
@@ -12,7 +12,10 @@ PADDING_LIMIT = 0.05
 def shared_vocabulary(
     student: Tensor, teacher: Tensor, vocab_size: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Cut trailing padding columns: what is beyond both vocabularies has probability zero."""
+    """Cut both logits to the shared entries: the padding behind them gets probability zero.
+
+    ``vocab_size`` is the number of shared entries; ``None`` takes the smaller vocabulary.
+    """
     require_vocabulary(student, teacher, vocab_size)
     size = min(student.shape[-1], teacher.shape[-1]) if vocab_size is None else vocab_size
     if student.shape[-1] != size:
@@ -24,7 +27,7 @@ def shared_vocabulary(
 
 @check
 def require_vocabulary(student: Tensor, teacher: Tensor, vocab_size: int | None) -> None:
-    """Raise where the vocabularies differ by more than padding."""
+    """Raise where logits differ in a leading axis, or in the vocabulary by more than padding."""
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ShapeError(
             f"the student's logits are {list(student.shape)}, the teacher's {list(teacher.shape)}: "
@@ -49,7 +52,7 @@ def require_padding_only(v_s: int, v_t: int, vocab_size: int | None) -> None:
 
 @check
 def require_vocabulary_last(logits: Tensor, task: str | None) -> None:
-    """Raise where the losses would take another axis for the vocabulary."""
+    """Raise LogitsError where the last axis cannot be the vocabulary that the losses expect."""
     tokens = task in ("causal_lm", "masked_lm", "seq2seq")
     if logits.ndim >= 4 or logits.ndim < (3 if tokens else 2):
         raise LogitsError(
@@ -63,7 +66,7 @@ def require_vocabulary_last(logits: Tensor, task: str | None) -> None:
 
 @check
 def require_numbers_of_classes(labels: Tensor | None) -> None:
-    """Raise where labels are not class or token numbers."""
+    """Raise BatchError where labels are not class or token indices."""
     if labels is not None and labels.is_floating_point():
         raise BatchError(
             f"labels are {labels.dtype}, and cross entropy takes the numbers of tokens or classes: "
@@ -72,7 +75,7 @@ def require_numbers_of_classes(labels: Tensor | None) -> None:
 
 
 def require_task(task: str | None, logits: Tensor, batch: Batch) -> None:
-    """Make sure that what is indexed by token can be lined up with the logits."""
+    """Raise where the batch has token-indexed tensors and no task aligns them with the logits."""
     require_alignment(
         task,
         logits,
@@ -92,7 +95,10 @@ def require_alignment(
     token_weights: Tensor | None,
     attention_mask: Tensor | None,
 ) -> None:
-    """Raise where tokens are labelled, weighted or masked and nothing says what predicts them."""
+    """Raise TaskError where a token-indexed tensor is given without a task to align it.
+
+    The task says which position predicts which token.
+    """
     given = {"labels": labels, "loss_mask": loss_mask, "token_weights": token_weights}
     if attention_mask is not None and attention_mask.shape == logits.shape[:-1]:
         given["attention_mask"] = attention_mask

@@ -1,4 +1,4 @@
-"""Taking values out of running models without touching them."""
+"""Read values out of running models without changing the models."""
 
 from fxdistill.base.later import later
 

@@ -1,4 +1,4 @@
-"""Hooks that put taps into running models, for the time of one call."""
+"""Hooks that tap the modules of a model during one call."""
 
 import contextlib
 import functools
@@ -16,9 +16,9 @@ from fxdistill.taps.table import capturing
 
 
 def pick(value: Any, port: str) -> Tensor | None:
-    """Find the tensor that ``port`` means in what a module took or returned.
+    """Find the tensor that ``port`` selects from the inputs or the output of a module.
 
-    ``"output"`` and ``"input"`` mean the first tensor; ``[i]`` an element; ``.field`` a field or
+    ``"output"`` and ``"input"`` select the first tensor, ``[i]`` an element, ``.field`` a field or
     key.
     """
     selector = port.removeprefix("output").removeprefix("input")
@@ -80,7 +80,7 @@ def hooked(
 ) -> Iterator[None]:
     """Put a hook on every tapped module of ``model`` for as long as the context lasts.
 
-    Unless ``required``, modules that return no tensor are passed over.
+    Unless ``required``, a module that has no tensor at its port is skipped.
     """
     handles: list[Any] = []
     traced = capturing()
@@ -105,9 +105,9 @@ def hooked(
 
 
 def _watch_styles(model: nn.Module) -> list[Any]:
-    """Hooks around those of parallel styles, which may hand on this rank's part of a DTensor.
+    """Put hooks around those of parallel styles, which may replace a DTensor by its local tensor.
 
-    A style is a hook on a module; its DTensor is seen before it, and the part behind it.
+    A style is a hook on a module: a hook before it sees the DTensor, one after it the local tensor.
     """
     if not any(is_placed(parameter) for parameter in model.parameters()):
         return []
@@ -141,15 +141,16 @@ def _see_inputs(marker: Callable[..., None]) -> Any:
 
 
 def compiles_itself(module: nn.Module) -> bool:
-    """Whether ``module.compile()`` was called."""
+    """Whether ``module.compile()`` has compiled the module."""
     return module._compiled_call_impl is not None
 
 
 class _CompiledCall:
-    """Taps a module that was compiled by ``module.compile()``: its hooks would be compiled too.
+    """Tap a module that ``module.compile()`` has compiled: hooks on it would be compiled too.
 
-    The compiled call is an attribute of the instance; for the time of a step it is one that taps
-    what goes in or comes out. Private to torch and used here only: ``_compiled_call_impl``.
+    The compiled call is an attribute of the module. For the time of a step, this object replaces it
+    with a call that taps the inputs or the output. Private to torch and used here only:
+    ``_compiled_call_impl``.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class _CompiledCall:
         self.names = _names(module)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Call what was compiled, and tap."""
+        """Run the compiled call, and tap."""
         if self.port.startswith("input"):
             self.take(_inputs(args, kwargs, self.port, self.names))
         assert self.original is not None
@@ -177,7 +178,7 @@ class _CompiledCall:
 
 
 def _reject_compiled_parents(model: nn.Module, tower: Tower, path: str) -> None:
-    """A tap inside a compiled part would be compiled with it, or not be seen at all."""
+    """Raise TapError inside a compiled module: a hook there would be compiled, or never run."""
     parents = path.split(".")[:-1]
     for end in range(len(parents) + 1):
         parent = model.get_submodule(".".join(parents[:end]))
@@ -190,7 +191,7 @@ def _reject_compiled_parents(model: nn.Module, tower: Tower, path: str) -> None:
 
 
 def _names(module: nn.Module) -> tuple[str, ...]:
-    """What ``forward`` calls its positional inputs."""
+    """The names of the parameters of ``forward``."""
     try:
         return tuple(inspect.signature(module.forward).parameters)
     except ValueError:

@@ -1,12 +1,12 @@
-"""Taps: reading values out of a running model without touching it.
+"""Markers: read values out of a running model without changing the model.
 
-Three markers carry everything. ``begin(section)`` says whose operators follow, ``tap(x, ...)``
-names a value inside a tower, ``tapped(...)`` asks for it back outside. Run eagerly they go through
-a table of real tensors. Traced by dynamo they stay in the graph as single calls
-(``allow_in_graph``) while the table holds fake tensors, so that the traced objective knows shapes
-and dtypes; the passes then replace ``tapped`` by the value itself, threading it out of checkpointed
-regions. The markers read and write nothing that dynamo can see, which is why they may stand inside
-such regions.
+Three markers do the work. ``begin(section)`` says which model or part the next operators belong to,
+``tap(x, ...)`` names a value inside a model, and ``tapped(...)`` returns that value outside of it.
+In eager mode they write to and read from a table of real tensors. When dynamo traces them, they
+stay in the graph as single calls (``allow_in_graph``) and the table holds fake tensors, so that the
+traced objective knows shapes and dtypes; passes then replace ``tapped`` by the value itself and
+return it from checkpointed regions. Dynamo sees no side effects in the markers, so they may be
+inside such regions.
 
 ``tap`` is a plain function rather than a custom operator: an operator may not return its argument,
 and would need a sharding rule for every placement.
@@ -38,17 +38,17 @@ def is_tap(node: fx.Node) -> bool:
 
 @one_node
 def begin(section: Section) -> None:
-    """Mark that the operators which follow belong to ``section``."""
+    """Mark that the operators after this call belong to ``section``."""
     if (table := active()) is not None:
         table.begin(section)
 
 
 @one_node
 def tap(x: Tensor, tower: Tower, path: str, port: str) -> Tensor:
-    """Name ``x`` in ``tower``, and return it.
+    """Name ``x`` as a value of ``tower``, and return it.
 
-    A module that stands in both towers is hooked for both; a tap of the other tower is not taken.
-    The value is the one at return: what is kept is a copy, since ``x`` may be written later.
+    A module that two models share has the hooks of both: only taps of the running model count. The
+    table keeps a copy, the value at this moment, because ``x`` may be written in place later.
     """
     table = active()
     if table is None or table.section != tower:
@@ -78,13 +78,13 @@ def tap(x: Tensor, tower: Tower, path: str, port: str) -> Tensor:
 
 
 def _behind(table: TapTable, x: Tensor) -> Tensor:
-    """The DTensor that ``x`` was made local from by a parallel style; else ``x``."""
+    """The DTensor whose local tensor ``x`` is, after a parallel style; else ``x`` itself."""
     reference, placed = table.behind.get(id(x), (None, None))
     return placed(x) if placed is not None and reference is not None and reference() is x else x
 
 
 def _require_whole_vocabulary(table: TapTable, tower: Tower, logits: Tensor) -> None:
-    """One rank's columns in a plain tensor look like a small vocabulary: never compare those."""
+    """Raise LogitsError where plain logits are one rank's columns: they look like a vocabulary."""
     here, whole = table.expected.vocabularies.get(tower, (0, 0))
     if here != whole and logits.shape[-1] == here and not is_placed(logits):
         raise table.fail(
@@ -98,14 +98,14 @@ def _require_whole_vocabulary(table: TapTable, tower: Tower, logits: Tensor) -> 
 
 
 def keep(x: Tensor, path: str, port: str) -> None:
-    """Tap a value that exists in no captured graph, and of which there can be no copy."""
+    """Tap a value that is in no captured graph and cannot be copied."""
     if (table := active()) is not None:
         table.add(path, port, x)
 
 
 @one_node
 def tapped(tower: Tower, path: str, port: str, call: str) -> Tensor:
-    """Return the value that ``tap`` has named. ``call`` is text: dynamo makes numbers symbolic."""
+    """Return the value that ``tap`` named. ``call`` is text: dynamo makes numbers symbolic."""
     table = active()
     assert table is not None, "tapped() is only called while a table is recording"
     key = Tap(path, port, int(call))
@@ -115,9 +115,9 @@ def tapped(tower: Tower, path: str, port: str, call: str) -> Tensor:
 
 
 def check(fn: Callable[..., None]) -> Callable[..., None]:
-    """Make ``fn`` a check: it sees shapes while the graph is traced, and leaves nothing in it.
+    """Make ``fn`` a check: it sees shapes during the trace, and its node is removed afterwards.
 
-    What it raises reaches the user as it is, although dynamo wraps the exceptions of traced code.
+    Its errors reach the user as they are, although dynamo wraps the exceptions of traced code.
     """
 
     @functools.wraps(fn)
@@ -134,13 +134,13 @@ def check(fn: Callable[..., None]) -> Callable[..., None]:
     return marker
 
 
-LOCAL = "fxdistill_local"  # in the meta of a node of a captured graph: made local by a style
+LOCAL = "fxdistill_local"  # meta key of a captured node: a parallel style made its value local
 CHECKS: set[Callable[..., None]] = set()
 
 
 @check
 def verified() -> None:
-    """Check all that was tapped, before the objective reads it."""
+    """Check all tapped values before the objective reads them."""
     table = active()
     if table is not None and table.expected.verify is not None:
         table.expected.verify(table)
@@ -148,26 +148,26 @@ def verified() -> None:
 
 @check
 def raw(*values: Tensor) -> None:
-    """Note what goes into, or comes out of, a module before a parallel style's hooks see it."""
+    """Record the inputs or outputs of a module before the hooks of a parallel style see them."""
     if (table := active()) is not None:
         table.raw = values
 
 
 @check
 def note_localised(*values: Tensor) -> None:
-    """Note what those hooks hand on: behind a plain tensor a tap finds the DTensor it came from."""
+    """Record what those hooks return, so that a tap finds the DTensor of a local tensor."""
     if (table := active()) is None:
         return
     for before, after in zip(table.raw, values, strict=False):
         if is_placed(before) and not is_placed(after):
-            # Not the value itself, which the model may let go.
+            # A weak reference, so that the model can free the value.
             table.behind[id(after)] = (weakref.ref(after), taps.placed_behind.behind(before, after))
     table.raw = ()
 
 
 @one_node
 def reject(tower: Tower, path: str, port: str, message: str) -> None:
-    """Remember that there is nothing at a port; ``verified`` tells, with all else that is wrong."""
+    """Record that a port has no tensor; ``verified`` raises it with all other problems."""
     if (table := active()) is not None:
         table.problems[tower, path, port] = PortError(message)
 
@@ -179,7 +179,7 @@ def named(x: Tensor, name: str) -> Tensor:
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Whether ``x`` is a stand-in of a tracer rather than a value."""
+    """Whether ``x`` is a tracer's tensor without values."""
     return isinstance(x, (FakeTensor, FunctionalTensor))
 
 

@@ -1,4 +1,4 @@
-"""What is behind a plain tensor that a parallel style has handed on."""
+"""The DTensor whose local tensor a parallel style has returned."""
 
 import functools
 from collections.abc import Callable
@@ -13,10 +13,11 @@ from fxdistill.errors import TapError
 
 
 def behind(before: DTensor, after: Tensor) -> Callable[[Tensor], DTensor]:
-    """What turns ``after`` into the DTensor it came from.
+    """Return the function that turns ``after`` back into the DTensor that it came from.
 
-    A style redistributed ``before`` and made it local. Where to is told by the shape: all of the
-    value, or this rank's part of one axis of it. TapError if neither.
+    A parallel style redistributed ``before`` and returned its local tensor ``after``. The shape of
+    ``after`` tells its placement: the whole value, or this rank's shard of one axis. TapError if it
+    is neither, or a shard on a mesh of several dimensions.
     """
     mesh = before.device_mesh
     placements: list[Placement] = [Replicate()] * mesh.ndim

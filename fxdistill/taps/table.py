@@ -1,4 +1,4 @@
-"""The table that markers write to while models run."""
+"""The table of tapped values that markers write to while models run."""
 
 import contextlib
 import threading
@@ -15,11 +15,12 @@ from fxdistill.models.tap import Section, Tap, Tower
 
 @dataclass(frozen=True)
 class Expectations:
-    """What is known of a call before its models run, for whoever checks what they tap.
+    """Facts about a call that are known before its models run, for the checks of tapped values.
 
-    ``vocabularies``: by model whose head is sharded, how many of its entries are here and how many
-    there are; ``ranks``: by model whose weights are DTensors, the sizes of their meshes; ``grids``:
-    batch and length of what is indexed by token. ``verify`` checks all that was tapped.
+    ``vocabularies``: for each model with a sharded head, the number of vocabulary entries on this
+    rank and in all. ``ranks``: for each model whose weights are DTensors, the sizes of their
+    meshes. ``grids``: batch size and length of the tokens, and of the decoder's. ``verify`` checks
+    all tapped values.
     """
 
     frozen: frozenset[Tower] = frozenset()  # models that learn nothing
@@ -30,24 +31,24 @@ class Expectations:
 
 
 class TapTable:
-    """What one run of the models has tapped so far; filled by ``tap``, read by ``tapped``."""
+    """The values that one run of the models has tapped so far: ``tap`` adds, ``tapped`` reads."""
 
     def __init__(self, *, capturing: bool, expected: Expectations | None = None) -> None:
         self.capturing = capturing
         self.expected = Expectations() if expected is None else expected
         self.section = ""
-        self.level = 0  # of function transforms, where the model began
+        self.level = 0  # nested function transforms, when the model began
         self.values: dict[tuple[Tower, Tap], Tensor] = {}
-        self.hidden: set[tuple[Tower, Tap]] = set()  # calls in a transform, which hides its values
+        self.hidden: set[tuple[Tower, Tap]] = set()  # calls inside a transform: no values
         self.failure: FxDistillError | None = None
         self.warnings: list[str] = []
         self.problems: dict[tuple[Tower, str, str], FxDistillError] = {}  # by model, path and port
-        # What a module returned before, and local values after, a parallel style's hooks.
+        # The tensors before the hooks of a parallel style, and local tensors after them by id.
         self.raw: tuple[Tensor, ...] = ()
         self.behind: dict[int, tuple[weakref.ref[Tensor], Callable[[Tensor], Tensor]]] = {}
 
     def begin(self, section: Section) -> None:
-        """Start a tower. Dynamo may trace a function again from its top: then this starts over."""
+        """Start ``section`` afresh: dynamo may restart a trace from the top."""
         self.section, self.level = section, level()
         self.raw, self.behind = (), {}
         for key in [key for key in self.values if key[0] == section]:
@@ -55,7 +56,7 @@ class TapTable:
         self.hidden = {key for key in self.hidden if key[0] != section}
 
     def add(self, path: str, port: str, value: Tensor) -> None:
-        """Keep ``value`` as the next call of ``path``; within a transform only count the call."""
+        """Keep ``value`` for the next call of ``path``; inside a transform only count the call."""
         call = 0
         while (key := (self.section, Tap(path, port, call))) in self.values or key in self.hidden:
             call += 1
@@ -65,7 +66,7 @@ class TapTable:
             self.hidden.add(key)
 
     def fail(self, error: FxDistillError) -> FxDistillError:
-        """Remember ``error``: what dynamo makes of an exception does not reach the user."""
+        """Keep ``error`` for the user, who would not see it in the exception that dynamo makes."""
         self.failure = error
         return error
 
@@ -79,7 +80,7 @@ _active = _Active()
 
 @contextlib.contextmanager
 def recording(table: TapTable) -> Iterator[TapTable]:
-    """Make ``table`` the one that markers write to."""
+    """Let the markers of this thread write to ``table``."""
     before, _active.table = _active.table, table
     try:
         yield table
@@ -88,23 +89,23 @@ def recording(table: TapTable) -> Iterator[TapTable]:
 
 
 def capturing() -> bool:
-    """Whether what runs now is traced to one graph, rather than executed."""
+    """Whether the current run is a trace to one graph, rather than an execution."""
     return _active.table is None or _active.table.capturing
 
 
 def runs_frozen() -> bool:
-    """Whether the model that is running learns nothing."""
+    """Whether the running model is frozen."""
     table = _active.table
     return table is not None and table.section in table.expected.frozen
 
 
 def active() -> TapTable | None:
-    """The table that markers write to; ``None`` where nothing is recorded."""
+    """The table that markers write to; ``None`` outside of ``recording``."""
     return _active.table
 
 
 def not_executed(table: TapTable, tower: Tower, tap: Tap) -> TapError:
-    """What to say of a tap that has no value."""
+    """The error for a tap that has no value."""
     if (tower, tap) in table.hidden:
         return TapError(
             f"{tower} {str(tap)!r} lies inside a function that torch.vmap or torch.func "
