@@ -1,4 +1,4 @@
-"""For test_parity_matrix.py: cases, losses from their formulas in float64, and placed tensors."""
+"""For test_sharded_matrix.py: cases, losses from their formulas in float64, and placed tensors."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence

@@ -47,7 +47,10 @@ from fxdistill.taps.table import TapTable
 
 
 def build(subject: Subject, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Report:
-    """The report of a step that is called so; without any arguments, as the last call was."""
+    """The report of a step with these arguments; without arguments, with those of the last call.
+
+    Raises StepError if there are no arguments and there was no call.
+    """
     given = bool(args or kwargs)
     inputs = (args, dict(kwargs)) if given else subject.journal.last
     if inputs is None:
@@ -55,7 +58,7 @@ def build(subject: Subject, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             "a report needs to know what a step is called with, and nothing was called yet: "
             "distiller.report(input_ids=ids, labels=ids), as the distiller itself would be called"
         )
-    towers = towers_of(subject)  # where they really lie
+    towers = towers_of(subject)  # before fake tensors replace the models' own: real devices
     models = subject.parts.values()
     with torch.inference_mode(False), torch.enable_grad(), standing_in(models) as mode:
         if mode is not None:
@@ -97,7 +100,7 @@ def _report(
 
 
 def _objective(subject: Subject, call: Call) -> Objective:
-    """The terms that this call has."""
+    """The objective of this call: without labels there are no label terms."""
     objective = subject.objective
     return objective if call.batch.labels is not None else objective.without_labels()
 
@@ -106,13 +109,13 @@ def _stopped(subject: Subject, error: FxDistillError) -> str:
     text = f"{type(error).__name__}: {error}"
     if subject.mode == "one_graph" or not isinstance(error, CaptureError):
         return text
-    # What there is to do about it has been done.
+    # The distiller already runs in the mode that the error recommends.
     said = text.partition("\nWhat to do")[0]
     return f"{said}\nThe step itself runs: mode {subject.mode!r} needs no graph of the models."
 
 
 def _recipe(subject: Subject) -> Recipe:
-    """As a step is made; a step that runs as it is has its logits made."""
+    """The recipe of the step; in eager mode the heads are not fused."""
     recipe = subject.recipe
     fuse = recipe.wanted.fuse_head and subject.mode != "eager"
     wanted = dataclasses.replace(recipe.wanted, fuse_head=fuse)
@@ -120,7 +123,7 @@ def _recipe(subject: Subject) -> Recipe:
 
 
 def _lowering(subject: Subject) -> Lowering:
-    """What a step is lowered by, as far as it is known what that allocates."""
+    """The step's lowering, or "aot_eager" where it is unknown what that lowering allocates."""
     lowering = subject.recipe.lowering
     known = subject.mode == "one_graph" and lowering.backend in ("inductor", "aot_eager")
     return lowering if known else Lowering("aot_eager")
@@ -145,7 +148,7 @@ def _known(subject: Subject, towers: tuple[TowerFacts, ...], call: Call, given: 
         pairs=pairs,
         terms=terms,
         events=tuple(Event(*event) for event in subject.journal.events),
-        # The numbers of a call that is only remembered are not those that it had.
+        # The last call is remembered without its values, so they cannot be checked.
         warnings=(
             *warnings_of(subject, call if given else None),
             *_odd_weights((*terms, *pairs)),
@@ -155,7 +158,7 @@ def _known(subject: Subject, towers: tuple[TowerFacts, ...], call: Call, given: 
 
 
 def _mesh(subject: Subject) -> dict[str, int]:
-    """The mesh that parameters lie on, by dimension."""
+    """The mesh of the parameters: ranks by dimension; empty without a mesh."""
     parameters = (p for model in subject.models.values() for p in model.parameters())
     placed: Any = next((p for p in parameters if is_placed(p)), None)
     if placed is None:
@@ -181,13 +184,13 @@ def _of_mode(subject: Subject) -> Iterator[str]:
 
 
 def value_of(tensor: Tensor) -> Value:
-    """Shape, type and placements."""
+    """The shape, dtype and placements of ``tensor``."""
     placed = tuple(map(str, tensor.placements)) if is_placed(tensor) else ()
     return Value(tuple(int(size) for size in tensor.shape), dtype_name(tensor), placed)
 
 
 def _value_of(tensor: Tensor | None) -> Value | None:
-    """``None`` as well where sizes depend on values."""
+    """``value_of``; ``None`` for no tensor, or one whose sizes depend on values."""
     try:
         return None if tensor is None else value_of(tensor)
     except GuardOnDataDependentSymNode:
@@ -235,7 +238,7 @@ def _odd_weights(weighted: Iterable[Pair | TermLine]) -> Iterator[str]:
 
 
 def _number(value: float | Tensor) -> float:
-    with unset_fake_temporarily():  # a real number, where models without values stand in
+    with unset_fake_temporarily():  # settings are real numbers, even under a fake tensor mode
         return float(value)
 
 
@@ -248,7 +251,7 @@ def _with_costs(report: Report, subject: Subject, call: Call, halves: Halves) ->
     return dataclasses.replace(
         report,
         towers=towers,
-        flops=costs.flops(halves, subject.frozen),
+        flops=costs.flops(halves, subject.teachers),
         memory=_memory(subject, halves, paths),
         plain=_plain(subject, call, paths),
         collectives=costs.traffic(halves, subject.main),
@@ -267,7 +270,7 @@ def _with_costs(report: Report, subject: Subject, call: Call, halves: Halves) ->
 
 
 def _with_blocks(subject: Subject, tower: TowerFacts, halves: Halves) -> TowerFacts:
-    """With the costs of its blocks, of which those stay that hold or do something."""
+    """``tower`` with the FLOPs of its blocks; blocks without parameters and FLOPs are left out."""
     blocks = list(blocks_of(subject.parts[tower.name]))
     found = costs.by_block(halves, {tower.name: [block.path for block in blocks]})
 
@@ -284,13 +287,13 @@ def _with_blocks(subject: Subject, tower: TowerFacts, halves: Halves) -> TowerFa
 def _memory(subject: Subject, halves: Halves, paths: Paths) -> Memory:
     weights = _weights(subject)
     gradients = bytes_here(gradients_and_writes.learning(subject, halves).values())
-    # torch's optimizers keep their states in the type of the parameter.
+    # torch's optimizers keep their states in the dtype of the parameter.
     states = {"SGD": 0, "SGD with momentum": gradients, "Adam, AdamW": 2 * gradients}
     return memory.memory(halves, weights, gradients, states, _heads(subject), paths)
 
 
 def _weights(subject: Subject) -> dict[str, int]:
-    """Bytes of parameters and buffers here; what models share is the main one's."""
+    """Bytes of parameters and buffers on this rank; shared ones count for the main model."""
     seen: set[int] = set()
     found = {}
     for name, module in subject.parts.items():
@@ -301,7 +304,7 @@ def _weights(subject: Subject) -> dict[str, int]:
 
 
 def _heads(subject: Subject) -> Heads:
-    """Where each model makes its logits, and how wide they are."""
+    """The path of each model's head, and the width of its logits."""
     found = {}
     for tower, model in subject.models.items():
         if (path := head_path(model)) is not None:
@@ -311,7 +314,7 @@ def _heads(subject: Subject) -> Heads:
 
 
 def _plain(subject: Subject, call: Call, paths: Paths) -> Plain | None:
-    """The student alone on the same labels."""
+    """The costs of the student alone on the same labels; ``None`` without label terms."""
     objective = _objective(subject, call)
     labels = tuple(term for term in objective.labels if term.student == subject.main)
     if not labels:
@@ -320,10 +323,10 @@ def _plain(subject: Subject, call: Call, paths: Paths) -> Plain | None:
     recipe = _recipe(subject)
     wanted = dataclasses.replace(recipe.wanted, user=(), fuse_head=False)
     _, halves, _ = subject.capture(call, alone, dataclasses.replace(recipe, wanted=wanted))
-    if halves is None:  # labels alone teach nothing: what learns is reached by matches
+    if halves is None:  # the label loss reaches no trainable parameter: only matches do
         return None
     weights = {subject.main: _weights(subject)[subject.main]}
     gradients = bytes_here(gradients_and_writes.learning(subject, halves).values())
     found = memory.memory(halves, weights, gradients, {}, _heads(subject), paths)
-    total = costs.flops(halves, subject.frozen).total
+    total = costs.flops(halves, subject.teachers).total
     return Plain(total, found.peak, gradients, found.saved, found.head, found.transient)

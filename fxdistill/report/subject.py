@@ -1,4 +1,4 @@
-"""What a report is made from: a distiller's parts, and a way to capture a step of theirs."""
+"""The subject of a report: a distiller's parts, and a way to capture its step."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,12 +20,13 @@ CapturedStep = tuple[JointProgram, Halves | None, TapTable]
 
 @dataclass(frozen=True)
 class Subject:
-    """A distiller as a report sees it. Nothing of it is changed.
+    """A distiller as a report sees it. A report changes nothing in it.
 
-    ``models`` stand in the order in which they run; ``main`` is the one whose inputs say what the
-    tokens are. ``sort`` sorts the arguments of a call, raising what a step would raise before it
-    runs. ``capture(call, objective, recipe)`` captures a step and cuts it, without running it.
-    ``notes`` and ``warnings`` are what is to be told whatever a capture shows.
+    ``models`` are in the order in which they run; the inputs of ``main`` say which tokens there
+    are. ``sort`` sorts the arguments of a call, and raises for wrong ones as a step would.
+    ``capture(call, objective, recipe)`` captures a step and partitions it into forward and
+    backward, without running it. Every report shows ``notes`` and ``warnings``, even if the capture
+    fails.
     """
 
     models: Mapping[Tower, nn.Module]
@@ -44,12 +45,21 @@ class Subject:
 
     @property
     def parts(self) -> Mapping[str, nn.Module]:
-        """Models and projections, the main model first: what they share is the first one's."""
+        """The models, the main one first, and the projections: the first owns what they share."""
         others = {name: model for name, model in self.models.items() if name != self.main}
         main = {self.main: self.models[self.main]}
         return {**main, **others, "projections": self.projections}
 
     @property
+    def teachers(self) -> frozenset[Tower]:
+        """The models that terms compare with and that no term makes learn: frozen or not."""
+        objective = self.objective
+        students = {term.of[0] for term in objective.features}
+        students |= {term.student for term in objective.logits}
+        students |= {term.student for term in objective.labels}
+        return frozenset(self.models) - students - {self.main}
+
+    @property
     def learning(self) -> tuple[str, ...]:
-        """The names of what learns: models, the main one first, and projections."""
+        """The names of the parts that learn: models, the main one first, and the projections."""
         return tuple(name for name in self.parts if name not in self.frozen)

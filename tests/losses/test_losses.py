@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from fxdistill import losses
+from fxdistill.losses.reduce import weighted_mean
 
 F64 = torch.float64
 FEATURES = ("mse", "l2", "smooth_l1", "l1", "cosine")
@@ -373,3 +374,24 @@ def test_what_does_not_count_may_be_anything(name: str, bad: float, side: str) -
     torch.testing.assert_close(loss(*spoilt), loss(s, t))
     got, want = gradient(lambda x: loss(x, spoilt[1]), spoilt[0]), gradient(lambda x: loss(x, t), s)
     torch.testing.assert_close(got, want)
+
+
+def test_label_smoothing_and_z_loss_by_hand() -> None:
+    """Two classes with logits 0 and log 3: probabilities 1/4 and 3/4, lse = log 4."""
+    logits = torch.tensor([[0.0, math.log(3.0)]], dtype=F64)
+    labels = torch.tensor([1])
+    plain = -math.log(3 / 4)
+    mean = -(math.log(1 / 4) + math.log(3 / 4)) / 2
+    smooth = losses.cross_entropy(logits, labels, label_smoothing=0.2)
+    torch.testing.assert_close(float(smooth), 0.8 * plain + 0.2 * mean, **CLOSE)
+    with_z = losses.cross_entropy(logits, labels, z_loss=0.5)
+    torch.testing.assert_close(float(with_z), plain + 0.5 * math.log(4) ** 2, **CLOSE)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_mean_does_not_see_what_does_not_count(bad: float) -> None:
+    values = torch.tensor([1.0, bad, 3.0], dtype=F64, requires_grad=True)
+    mean = weighted_mean(values, torch.tensor([1.0, 0.0, 3.0]))
+    assert float(mean.detach()) == 2.5
+    (slope,) = torch.autograd.grad(mean, values)
+    assert slope.tolist() == [0.25, 0.0, 0.75]

@@ -101,6 +101,15 @@ def test_every_entry_that_is_none_is_told_at_once():
     assert all(repr(path) in str(caught.value) for path in mapping)
 
 
+def test_a_path_that_is_matched_again_means_its_first_match():
+    twice = Matches([Match("norm", "a"), Match("other", "b"), Match("norm", "c", loss="l1")])
+    assert twice["norm"].teacher == "a"
+    del twice["norm"]
+    assert [m.teacher for m in twice] == ["b", "c"]
+    twice["norm"] = "d"
+    assert [m.teacher for m in twice] == ["b", "d"]
+
+
 # ---- editing
 
 

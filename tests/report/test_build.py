@@ -407,3 +407,16 @@ def test_a_pass_shows_what_it_did():
     assert not [line for line in text.splitlines() if line.startswith("+") and "linear" in line]
     with pytest.raises(errors.OptionError, match="PruneTeacher"):
         program.diff("PruneTeachers")
+
+
+MADE = {**AOT, "fuse_head": False}  # a teacher that learns has its logits made
+
+
+def test_a_teacher_that_learns_is_a_teacher_still():
+    student, teacher = toy_pair()
+    frozen = fxdistill.wrap(student, teacher, MAPPING, compile=MADE).report(tokens()).flops
+    student, teacher = toy_pair()
+    learning = fxdistill.wrap(student, teacher, MAPPING, freeze_teacher=False, compile=MADE)
+    found = learning.report(tokens()).flops
+    assert found.forward == frozen.forward
+    assert found.teacher > 2 * frozen.teacher  # its backward is in it
