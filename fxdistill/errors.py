@@ -96,7 +96,7 @@ class DeviceError(FxDistillError, ValueError):
 
 
 class MeshError(FxDistillError, ValueError):
-    """Student, teacher and plan do not lie on one device mesh, or do not fit it."""
+    """Models and plan do not fit one device mesh, or its ranks disagree."""
 
 
 class LogitsError(FxDistillError, ValueError):

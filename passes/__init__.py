@@ -1,4 +1,4 @@
-"""The passes, one a file; README.md says how to write one."""
+"""The passes, one in each file; README.md says how to write one."""
 
 from fxdistill.passes.count_collectives import CountCollectives
 from fxdistill.passes.expose_outputs import ExposeOutputs

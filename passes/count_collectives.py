@@ -1,4 +1,4 @@
-"""What crosses ranks in a step, and what of it the terms add."""
+"""Count the collectives of a step, those of the models and those that the terms add."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -11,17 +11,17 @@ from fxdistill.graph.sections import OBJECTIVE
 
 @dataclass(frozen=True)
 class CountCollectives:
-    """Say in the report which collectives the models have, and which the terms add.
+    """Report which collectives the models have, and which the terms add.
 
-    Forward and backward, as they are lowered: a gather that the backward does again is counted
-    once. What opaque operators do inside (a fused head on a sharded vocabulary) is not seen here;
-    the remark of FuseHead tells it. Changes nothing.
+    The pass counts forward and backward before they are partitioned: a gather that the backward
+    repeats counts once. It does not see collectives inside opaque operators (a fused head on a
+    sharded vocabulary); the remark of FuseHead names those. It changes nothing.
     """
 
     level: ClassVar[Level] = "joint"
 
     def __call__(self, program: P) -> P:
-        """Count; a program without collectives is returned as it is."""
+        """Add the counts as remarks; a program without collectives is returned as it is."""
         found = collectives(program.gm.graph)
         if not found:
             return program

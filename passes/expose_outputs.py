@@ -1,4 +1,4 @@
-"""Matched modules' values become named graph outputs."""
+"""Make the values of matched modules named outputs of the graph."""
 
 import fnmatch
 import operator
@@ -21,17 +21,17 @@ from fxdistill.taps.markers import LOCAL, is_tap
 class ExposeOutputs:
     """Return tapped values, after the existing outputs, and erase the markers.
 
-    1. A value is named ``path``, with ``@k`` for the k-th further call of its module and ``:port``
-       where that is not the output.
-    2. A value in a checkpointed region is threaded out of it as one more output of the region,
-       which stays checkpointed.
-    3. A value that is written later, itself or through an alias, is cloned where it was tapped; so
-       is one that lies in an input's storage, which the other tower may write.
-    4. A value within ``torch.vmap`` or ``torch.func`` stays there: its call is counted.
-    5. A module that runs in a loop or a branch (``scan``, ``cond``) is not exposed at all: how
-       often it runs is not known.
+    1. A value is named ``path``, with ``@k`` for the k-th further call of its module, and with
+       ``:port`` for any other port than the output.
+    2. A value in a checkpointed region becomes one more output of the region, which stays
+       checkpointed.
+    3. A value that is written later, directly or through an alias, is cloned where it was tapped.
+       So is a value in an input's storage, which another model may write.
+    4. A value within ``torch.vmap`` or ``torch.func`` is not exposed, but its call is counted.
+    5. A module that runs in a loop or a branch (``scan``, ``cond``) is not exposed at all, because
+       it is unknown how often it runs.
 
-    ``only`` restricts what is exposed to the names that match one of its patterns; the markers of
+    ``only`` restricts the exposed values to names that match one of its patterns; the markers of
     the others are erased too.
     """
 
@@ -39,7 +39,7 @@ class ExposeOutputs:
     level: ClassVar[Level] = "captured"
 
     def __call__(self, program: P) -> P:
-        """Expose; a program without markers is returned as it is."""
+        """Expose the tapped values; a program without markers is returned as it is."""
         if not any(is_tap(node) for node in _all_nodes(program.gm)):
             return program
         gm = fork_module(program.gm)
@@ -62,7 +62,7 @@ def _all_nodes(gm: fx.GraphModule) -> list[fx.Node]:
 
 @dataclass
 class _Calls:
-    """What was counted so far, by path and port."""
+    """The calls counted so far, by path and port, and the modules that run in loops."""
 
     made: Counter[tuple[str, str]] = field(default_factory=Counter)
     in_loops: set[tuple[str, str]] = field(default_factory=set)
@@ -78,7 +78,7 @@ def _hoist(
 ) -> dict[Tap, fx.Node]:
     """Erase the markers of ``gm`` in order, and return the tapped values as nodes of ``gm``.
 
-    ``level`` is how many transforms it is in.
+    ``level`` is the number of transforms (``torch.vmap``, ``torch.func``) around ``gm``.
     """
     found: dict[Tap, fx.Node] = {}
     for node in list(gm.graph.nodes):
@@ -101,7 +101,7 @@ def _hoist(
 
 
 def _erase_within(gm: fx.GraphModule, loop: fx.Node) -> set[tuple[str, str]]:
-    """Erase the markers of a loop or a branch, and return whose they were: path and port."""
+    """Erase the markers in a loop or a branch, and return their paths and ports."""
     found = set()
     for given in loop.all_input_nodes:
         body = getattr(gm, str(given.target), None) if given.op == "get_attr" else None
@@ -115,7 +115,7 @@ def _erase_within(gm: fx.GraphModule, loop: fx.Node) -> set[tuple[str, str]]:
 
 
 def _at_return(graph: fx.Graph, marker: fx.Node, value: fx.Node, effects: Effects) -> fx.Node:
-    """The value as it was when its module returned."""
+    """The value as it was when its module returned: a clone, if it may be written later."""
     if not (effects.written_after(value, marker) or effects.aliases_input(value)):
         return value
     with graph.inserting_after(marker):
@@ -127,7 +127,7 @@ def _at_return(graph: fx.Graph, marker: fx.Node, value: fx.Node, effects: Effect
 def _thread_out(
     gm: fx.GraphModule, region: fx.Node, body: fx.GraphModule, inner: dict[Tap, fx.Node]
 ) -> dict[Tap, fx.Node]:
-    """Return ``inner`` values from a region, and pick them up behind it."""
+    """Make ``inner`` values outputs of a region, and read them behind it."""
     if not inner:
         return {}
     old = output_values(body.graph)

@@ -1,7 +1,7 @@
-"""Logits that only losses read are never made.
+"""Fuse heads with their losses, so that logits which only losses read are never made.
 
 Private to torch and used here only: ``_enter_autocast`` and ``_exit_autocast``, as dynamo writes
-them into a graph. If they move, a head under an autocast of its own is not told from others, and
+them into a graph. If they move, a head under an autocast of its own goes unnoticed, and
 tests/passes/test_fuse_head.py fails.
 """
 
@@ -34,17 +34,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FuseHead:
-    """Replace both heads and the losses on their logits by one ``vocab_loss`` node.
+    """Replace student and teacher heads and the losses on their logits by ``vocab_loss`` nodes.
 
-    1. What is sought: hidden state → linear → scale, cap, slice, cast → logits that nothing but
-       ``logit_weight · divergence`` and ``label_weight · cross_entropy`` reads, in both towers.
+    1. The pass looks for hidden state → linear → scale, cap, slice, cast → logits, in student and
+       teacher, where only ``logit_weight · divergence`` and ``label_weight · cross_entropy`` read
+       the logits.
     2. Where something else reads the logits (an output, a match of the head), or they are made in
-       another way, nothing changes, and the remark says why.
-    3. What a model makes of its logits and nobody reads goes.
-    4. Logits ``[B, C]`` are left alone: classes are few.
+       another way, the pass changes nothing, and its remark says why.
+    3. Dead code derived from the logits is removed.
+    4. Logits ``[B, C]`` are left alone, because classes are few.
+    5. A divergence and the label loss on the same logits become one node. Every further divergence
+       (another teacher's) and every further student gets a node of its own.
 
-    ``compiled``: whether the body of a chunk is compiled. ``made``: why the models made their
-    logits before this graph, for the remark.
+    ``compiled`` says whether the body of a chunk is compiled; ``made`` says why the models made
+    their logits before this graph, for the remark.
     """
 
     compiled: bool = True
@@ -52,7 +55,7 @@ class FuseHead:
     level: ClassVar[Level] = "captured"
 
     def __call__(self, program: P) -> P:
-        """Fuse; a program without losses on logits is returned as it is."""
+        """Fuse the heads; a program without losses on logits is returned as it is."""
         targets = {node.target for node in program.gm.graph.nodes}
         expected = targets.intersection(ON_LOGITS) or {"logits", "labels"} & set(program.outputs)
         if losses.vocab_loss in targets or not expected:
@@ -67,11 +70,7 @@ class FuseHead:
 
 
 def _fusions(gm: fx.GraphModule) -> "list[_Fusion]":
-    """All that is to be fused, read before any of it is written.
-
-    A divergence and the label loss on the same logits are one. Each further divergence of these
-    logits (another teacher's) is one by itself, and so are the losses of another student.
-    """
+    """Read every fusion of the graph, before any of them is written."""
     effects = effects_of(gm)
     _erase_dead(gm.graph, effects)
     stack, summands = read_total(gm.graph)
@@ -83,7 +82,7 @@ def _fusions(gm: fx.GraphModule) -> "list[_Fusion]":
 
 
 def _by_student(summands: tuple[Summand, ...]) -> list[list[Summand]]:
-    """Summands on the same logits of a student, together; padding columns may be cut off."""
+    """Group summands by the student logits that they read, with or without padding columns."""
     groups: dict[fx.Node, list[Summand]] = {}
     for summand in summands:
         _require_constants(summand)
@@ -96,7 +95,10 @@ def _by_student(summands: tuple[Summand, ...]) -> list[list[Summand]]:
 
 
 def _pairs(group: list[Summand]) -> list[tuple[Summand | None, Summand | None]]:
-    """Each divergence, the first with the label loss, which must count the same tokens."""
+    """Pair the first divergence of a group with its label loss, and each other one with ``None``.
+
+    Raises Unreadable where divergence and label loss count different tokens.
+    """
     divergences: list[Summand | None] = [s for s in group if s.is_divergence]
     labelled = [s for s in group if not s.is_divergence]
     if len(labelled) > 1:
@@ -110,7 +112,7 @@ def _pairs(group: list[Summand]) -> list[tuple[Summand | None, Summand | None]]:
 
 @dataclass(frozen=True)
 class _Fusion:
-    """What was found, and how it is written."""
+    """The heads and summands that one ``vocab_loss`` node replaces."""
 
     graph: fx.Graph
     stack: fx.Node
@@ -118,7 +120,7 @@ class _Fusion:
     labelled: Summand | None
     student: Head
     teacher: Head | None
-    layout: "ShardedHeads | None"  # where the heads are sharded
+    layout: "ShardedHeads | None"  # for heads that are sharded
 
     @classmethod
     def read(
@@ -144,7 +146,7 @@ class _Fusion:
         return tuple(head for head in (self.student, self.teacher) if head is not None)
 
     def write(self, compiled: bool) -> str:
-        """Rewrite the graph, and say what was done."""
+        """Rewrite the graph, and return the remark."""
         made = [value_of(head.logits) for head in self.heads]
         parts = 1 if self.layout is None else self.layout.parts
         columns = sum(-(-int(value.shape[-1]) // parts) for value in made)
@@ -167,7 +169,7 @@ class _Fusion:
         return said if self.layout is None else f"{said}; {self.layout.how}"
 
     def _arguments(self) -> tuple[list[Any], dict[str, Any]]:
-        """Those of ``vocab_loss``: nodes and constants."""
+        """The arguments of ``vocab_loss``: nodes and constants."""
         kwargs: dict[str, Any] = {"divergence": None}
         args: list[Any] = []
         for tower, head in (("student", self.student), ("teacher", self.teacher)):
@@ -191,7 +193,7 @@ class _Fusion:
         return args, kwargs
 
     def _rewire(self, out: list[fx.Node]) -> None:
-        """The fused total is one summand in place of two; what is not read any more goes."""
+        """Replace the summands by the fused total, and erase the nodes that nothing reads now."""
         products = [summand.product for summand in self.summands]
         kept = [node for node in self.stack.args[0] if node not in products]  # type: ignore[union-attr]
         self.stack.args = ([out[0], *kept],)
@@ -208,7 +210,7 @@ class _Fusion:
 
 
 def _remark(made: list[Tensor], chunk: int, bytes_of_token: int) -> str:
-    """How many logits exist at a time."""
+    """The remark, which says how many logits exist at a time."""
     shapes = " and ".join(str([*value.shape]) for value in made)
     tokens = made[0].numel() // made[0].shape[-1]
     if isinstance(tokens, int) and tokens <= chunk:
@@ -218,7 +220,7 @@ def _remark(made: list[Tensor], chunk: int, bytes_of_token: int) -> str:
 
 
 def _require_constants(summand: Summand) -> None:
-    """The fused form gives gradients to hidden states and heads only."""
+    """Raise Unreadable if weights or temperature need a gradient, which ``vocab_loss`` lacks."""
     for name in ("weights", "temperature"):
         node = summand.option(name)
         if isinstance(node, fx.Node) and value_of(node).requires_grad:
@@ -228,11 +230,11 @@ def _require_constants(summand: Summand) -> None:
 def _heads(
     divergence: Summand | None, labelled: Summand | None, losses: Collection[fx.Node]
 ) -> tuple[Head, Head | None]:
-    """The heads of student and teacher, whose logits nothing but the losses reads."""
+    """The heads of student and teacher; raises Unreadable where they cannot be fused."""
     found = [s.argument(0) for s in (labelled, divergence) if s is not None]
     logits, compared = found[0], found[-1]
     readers = set(losses)
-    if compared is not logits:  # without padding columns, which the label loss counts
+    if compared is not logits:  # the divergence reads no padding columns, the label loss does
         if not is_cut(compared, logits):
             raise Unreadable("divergence and label loss read different logits")
         _require_readers("student", compared, readers)
@@ -269,13 +271,13 @@ def _of(tower: str, read: Callable[[fx.Node], Head], logits: fx.Node) -> Head:
 def _require_readers(tower: str, logits: fx.Node, allowed: Collection[fx.Node]) -> None:
     for reader in logits.users:
         if reader not in allowed:
-            while reader.target == "detach" and len(reader.users) == 1:  # handed on as it is
+            while reader.target == "detach" and len(reader.users) == 1:  # name the reader behind it
                 reader = next(iter(reader.users))
             raise Unreadable(f"the {tower}'s logits are also read by {target_name(reader)}")
 
 
 def _layout(student: Head, teacher: Head | None) -> "ShardedHeads | None":
-    """How sharded heads are taken; ``None`` for heads on one device."""
+    """How ``vocab_loss`` reads sharded heads; ``None`` for heads on one device."""
     heads = [head for head in (student, teacher) if head is not None]
     if not any(is_placed(value_of(node)) for head in heads for node in head.inputs):
         return None
@@ -296,7 +298,7 @@ def _layout(student: Head, teacher: Head | None) -> "ShardedHeads | None":
 
 
 def _erase_dead(graph: fx.Graph, effects: Effects) -> None:
-    """What a model makes of its logits, and nobody reads, must not keep them."""
+    """Remove dead code: a dead reader of the logits must not keep them from being fused."""
     live = effects.live(graph)
     for node in reversed(list(graph.nodes)):
         if node not in live:
@@ -306,7 +308,10 @@ def _erase_dead(graph: fx.Graph, effects: Effects) -> None:
 def _require_same_surroundings(
     graph: fx.Graph, effects: Effects, stack: fx.Node, student: Head, teacher: Head | None
 ) -> None:
-    """A linear layer that moves to the losses must find there what it found at its own place."""
+    """Raise Unreadable where a linear layer would compute something else at the losses.
+
+    It moves there, so its inputs must not be written in between, and autocast must be the same.
+    """
     modes = _modes(graph)
     for tower, head in (("student", student), ("teacher", teacher)):
         if head is None:
@@ -322,7 +327,7 @@ def _require_same_surroundings(
 
 
 def _modes(graph: fx.Graph) -> dict[fx.Node, tuple[tuple[Any, ...], bool]]:
-    """At every node the autocasts that have been entered, and the grad mode."""
+    """For every node, the autocasts that are entered there and the grad mode."""
     entered: dict[fx.Node, tuple[Any, ...]] = {}
     grad, found = torch.is_grad_enabled(), {}
     for node in graph.nodes:

@@ -1,4 +1,4 @@
-"""Sharded parameters are gathered where they are used, and again in the backward."""
+"""Gather sharded parameters where they are used, and again in the backward."""
 
 import operator
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from fxdistill.graph.program import Level, P, fork_module
 from fxdistill.graph.sections import section_of
 from fxdistill.models.tap import Tower
 
-# What stands between a parameter's shard and the weight that an operator takes, by operator.
+# The operators between a parameter's shard and the weight that another operator reads.
 _GATHER = "_c10d_functional.all_gather_into_tensor"
 _SCATTER = "_c10d_functional.reduce_scatter_tensor"
 _MOVES = (
@@ -26,22 +26,22 @@ _ON_THE_WAY = ("_c10d_functional.wait_tensor", *(f"aten.{name}" for name in _MOV
 class GatherLate:
     """Move the gathers of parameters to their first use, and keep none for the backward.
 
-    1. A step names all of its weights before it uses the first: as traced, whole models would be
-       gathered at once. Each gather, with what leads to it and from it, moves to its first reader.
-    2. The partitioner is told to gather the weights of a model that learns again in the backward,
-       rather than save whole ones in the forward (FSDP: resharding after the forward).
-    3. Gradients are scattered as soon as they are formed. As traced that comes last: autograd works
-       backwards, and the gathers were the first thing that the forward did.
+    1. A step gathers all of its weights before it uses the first, so the graph as traced would hold
+       whole models. Each gather, with the operators before and behind it that only move data, moves
+       to its first reader.
+    2. For a model that learns, the partitioner is told to gather weights again in the backward
+       rather than save them in the forward (FSDP calls this resharding after the forward).
+    3. Gradients are scattered as soon as they are computed. As traced, that would come last, since
+       autograd works backwards from a forward that begins with the gathers.
 
-    A graph without gathered parameters is returned as it is. ``teachers`` are the names of models
-    that learn nothing.
+    A graph without gathered parameters is returned as it is. ``teachers`` names the frozen models.
     """
 
     teachers: tuple[Tower, ...] = ("teacher",)
     level: ClassVar[Level] = "joint"
 
     def __call__(self, program: P) -> P:
-        """Move and mark."""
+        """Move gathers and scatters, and mark gathered weights for recomputation."""
         if not any(_operator(node) == _GATHER for node in program.gm.graph.nodes):
             return program
         gm = fork_module(program.gm)
@@ -75,7 +75,7 @@ def _moves(node: fx.Node) -> bool:
 
 
 def _gathers(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:
-    """What is made of single inputs by moving data only: all that is gathered, or leads there."""
+    """The gathers of inputs with the data moves around them, and the gathered values alone."""
     pure: set[fx.Node] = set()
     gathered: set[fx.Node] = set()
     for node in graph.nodes:
@@ -90,7 +90,7 @@ def _gathers(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:
 
 
 def _scatters(graph: fx.Graph) -> set[fx.Node]:
-    """What scatters gradients, leads there by moving data only, and leads on to an output."""
+    """The scatters of gradients, with the data moves before and behind them."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         behind = _moves(node) and any(source in found for source in node.all_input_nodes)
@@ -100,7 +100,7 @@ def _scatters(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _with_leads(graph: fx.Graph, found: set[fx.Node], among: set[fx.Node]) -> set[fx.Node]:
-    """``found``, and what of ``among`` nothing else reads."""
+    """``found``, and those nodes of ``among`` that only lead there."""
     leads = set(found)
     for node in reversed(list(graph.nodes)):
         if node in among and node.users and all(user in leads for user in node.users):
@@ -109,7 +109,7 @@ def _with_leads(graph: fx.Graph, found: set[fx.Node], among: set[fx.Node]) -> se
 
 
 def _reorder(graph: fx.Graph, late: set[fx.Node], early: set[fx.Node]) -> None:
-    """Each of ``late`` right before its first reader, of ``early`` right behind what it reads."""
+    """Put each node of ``late`` before its first reader, of ``early`` behind its last input."""
     nodes = list(graph.nodes)
     place = {node: i for i, node in enumerate(nodes)}
     at = dict(place)

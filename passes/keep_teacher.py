@@ -12,13 +12,13 @@ from fxdistill.models.tap import Tower
 
 @dataclass(frozen=True)
 class KeepTeacher:
-    """Forbid the partitioner to recompute, in the backward, what the teacher hands to the terms.
+    """Forbid the partitioner to recompute the teacher's values in the backward.
 
-    The partitioner weighs bytes saved against operators run again and does not know that the
-    teacher takes no part in the backward: at a low ``activation_memory_budget`` it runs whole
-    teacher layers a second time. Behind the values marked here (those that the teacher's nodes hand
-    to others) nothing of the teacher is ever needed again. ``teachers`` are the names of models
-    that learn nothing.
+    The partitioner weighs saved bytes against recomputed operators, and does not know that the
+    teacher takes no part in the backward: at a low ``activation_memory_budget`` it would run whole
+    teacher layers a second time. The pass marks the values of the teacher that other sections read
+    as saved; once they are saved, the backward needs nothing else of the teacher. ``teachers``
+    names the frozen models.
     """
 
     teachers: tuple[Tower, ...] = ("teacher",)

@@ -1,10 +1,10 @@
-"""The one list of what runs when, and why.
+"""The one list of passes: which of them run at which stage, in which order, and why.
 
-A graph passes through stages. ``each model``: the program of one model, cut out of what was
-captured. ``joint``: models and objective in one program. ``terms``: the objective alone, where
-models run as they are. These are of the captured level. ``step`` and ``terms step``: the forward
-and backward of those two as AOTAutograd traces them, before they are cut apart: the joint level
-(see ``Program.level``).
+A graph goes through stages. ``each model``: the program of one model, split from the captured
+graph. ``joint``: models and objective in one program. ``terms``: the objective alone, where models
+run as they are. These three stages are on the captured level. ``step`` and ``terms step``: the
+forward and backward of ``joint`` and ``terms``, as AOTAutograd traces them and before it partitions
+them; these are on the joint level (see ``Program.level``).
 """
 
 from collections.abc import Callable, Iterable
@@ -26,11 +26,11 @@ Stage = Literal["each model", "joint", "terms", "step", "terms step"]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What of the list a distiller wants.
+    """The choices of a distiller: which passes of the list it wants.
 
-    ``user`` are passes of the user's own; ``made`` says why models made their logits before the
-    graph, for a remark; ``compiled`` whether code is generated; ``gathers`` whether parameters are
-    gathered in the graph; ``beside`` are all models but the main one, ``frozen`` those that learn
+    ``user`` are the user's passes. ``compiled`` says whether code is generated. ``made`` says why
+    the models made their logits before the graph, for a remark. ``gathers`` says whether the graph
+    gathers parameters. ``beside`` names all models but the main one, ``frozen`` those that learn
     nothing.
     """
 
@@ -49,7 +49,7 @@ class Wanted:
 
 
 class Slot(NamedTuple):
-    """Passes of one stage, and why they stand where they stand."""
+    """Passes of one stage, and the reason for their place in the order."""
 
     stage: Stage
     passes: Callable[[Wanted], Iterable[Pass]]
@@ -71,5 +71,5 @@ ORDER = (
 
 
 def passes_at(stage: Stage, wanted: Wanted) -> tuple[Pass, ...]:
-    """The passes of a stage, in their order."""
+    """The passes of a stage that a distiller wants, in their order."""
     return tuple(p for row in ORDER if row.stage == stage for p in row.passes(wanted))

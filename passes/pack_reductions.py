@@ -1,7 +1,7 @@
-"""Scalars that are summed over ranks travel together.
+"""Pack the all-reduces of scalars, so that several scalars take one collective.
 
-Nothing here imports torch.distributed: operators are told by their names, and those of a pack are
-the ones that the graph has.
+This file does not import torch.distributed: it recognises operators by their names, and a pack uses
+the operators that the graph already has.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,34 +19,34 @@ from fxdistill.graph.program import Level, P, fork_module
 
 REDUCE = "_c10d_functional.all_reduce.default"
 WAIT = "_c10d_functional.wait_tensor.default"
-# Where the partitioner puts a node: what is told apart by these is not packed together.
+# Metadata that decides where the partitioner puts a node: only nodes that agree in it are packed.
 PLACES = ("partitioner_tag", "recompute", "ac_graph_id")
-# What is said of one node's inputs, and does not hold for its pack.
+# Metadata about a member's tensors, which does not hold for the pack.
 STALE = ("tensor_meta", "eager_input_vals")
 
 
 @dataclass(frozen=True)
 class PackReductions:
-    """Make one all-reduce of several all-reduces of scalars.
+    """Replace several all-reduces of scalars by one.
 
-    On a mesh every term ends in a sum over ranks of one number, and one number takes as long as a
-    hundred.
+    On a mesh, every term ends in a sum of one number over ranks, and a collective of one number
+    takes as long as one of a hundred.
 
-    1. What is sought: an all-reduce of a 0-d tensor that is waited for, with nothing in between.
-    2. Packed are those of one operation, group, type and device, none of which depends on another:
-       values of the forward with values of the forward, gradients with gradients.
-    3. The pack stands where its last member stood. What reads an earlier one moves behind it, if
-       that is arithmetic on scalars; where it is anything else, the pack ends before it. Nothing
+    1. Candidates are the all-reduces of 0-d tensors that are followed directly by their waits.
+    2. A pack has candidates of one operation, group, dtype and device, none of which depends on
+       another. It mixes no values of the forward with gradients.
+    3. The pack stands where its last member stood. Readers of an earlier member move behind the
+       pack if they are arithmetic on scalars; any other reader closes the pack before it. Nothing
        moves across a write or a random operator.
-    4. All ranks must come to the same packs, or they wait for each other forever, and their graphs
-       may differ in the sizes of what is here: so only the number of dimensions counts, and [1]
-       is no scalar.
+    4. All ranks must form the same packs, or they would wait for each other forever. Their graphs
+       may differ in the sizes of local tensors, so only the number of dimensions counts: a tensor
+       of shape [1] is not a scalar.
     """
 
     level: ClassVar[Level] = "joint"
 
     def __call__(self, program: P) -> P:
-        """Pack; a program with nothing to pack is returned as it is."""
+        """Pack the all-reduces; a program with nothing to pack is returned as it is."""
         if sum(_is_scalar_reduction(node) for node in program.gm.graph.nodes) < 2:
             return program
         gm = fork_module(program.gm)
@@ -81,7 +81,7 @@ def _is_scalar_reduction(node: fx.Node) -> bool:
 
 @dataclass(eq=False)
 class _Pack:
-    """All-reduces that become one."""
+    """All-reduces that become one all-reduce."""
 
     kind: tuple[Any, ...]
     members: list[fx.Node] = field(default_factory=list)
@@ -90,7 +90,7 @@ class _Pack:
 
 
 def _packs(graph: fx.Graph) -> list[_Pack]:
-    """Every all-reduce of a scalar, each in the first pack that can take it."""
+    """Packs of all all-reduces of scalars, each of which joins the first pack that can take it."""
     packs: list[_Pack] = []
     behind: dict[fx.Node, frozenset[_Pack]] = {}  # the packs that a node depends on
     gradients: set[fx.Node] = set()
@@ -100,7 +100,7 @@ def _packs(graph: fx.Graph) -> list[_Pack]:
         needs = behind[node] = _union([behind[x] for x in inputs])
         if _is_tangent(node) or not gradients.isdisjoint(inputs):
             gradients.add(node)
-        # A value with dimensions, unless it is made of scalars, as a stack of terms is.
+        # A value with dimensions, unless it is computed from scalars only, like a stack of terms.
         if _has_dimensions(node) and (not inputs or not broad.isdisjoint(inputs)):
             broad.add(node)
         if _pins_order(node):
@@ -116,9 +116,9 @@ def _packs(graph: fx.Graph) -> list[_Pack]:
 
 
 def _pack_for(packs: list[_Pack], kind: tuple[Any, ...], needs: Iterable[_Pack]) -> _Pack:
-    """The first pack of this kind that takes more and does not come before ``needs``; or a new one.
+    """The first open pack of this kind that need not precede ``needs``, or else a new one.
 
-    Packs that stay alone are packs like others here: they, too, order what is behind them.
+    Packs that end up with one member count like others here: they, too, order what depends on them.
     """
     before = _with_needs(needs)
     for pack in packs:
@@ -129,7 +129,7 @@ def _pack_for(packs: list[_Pack], kind: tuple[Any, ...], needs: Iterable[_Pack])
 
 
 def _with_needs(packs: Iterable[_Pack]) -> set[_Pack]:
-    """``packs``, and all that must come before them."""
+    """``packs``, and all packs that must come before them."""
     found: set[_Pack] = set()
     to_do = list(packs)
     while to_do:
@@ -150,14 +150,14 @@ def _union(sets: Sequence[frozenset[_Pack]]) -> frozenset[_Pack]:
 
 
 def _kind(node: fx.Node, is_gradient: bool) -> tuple[Any, ...]:
-    """What is alike in all members of a pack."""
+    """The properties that all members of a pack share."""
     value, (_, operation, group) = node.meta["val"], node.args
     place = [node.meta.get(name) for name in PLACES]
     return (operation, group, value.dtype, value.device, is_gradient, *place)
 
 
 def _is_tangent(node: fx.Node) -> bool:
-    """As torch's partitioner tells them: by their names."""
+    """Whether ``node`` is a tangent, by its name, as torch's partitioner decides it."""
     return node.op == "placeholder" and "tangents" in str(node.target)
 
 
@@ -167,29 +167,29 @@ def _has_dimensions(node: fx.Node) -> bool:
 
 
 def _pins_order(node: fx.Node) -> bool:
-    """What has an effect that its users do not show.
+    """Whether ``node`` has an effect that its users do not show, so that nothing may cross it.
 
-    These are writes (``copy_`` to an input), random operators (each takes the next numbers), grad
-    mode, assertions, messages from rank to rank. A wait counts as one for torch, lest it be erased
-    as dead; it is no more than a value of its input.
+    Such nodes are writes (``copy_`` to an input), random operators (each takes the next numbers),
+    grad mode, assertions, and messages between ranks. torch counts a wait among them, to protect it
+    from being erased as dead, but its only effect is the value that it returns.
     """
     return node.op == "call_function" and node.is_impure() and str(node.target) != WAIT
 
 
 def _write(graph: fx.Graph, members: Sequence[fx.Node]) -> None:
-    """One all-reduce before the last of ``members``, in place of them all."""
+    """Replace ``members`` by one all-reduce, in the place of the last of them."""
     aten, last = torch.ops.aten, members[-1]
     waits = [list(node.users) for node in members]
     with graph.inserting_before(last):
-        # Operators that Inductor has code for: what it decomposes (stack) is decomposed by now.
+        # No stack: Inductor has no code for it, and decompositions have already run.
         rows = [_call(graph, node, aten.unsqueeze.default, node.args[0], 0) for node in members]
         row = _call(graph, last, aten.cat.default, rows)
         reduced = _call(graph, last, last.target, row, *last.args[1:])
         waited = _call(graph, waits[-1][0], waits[-1][0].target, reduced)
         for i, old in enumerate(waits):
             view = _call(graph, old[0], aten.select.int, waited, 0, i)
-            # Terms that are returned must not share memory: a write to one, by whoever gets it,
-            # would be a write to what autograd has saved of the others.
+            # Returned terms must not share memory: if the user writes to one in place, that would
+            # also change the values that autograd has saved of the others.
             own = _call(graph, old[0], aten.clone.default, view)
             for wait in old:
                 wait.replace_all_uses_with(own)
@@ -198,22 +198,22 @@ def _write(graph: fx.Graph, members: Sequence[fx.Node]) -> None:
 
 
 def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """A node whose metadata is that of ``like``, but for its value."""
+    """A node with the metadata of ``like``, and a value of its own."""
     node = graph.call_function(target, args)
     node.meta = {key: value for key, value in like.meta.items() if key not in STALE}
-    on_fakes: Callable[..., Any] = target  # the value of a fake tensor is its shape
+    on_fakes: Callable[..., Any] = target  # run on fake tensors, for shape and dtype
     node.meta["val"] = on_fakes(*map_arg(args, lambda x: x.meta["val"]))
     return node
 
 
 def _sort(graph: fx.Graph) -> None:
-    """Put every node behind its inputs; what can keep its place among the others keeps it.
+    """Put every node behind its inputs, and otherwise keep the order of the graph.
 
-    Always the first of those whose inputs are there: a node moves only where it, or what it
-    depends on, waits for a pack. Between the members of a pack nothing pins the order (the pack
-    would have been closed there), so what moves passes nothing that does. And the order in which
-    collectives come follows from their order before and from what depends on what, which are alike
-    on all ranks.
+    The next node is always the first whose inputs are there. So a node moves only if it, or a node
+    that it depends on, waits for a pack. No node between the members of a pack pins the order (it
+    would have closed the pack), so nodes that move cross none that does. The new order of
+    collectives follows from their old order and their dependencies, which are the same on all
+    ranks.
     """
     nodes = list(graph.nodes)
     index = {node: i for i, node in enumerate(nodes)}

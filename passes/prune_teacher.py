@@ -1,4 +1,4 @@
-"""Remove what no term needs from a teacher."""
+"""Remove the nodes of a teacher that no term needs."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -15,23 +15,23 @@ from fxdistill.models.tap import Tower
 class PruneTeacher:
     """Erase the teacher's nodes on which no output depends.
 
-    1. Its head goes where there is no logit term, and the layers above the deepest tap.
-    2. What writes a parameter or a buffer stays, and so does what writes a value that is read.
-    3. What has no value (grad mode, autocast, assertions) stays.
+    1. The head is erased if there is no logit term, and so are the layers above the deepest tap.
+    2. A node that writes a parameter, a buffer or a value that is read stays.
+    3. A node without a value (grad mode, autocast, assertions) stays.
 
-    The placeholders stay: they are the calling convention. ``teachers`` are the names of the
-    models that this is about.
+    The placeholders stay, because they are the calling convention. ``teachers`` names the models to
+    prune.
     """
 
     teachers: tuple[Tower, ...] = ("teacher",)
     level: ClassVar[Level] = "captured"
 
     def __call__(self, program: P) -> P:
-        """Prune; a teacher that is needed to its last node is returned as it is."""
+        """Prune; a program whose teachers have no dead nodes is returned as it is."""
         if not any(self._is_ours(node) for node in program.gm.graph.nodes):
             return program
         gm = fork_module(program.gm)
-        # What is not the teacher's stays, dead or not, and so does what it reads.
+        # Nodes outside the teacher stay, dead or not, and so do the nodes that they read.
         others = [n for n in gm.graph.nodes if not self._is_ours(n)]
         live = effects_of(gm).live(gm.graph, others)
         dead = [n for n in gm.graph.nodes if self._is_ours(n) and n not in live]

@@ -87,10 +87,15 @@ class Tokens:
     attention_mask: Tensor | None
     ids: Tensor | None  # of the tokens that labels index: the decoder's, in an encoder-decoder
 
+    decoder_mask: Tensor | None = None
+
     def attended(self, *index: int) -> float:
         mask = self.attention_mask
-        # An encoder-decoder's mask is the encoder's; decoder terms are never weighted by it.
-        if mask is None or mask.dim() != 2 or self.task == "seq2seq":
+        if self.task == "seq2seq":  # that mask is the encoder's; the decoder has its own, or labels
+            mask = self.decoder_mask
+            if mask is None and self.labels is not None:
+                return float(self.labels[index] != IGNORED)
+        if mask is None or mask.dim() != 2:
             return 1.0
         return float(mask[index] != 0)
 
@@ -295,7 +300,8 @@ def reference(
     `encoder_paths` are the student's taps inside the encoder of an encoder-decoder.
     """
     ids = batch.get("decoder_input_ids" if task == "seq2seq" else "input_ids")
-    tokens = Tokens(task, labels, loss_mask, token_weights, batch.get("attention_mask"), ids)
+    masks = batch.get("attention_mask"), ids, batch.get("decoder_attention_mask")
+    tokens = Tokens(task, labels, loss_mask, token_weights, *masks)
     shown, asked = dict(batch), {**batch, **(teacher_inputs or {})}
     if task == "seq2seq" and ids is None and labels is not None:
         shown = with_decoder_inputs(student, shown, labels)

@@ -1,4 +1,4 @@
-"""What the commands do. Each takes its arguments and the stream for its result, returns a code."""
+"""The commands. Each takes its arguments and the stream for its result, and returns a code."""
 
 import argparse
 import json
@@ -35,11 +35,11 @@ from fxdistill.models.tap import module_names
 from fxdistill.report.report import Report
 
 MODULES_SCHEMA = "1.0"
-_WIDE = 1000  # columns of what is read line by line
+_WIDE = 1000  # columns of output that other programs read line by line
 
 
 def report(args: argparse.Namespace, out: TextIO) -> int:
-    """``fxdistill report``."""
+    """Run ``fxdistill report``."""
     _check_targets({"--json": args.json, "--html": args.html}, args.mapping)
     if args.inputs is not None and (args.batch or args.length):
         raise CommandError(
@@ -68,13 +68,13 @@ def report(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _reported(distiller: fxdistill.Distiller, inputs: Any) -> Report:
-    """The report of a distiller: the only place that asks for it."""
+    """Ask the distiller for its report on these inputs."""
     args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
     return distiller.report(*args, **kwargs)
 
 
 def _proposed(student: nn.Module, teacher: nn.Module) -> Matches:
-    """What ``match`` proposes; where it sees no layers, there is another way."""
+    """The mapping that ``match`` proposes; where it fails, the error also advises a file."""
     try:
         with working("matching"):
             return fxdistill.match(student, teacher)
@@ -93,14 +93,14 @@ def _wrapped(
     try:
         return fxdistill.wrap(student, teacher, mapping, task=args.task, compile=compile)
     except ProjectionError:
-        # Widths that structure does not tell are read from a capture, which then must succeed.
+        # Read widths that the structure does not tell from a capture, which then must succeed.
         return fxdistill.wrap(
             student, teacher, mapping, task=args.task, compile=compile, example_inputs=inputs
         )
 
 
 def match(args: argparse.Namespace, out: TextIO) -> int:
-    """``fxdistill match``."""
+    """Run ``fxdistill match``."""
     if args.output is not None:
         kind_of(Path(args.output))
     _check_targets({"--json": args.json, "--output": args.output})
@@ -120,7 +120,7 @@ def match(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def modules(args: argparse.Namespace, out: TextIO) -> int:
-    """``fxdistill modules``."""
+    """Run ``fxdistill modules``."""
     _check_targets({"--json": args.json})
     with working("making the model"):
         model = load_model(args.model, args.hf_config, args.dtype, "auto")
@@ -184,7 +184,7 @@ def _towers(args: argparse.Namespace, task: str) -> tuple[nn.Module, nn.Module]:
 
 
 def _check_targets(targets: dict[str, str | None], mapping: str | None = None) -> None:
-    """Say before the work, and not after it, that files cannot be written, or are one file."""
+    """Raise CommandError, before the work, for files that cannot be written or are the same."""
     places = {} if mapping is None else {os.path.realpath(mapping): f"--mapping {mapping}"}
     for option, target in targets.items():
         if target is None or (option, target) == ("--json", "-"):
@@ -201,7 +201,7 @@ def _check_target(target: str, option: str) -> None:
         raise CommandError(
             f"{option} -: only --json can go to standard output; {option} needs the name of a file"
         )
-    # What a link leads to is written.
+    # A link is followed: the file that it names is written.
     path = Path(os.path.realpath(target) if os.path.islink(target) else target)
     if not os.path.isdir(path.parent):
         raise CommandError(f"{option} {target}: there is no folder {path.parent}")
@@ -210,7 +210,7 @@ def _check_target(target: str, option: str) -> None:
 
 
 def _is_no_file(path: Path, asked: str) -> bool:
-    """Whether something else is there: a folder, a device."""
+    """Whether ``path`` exists and is not a regular file: a folder or a device."""
     try:
         return not stat.S_ISREG(path.stat().st_mode)
     except FileNotFoundError:
@@ -220,7 +220,7 @@ def _is_no_file(path: Path, asked: str) -> bool:
 
 
 def _show(what: Any, out: TextIO, *, wide: bool = False) -> None:
-    """Print for a terminal; for a pipe or a file as plain text, whose lines may be ``wide``."""
+    """Print to a terminal; to a pipe or a file, write plain text, whose lines may be ``wide``."""
     console = Console(file=out)
     if console.is_terminal:
         console.print(what)
@@ -236,7 +236,7 @@ def _write_page(found: Report, target: str) -> None:
 
 
 def _write(content: str, target: str, out: TextIO) -> None:
-    """Write to standard output, or to a file, whole or not at all."""
+    """Write ``content`` to standard output, or to a file, whole or not at all."""
     if target == "-":
         out.write(content)
         return

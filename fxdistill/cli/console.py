@@ -1,4 +1,4 @@
-"""What all commands share: exit codes, and the line that says what is being done."""
+"""Exit codes, and the status line that all commands show while they work."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ FINE, PARTIAL, USAGE, MISFIT, INTERNAL, INTERRUPTED, CLOSED = 0, 1, 2, 3, 70, 13
 
 @contextlib.contextmanager
 def working(on: str) -> Iterator[None]:
-    """Show on a terminal that something takes its time."""
+    """Show on a terminal what a command is working on."""
     from rich.console import Console
 
     console = Console(stderr=True)

@@ -11,16 +11,16 @@ from fxdistill.models.conventions import find_task, input_names
 from fxdistill.models.devices import device_of
 
 BATCH, LENGTH = 4, 2048
-MOST = 2**31  # numbers in one input: what is not on meta has memory
+MOST = 2**31  # numbers in one input: outside the meta device, an input takes memory
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def example_inputs(
     student: nn.Module, teacher: nn.Module, batch: int | None, length: int | None, task: str
 ) -> dict[str, Tensor]:
-    """Keyword arguments of a call, with labels where the student's task is known.
+    """Keyword arguments of a call, with labels if the student's task is known.
 
-    Nothing is computed from them: zeros stand for tokens, images and labels.
+    Tokens, images and labels are zeros: nothing is computed from them.
     """
     device, names, batch = device_of(student), input_names(student), batch or BATCH
     kind = find_task(student, task)
@@ -54,7 +54,7 @@ def example_inputs(
 
 
 def on_device_of(model: nn.Module, inputs: Any) -> Any:
-    """Inputs of the user's as a dict or a tuple; without values where the model has none."""
+    """Check the user's inputs, and move them to the meta device if the model is there."""
     if not isinstance(inputs, (dict, tuple)):
         raise CommandError(
             f"--inputs made a {type(inputs).__name__}: a dict of the keywords of a call, or a "
@@ -78,7 +78,7 @@ def on_device_of(model: nn.Module, inputs: Any) -> Any:
 
 
 def _allowed(batch: int, *each: int) -> tuple[int, ...]:
-    """The size of an input, if that many numbers can be made."""
+    """The size of an input; raises CommandError if it has more than ``MOST`` numbers."""
     if (count := batch * math.prod(each)) > MOST:
         sizes = " × ".join(map(str, (batch, *each)))
         smaller = "--batch or --length" if len(each) == 1 else "--batch"
@@ -106,11 +106,11 @@ def _length(student: nn.Module, teacher: nn.Module, asked: int | None) -> int:
 
 
 def _limit(model: nn.Module) -> int | None:
-    """How many positions the configuration has, if it says so."""
+    """The number of positions in the model's configuration; ``None`` if it gives none."""
     config = getattr(model, "config", None)
     if callable(of_text := getattr(config, "get_text_config", None)):
         config = of_text()
-    # Positions that are relative have no end; T5 says n_positions all the same.
+    # Relative positions have no limit; T5's configuration has n_positions all the same.
     relative = hasattr(config, "relative_attention_num_buckets")
     names = [name for name in _LIMITS if not (relative and name == "n_positions")]
     found = (getattr(config, name, None) for name in names)

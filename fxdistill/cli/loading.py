@@ -1,4 +1,4 @@
-"""Models for the command line: from a factory in a file or a package, or from a configuration."""
+"""Load models for the command line, from a factory in a file or package or a configuration."""
 
 import ast
 import contextlib
@@ -29,7 +29,7 @@ def load_model(
 ) -> nn.Module:
     """The model that an argument names; see the help of ``fxdistill``.
 
-    One of a configuration is put in train or eval mode, one of a factory is as it comes.
+    A model from a configuration is put in train or eval mode; a factory's model keeps its mode.
     """
     if is_config and ":" not in asked:
         return from_config(Path(asked), DTYPES[dtype or "bfloat16"], task).train(train)
@@ -45,7 +45,11 @@ def load_model(
 
 
 def call_factory(asked: str) -> Any:
-    """Import and call ``file.py:factory`` or ``package.module:factory``. A module is itself."""
+    """Import and call ``file.py:factory`` or ``package.module:factory``.
+
+    An ``nn.Module`` in place of a factory is returned as it is. Raises CommandError for a factory
+    that does not exist, needs arguments or raises.
+    """
     where, _, name = asked.rpartition(":")
     if not where or not name:
         raise CommandError(f"{asked!r} is not {_FORM}{_defined_in(Path(asked))}")
@@ -76,10 +80,10 @@ def _called(factory: Callable[..., Any], asked: str) -> Any:
 
 
 def _needed(factory: Callable[..., Any]) -> list[str]:
-    """The arguments without defaults; none where Python cannot tell: the call then does."""
+    """The arguments without defaults; none where Python cannot tell: then the call will fail."""
     try:
         parameters = inspect.signature(factory).parameters.items()
-    except (TypeError, ValueError):  # much of what is written in C, such as dict
+    except (TypeError, ValueError):  # many callables written in C, such as dict
         return []
     return [
         name
@@ -90,7 +94,7 @@ def _needed(factory: Callable[..., Any]) -> list[str]:
 
 @contextlib.contextmanager
 def _told(what: str) -> Iterator[None]:
-    """What code of the user's raises, on one line; its sys.exit() is not ours."""
+    """Turn an exception of user code into a one-line CommandError; its sys.exit() too."""
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -99,7 +103,7 @@ def _told(what: str) -> Iterator[None]:
 
 
 def _defined_in(file: Path) -> str:
-    """What a file without a factory behind it defines, told without running it."""
+    """The names that a file defines, for a message; the file is parsed and not run."""
     if file.suffix != ".py" or not file.is_file():
         return ""
     try:
@@ -112,7 +116,7 @@ def _defined_in(file: Path) -> str:
 
 @functools.cache
 def _from_file(file: Path, asked: str) -> ModuleType:
-    """The module of a file; once, so that student and teacher may share classes."""
+    """Import a file as a module, once, so that student and teacher may share classes."""
     if not file.is_file():
         near = did_you_mean(file.name, [f.name for f in file.parent.glob("*.py")])
         raise CommandError(f"there is no file {asked}. Nearest in its folder: {near}.")
@@ -155,10 +159,10 @@ def _from_package(name: str) -> ModuleType:
 
 
 def from_config(path: Path, dtype: torch.dtype, task: str) -> nn.Module:
-    """The model of a Hugging Face configuration, without weights. No network, no code of others.
+    """The model of a Hugging Face configuration, on the meta device; nothing is downloaded.
 
-    Its class is what ``architectures`` names, else by ``task``. It keeps no cache: who distills
-    does not generate.
+    ``architectures`` names its class, or else ``task`` selects one of transformers' own classes.
+    The model keeps no cache, because a distillation does not generate.
     """
     try:
         import transformers
@@ -178,7 +182,7 @@ def from_config(path: Path, dtype: torch.dtype, task: str) -> nn.Module:
     if "quantization_config" in data:
         warnings.warn(f"{path}: weights are {dtype}, quantization_config is left out", stacklevel=1)
     with _told(f"{path} is refused by transformers:"):
-        # Read once more, by those who wrote it: infinite numbers have a form of their own.
+        # transformers reads the file once more, as it has its own form for infinite numbers.
         data, _ = transformers.PreTrainedConfig.get_config_dict(str(file), local_files_only=True)
         config = known[kind].from_dict({**_without_types(data), "architectures": classes})
     inner = (c for c in vars(config).values() if isinstance(c, transformers.PreTrainedConfig))
@@ -214,7 +218,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _classes_in(data: dict[str, Any], path: Path) -> list[str] | None:
-    """The names in ``architectures``; a text is one."""
+    """The class names in ``architectures``, which may be a list or one text."""
     named = data.get("architectures")
     if named is None:
         return None
@@ -228,7 +232,7 @@ def _classes_in(data: dict[str, Any], path: Path) -> list[str] | None:
 
 
 def _without_types(data: dict[str, Any]) -> dict[str, Any]:
-    """The fields without those that say in which types weights are: that is said elsewhere."""
+    """The fields without those that give the dtype of weights, which ``--dtype`` gives."""
     left_out = ("dtype", "torch_dtype", "quantization_config")
     return {
         key: _without_types(value) if isinstance(value, dict) else value
@@ -238,7 +242,7 @@ def _without_types(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _class_of(config: Any, path: Path, task: str) -> Callable[[Any], nn.Module]:
-    """What makes the model: the class that the configuration names, else one for the task."""
+    """The callable that makes the model: the configuration's class, or else one for the task."""
     import transformers
 
     for name in config.architectures or ():
@@ -264,7 +268,7 @@ def _class_of(config: Any, path: Path, task: str) -> Callable[[Any], nn.Module]:
     if getattr(config, "is_encoder_decoder", False):
         order = ["seq2seq", *order]
     elif not getattr(config, "is_decoder", True):
-        # Encoders have a causal class as well, for those who set is_decoder.
+        # An encoder has a causal class as well, which is meant for is_decoder=True.
         order = ["masked_lm", *order]
     for name in order if task == "auto" else [task]:
         for auto in wanted[name]:

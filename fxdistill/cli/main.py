@@ -1,8 +1,8 @@
-"""The command line: arguments, messages and exit codes. What commands do is in ``commands.py``.
+"""The command line: arguments, messages and exit codes. ``commands.py`` holds the commands.
 
-Imports nothing heavy, so that ``--help`` and wrong arguments are answered at once. Results go to
-standard output and nothing else does: what user code prints while a command runs goes, like
-progress and messages, to standard error.
+This file imports nothing heavy, so ``--help`` and wrong arguments are answered at once. Only
+results go to standard output: whatever user code prints while a command runs goes to standard
+error, like progress and messages.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import fxdistill
 from fxdistill.cli.console import CLOSED, INTERNAL, INTERRUPTED, MISFIT, USAGE, working
 from fxdistill.errors import CommandError, FxDistillError, MappingFileError, OptionError
 
-MOST = 2**40  # of samples, and of tokens
+MOST = 2**40  # largest number of samples, and of tokens
 
 
 _CODES = """\
@@ -40,19 +40,19 @@ folder with one: the model is made without weights, on the meta device, and noth
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line."""
+    """An argument parser whose errors take one line."""
 
     def __init__(self, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, epilog=_CODES, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong and where help is; exit with 2."""
+        """Print the error and where to find help, and exit with code 2."""
         self.exit(USAGE, f"{self.prog}: {message}. Help: {self.prog} --help\n")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of all commands."""
+    """The parser for the arguments of all commands."""
     top = Parser(prog="fxdistill", description="Look at a distillation before it is run.")
     top.add_argument("--version", action="version", version=f"fxdistill {fxdistill.__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, does: str, models: Sequence[str]) -> Any:
-    """A command with what all have."""
+    """Add a command, with the arguments that all commands share."""
     command = commands.add_parser(name, help=does, description=f"{does}.\n\n{_MODELS}")
     for model in models:
         command.add_argument(model.lower(), metavar=model)
@@ -139,29 +139,28 @@ def _match(commands: Any) -> None:
 
 
 def _positive(text: str) -> int:
-    # Python itself reads no number of thousands of digits.
+    # int() refuses numbers of thousands of digits.
     if not text.isdecimal() or len(text) > 100 or not 1 <= int(text) <= MOST:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {MOST}")
     return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code."""
+    """Run a command and return its exit code."""
     try:
         args = parser().parse_args(argv)
-    except SystemExit as done:  # argparse has said why
+    except SystemExit as done:  # argparse has printed the reason
         return int(done.code or 0)
     out = sys.stdout
-    if isinstance(
-        out, io.TextIOWrapper
-    ):  # what an encoding lacks (arrows, α) is escaped, as in JSON
+    if isinstance(out, io.TextIOWrapper):
+        # Escape characters that the encoding lacks (arrows, α), as JSON does.
         out.reconfigure(errors="backslashreplace")
     try:
         with contextlib.redirect_stdout(sys.stderr), _warnings_on_one_line(), _path_kept():
             code = _run(args, out)
         out.flush()
     except BrokenPipeError:
-        # The interpreter flushes once more at its end.
+        # The interpreter flushes standard output once more when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         return CLOSED
     return code
@@ -195,7 +194,7 @@ def _failed(args: argparse.Namespace, message: str, code: int) -> int:
 
 @contextlib.contextmanager
 def _warnings_on_one_line() -> Iterator[None]:
-    """Warnings by their text alone: the line that gave them is none of the user's."""
+    """Show the text of warnings only: the line of code that gave them is not the user's."""
 
     def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
         print(f"{category.__name__}: {message}", file=sys.stderr)
@@ -210,7 +209,7 @@ def _warnings_on_one_line() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _path_kept() -> Iterator[None]:
-    """What commands put on the import path is gone afterwards."""
+    """Restore the import path, to which commands add folders."""
     before = list(sys.path)
     try:
         yield

@@ -119,7 +119,7 @@ def dry_halves(
 
 
 def dry_values(run: Callable[..., Any], table: TapTable, *args: Any) -> None:
-    """Trace ``run`` and execute nothing: ``table`` then holds fake tensors with the taps' shapes."""
+    """Trace ``run`` without executing it: ``table`` then holds fake tensors for the taps."""
 
     def stop(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         raise Captured

@@ -116,7 +116,7 @@ def mode_options(mode: str, dynamic: bool | None) -> dict[str, Any]:
 
 
 def _sources() -> tuple[str, ...]:
-    """Every file whose change may change the code that is made."""
+    """The paths of all files whose change may change the generated code."""
     folders = [Path(str(package.__file__)).parent for package in (passes, fused)]
     files = [file for folder in (*folders, Path(__file__).parent) for file in folder.glob("*.py")]
     return tuple(sorted(map(str, files)))

@@ -1,1 +1,1 @@
-"""``wrap`` and the ``Distiller`` that it returns: what a user holds in hand."""
+"""``wrap`` and the ``Distiller`` that it returns."""

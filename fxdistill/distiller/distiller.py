@@ -36,11 +36,11 @@ from fxdistill.report.subject import CapturedStep, Subject
 
 
 class Distiller(nn.Module):
-    """Call it like the student; ``backward()`` on the ``loss`` it returns.
+    """The module that ``fxdistill.wrap`` returns: call it like the student.
 
-    Made by ``fxdistill.wrap``. ``parameters()`` and ``state_dict()`` are those of the models that
-    learn and of the projections, under ``student.`` and ``projections.``; a frozen teacher is moved
-    by ``to()`` and otherwise left alone, in eval mode.
+    Call ``backward()`` on the ``loss`` of its output. ``parameters()`` and ``state_dict()`` cover
+    the models that learn and the projections, under ``student.`` and ``projections.``. ``to()``
+    moves a frozen teacher too; otherwise the teacher is left alone, in eval mode.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Distiller(nn.Module):
         main: Tower = "student",
     ) -> None:
         super().__init__()
-        # A frozen model is not registered: it has no place in parameters() or state_dict().
+        # A frozen model is not registered: parameters() and state_dict() must not contain it.
         self._towers = Towers(models, projections, main)
         for tower in (main, *(t for t in models if t != main)):
             if models[tower].trains:
@@ -66,15 +66,15 @@ class Distiller(nn.Module):
         self.journal = Journal()
         self._settings = Settings(settings, [term.name for term in objective.features])
         self._steps = Steps()
-        self._warnings: dict[str, bool] = {}  # text, and whether it was given
-        # Not self.train(): parts of the student may be in a mode of their own.
+        self._warnings: dict[str, bool] = {}  # by text: whether it has been given
+        # Not self.train(): parts of the student may have been put in another mode on purpose.
         self.training = models[main].module.training
         self.projections.train(self.training)
         settled = self._settled()
         self._notes = (*options.notes, *notes.notes_of(self.objective, settings), *settled)
 
     def _settled(self) -> list[str]:
-        """Put frozen models in eval mode, and say of which that was a change."""
+        """Put frozen models in eval mode, and return a note for each that was not in it."""
         frozen = {t: self._towers.modules[t] for t in self._towers.frozen}
         before = {t: sum(m.training for m in model.modules()) for t, model in frozen.items()}
         settle(self._towers, self.objective)
@@ -99,12 +99,12 @@ class Distiller(nn.Module):
 
     @property
     def settings(self) -> dict[str, Setting]:
-        """Global weights, the temperature, and the weight of each match by its name."""
+        """The global weights, the temperature, and the weight of each match by its name."""
         return dict(self._settings.values)
 
     @property
     def program(self) -> JointProgram | None:
-        """The graph of the last step that was captured, for reading."""
+        """The graph of the last step that was captured, for reading; ``None`` before it."""
         return self.journal.program
 
     # ------------------------------------------------------------------ calling
@@ -112,9 +112,9 @@ class Distiller(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> DistillOutput:
         """Run all models on the inputs and return the loss.
 
-        ``labels``, ``loss_mask``, ``token_weights``, ``num_items`` (or ``num_items_in_batch``),
-        ``num_feature_items``, ``student_inputs`` and ``teacher_inputs`` stay here; everything else
-        goes to every model.
+        The distiller itself reads ``labels``, ``loss_mask``, ``token_weights``, ``num_items`` (or
+        ``num_items_in_batch``) and ``num_feature_items``. ``student_inputs`` and
+        ``teacher_inputs`` are for one model; every model gets all other arguments.
         """
         one_graph = self.options.mode == "one_graph"
         run = self._forward if one_graph else torch.compiler.disable(self._forward)
@@ -139,7 +139,7 @@ class Distiller(nn.Module):
         return out
 
     def _sorted(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """The arguments of a call, sorted and checked."""
+        """Sort and check the arguments of a call."""
         towers, objective = self._towers, self.objective
         call = sort_call(towers.modules, towers.main, objective.task, args, dict(kwargs))
         check_call(towers, objective, call)
@@ -165,7 +165,7 @@ class Distiller(nn.Module):
         return result
 
     def _fall_back(self, error: CaptureError, request: Request) -> Result:
-        """Go regional, and stay there if that works."""
+        """Run the step in regional mode, and keep that mode if it works."""
         before = self.options
         self.options = dataclasses.replace(before, mode="regional")
         try:
@@ -178,7 +178,7 @@ class Distiller(nn.Module):
         warnings.warn(f'falling back to compile="regional"{lost}: {error}', stacklevel=5)
         return result
 
-    # Dynamo cannot trace a weak reference: made outside of any surrounding compile.
+    # Dynamo cannot trace a weak reference: make the recipe outside any surrounding compile.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _recipe(self) -> Recipe:
         return self.options.recipe(self._towers).noting(self.journal)
@@ -187,7 +187,7 @@ class Distiller(nn.Module):
         self._warnings = {**dict.fromkeys(request.warned, False), **self._warnings}
 
     def _announce(self) -> None:
-        """Give each warning of the checks once."""
+        """Give each warning of the checks that has not been given yet."""
         for text in [text for text, given in self._warnings.items() if not given]:
             self._warnings[text] = True
             warnings.warn(text, MatchWarning, stacklevel=4)
@@ -195,16 +195,19 @@ class Distiller(nn.Module):
     def set(self, *, weights: Mapping[str, Setting] | None = None, **values: Any) -> None:
         """Change weights or the temperature; nothing recompiles.
 
-        ``logit_weight``, ``feature_weight``, ``label_weight``, ``temperature``, and by
-        ``weights={term name: weight}`` the weights of single matches.
-        Values are numbers or 0-d tensors. The tensors of a pending backward are not written.
+        The keywords are ``logit_weight``, ``feature_weight``, ``label_weight`` and ``temperature``;
+        ``weights={term name: weight}`` sets the weights of single matches. Values are numbers or
+        0-d tensors. A pending backward keeps the values of its own step.
+
+        Raises:
+            OptionError: A name is unknown, or a value is not a finite number. Nothing is changed.
         """
         self._settings.set(weights, values)
 
     # ------------------------------------------------------------------ life cycle
 
     def train(self, mode: bool = True) -> "Distiller":
-        """Student and projections to train or eval mode; a frozen teacher stays in eval mode."""
+        """Put student and projections in train or eval mode; a frozen teacher stays in eval."""
         with modes_kept_on_error(self):
             super().train(mode)
             settle(self._towers, self.objective)
@@ -218,7 +221,7 @@ class Distiller(nn.Module):
         return self
 
     def param_groups(self, **projection_options: Any) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer: the models', then the projections' with options."""
+        """Optimizer groups: the models' parameters, then the projections' with these options."""
         learning = [p for model in self._towers.trained() for p in model.parameters()]
         unique = {id(p): p for p in learning if p.requires_grad}
         groups: list[dict[str, Any]] = [{"params": list(unique.values())}]
@@ -227,18 +230,18 @@ class Distiller(nn.Module):
         return groups
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Scale all gradients, sharded or not, to a norm of at most ``max_norm``; return theirs.
+        """Scale all gradients to a norm of at most ``max_norm``; return the norm before.
 
-        As ``torch.nn.utils.clip_grad_norm_``, for parameters on several meshes and on none too:
-        call it on every rank. See ``parallel.gradients``.
+        This is ``torch.nn.utils.clip_grad_norm_``, but parameters may lie on several meshes or on
+        none. Call it on every rank. See ``parallel.gradients`` for the formula.
         """
         norm: Tensor = parallel.gradients.clip_grad_norm_(self.parameters(), max_norm, norm_type)
         return norm
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
-        """Compile forward and backward for these inputs, and leave no trace.
+        """Compile forward and backward for these inputs, by running one step.
 
-        Gradients, buffers and random numbers are as before.
+        Gradients, buffers and the states of random number generators are unchanged afterwards.
         """
         params = [p for p in self.parameters() if p.requires_grad]
         buffers = {b: b.detach().clone() for b in self.buffers()}
@@ -256,7 +259,7 @@ class Distiller(nn.Module):
     # ------------------------------------------------------------------ looking
 
     def check(self, *args: Any, **kwargs: Any) -> JointProgram:
-        """Capture the step on these inputs' shapes, raising what would go wrong; runs nothing."""
+        """Capture the step on these inputs' shapes and raise its errors, without running it."""
         request = self._request(self._sorted(args, kwargs))
         program, *_ = dry.captured(request, self._steps, self._recipe(), cut=False)
         self._note_warnings(request)
@@ -264,14 +267,15 @@ class Distiller(nn.Module):
         return program
 
     def report(self, *args: Any, **kwargs: Any) -> Report:
-        """What a step on these inputs will need and do; runs nothing, and changes nothing.
+        """Report what a step on these inputs will need and do, without running it.
 
-        Inputs are those of a call, or none: then those of the last call. Models may lie on the meta
-        device, or be fake: no weight is needed. ``print`` it by ``rich``; ``to_json()`` and
-        ``to_html(path)``. What cannot be captured makes it partial, and ``stopped`` says why.
+        Without inputs, those of the last call are taken. Models need no weights: their parameters
+        may be on the meta device, or fake tensors. Show the report with ``rich.print``,
+        ``to_json()`` or ``to_html(path)``. If the step cannot be captured, the report is partial,
+        and its ``stopped`` says why.
 
         Raises:
-            StepError: Without inputs, before any call.
+            StepError: There are no inputs, and nothing was called before.
         """
         settle(self._towers, self.objective)
         return build(self._subject(), args, kwargs)
@@ -280,7 +284,7 @@ class Distiller(nn.Module):
         towers = self._towers
 
         def capture(call: Call, objective: Objective, recipe: Recipe) -> CapturedStep:
-            # Made anew: models may be fake for the time of a report, and then so is the vector.
+            # Not the stored vector: models may be fake during a report, and then this one is too.
             settings = self._settings.made(device_of(towers.main_module))
             request = Request(towers, objective, call, settings)
             return dry.captured(request, self._steps, recipe, cut=True)
@@ -302,17 +306,17 @@ class Distiller(nn.Module):
         )
 
     def summary(self) -> Group:
-        """What was compiled, for ``rich``: pairs, and what each pass did at the first call."""
+        """Tables for ``rich.print``: the terms, and what each pass did to the last program."""
         told = (*self.matches.notes, *self._notes, *self._warnings)
         return summary(self.objective, self.projections, self.program, self.options.mode, told)
 
     def extra_repr(self) -> str:
-        """The terms, for ``print(distiller)``."""
+        """The mode and the number of matches, for ``print(distiller)``."""
         return f"mode={self.options.mode}, matches={len(self.objective.features)}"
 
 
 def _averaging_ranks(module: nn.Module) -> Ranks | None:
-    """The ranks over which a wrapper (DDP, FSDP2) will average gradients; ``None`` without one."""
+    """The ranks over which a wrapper (DDP, FSDP2) averages gradients; ``None`` without one."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
     ranks: Ranks | None = parallel.wrappers.averaging_ranks(module)

@@ -1,4 +1,4 @@
-"""A step that is captured and never run: for checks, for reports, for widths."""
+"""Capture a step without running it: for checks, for reports, for widths."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,7 +19,7 @@ from fxdistill.taps.table import TapTable
 def captured(
     request: Request, steps: Steps, recipe: Recipe, *, cut: bool
 ) -> tuple[JointProgram, Halves | None, TapTable]:
-    """Capture a step, and with ``cut`` go on to its two halves."""
+    """Capture a step; with ``cut``, also partition it into forward and backward."""
     call = request.call
     given = (request.towers, request.objective, call.inputs, call.batch, request.settings)
     run = capture.dry_halves if cut else capture.dry_run
@@ -28,7 +28,7 @@ def captured(
 
 
 def tapped_shapes(request: Request, steps: Steps) -> Mapping[tuple[Tower, Tap], Tensor]:
-    """The shapes of all matched values, as meta tensors; a module that does not run is left out."""
+    """The shapes of all matched values, as meta tensors; modules that do not run are left out."""
     objective = replace(request.objective, logits=(), labels=(), returns=None)
     request = replace(request, objective=objective)
     with tapping(request, steps, capturing=True) as table:

@@ -1,4 +1,4 @@
-"""What is checked before every step: a look at flags and devices."""
+"""The checks before every step, which only look at flags and devices."""
 
 from fxdistill.distiller.towers import Towers
 from fxdistill.models.devices import check_devices, check_same_device
@@ -9,7 +9,7 @@ from fxdistill.objective.tokens import TOKEN_FIELDS
 
 
 def check_call(towers: Towers, objective: Objective, call: Call) -> None:
-    """Put frozen models in eval mode. Raises DeviceError, or ModeError, where a step would fail."""
+    """Put frozen models in eval mode; raise DeviceError or ModeError where a step would fail."""
     tokens = {name: getattr(call.batch, name) for name in TOKEN_FIELDS}
     main = towers.main_module
     for tower, model in towers.modules.items():
@@ -24,6 +24,6 @@ def check_call(towers: Towers, objective: Objective, call: Call) -> None:
 
 
 def settle(towers: Towers, objective: Objective) -> None:
-    """Put the frozen models that some term reads in eval mode."""
+    """Put the frozen models that a term reads in eval mode; raises ModeError if it cannot."""
     for tower in towers.frozen & objective.towers:
         settle_modes(towers.trained(), towers.modules[tower], tower)

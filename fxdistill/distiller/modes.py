@@ -1,6 +1,6 @@
-"""The three ways in which a step runs: one graph, regional, eager. One function each.
+"""The three modes in which a step runs, one function for each: one graph, regional, eager.
 
-All three take the same request and give the same result: the losses, and the logits if they were
+All three take the same request and return the same result: the losses, and the logits if they were
 asked for.
 """
 
@@ -37,45 +37,45 @@ Collected = Mapping[tuple[Tower, Tap], Tensor | HeadInputs]
 
 @dataclass(frozen=True)
 class Request:
-    """One step that is to be run."""
+    """One step to run."""
 
     towers: Towers
     objective: Objective
     call: Call
     settings: Tensor
-    warned: list[str] = field(default_factory=list)  # what the checks of the step had to say
+    warned: list[str] = field(default_factory=list)  # the warnings of the step's checks
 
 
 class Steps:
-    """What steps leave behind for the next one: compiled functions, and what was found out."""
+    """The state that steps keep for later steps: compiled functions, and the paths of heads."""
 
     def __init__(self) -> None:
         self._compiled: dict[str, Callable[..., Any]] = {}
         self._head_paths: dict[Tower, str | None] | None = None
-        self.passed = False  # whether a step has run to its end outside of one graph
+        self.passed = False  # whether a step outside one-graph mode has passed its checks
 
     def compiled(
         self, function: Callable[..., Any], recipe: Recipe, dynamic: bool | None
     ) -> Callable[..., Any]:
-        """``function`` as one graph, made at the first call."""
+        """``function`` compiled as one graph; created once, compiled at its first call."""
         name = function.__name__
         if name not in self._compiled:
             self._compiled[name] = capture.one_graph(function, recipe, dynamic)
         return self._compiled[name]
 
     def head_paths(self, towers: Towers) -> dict[Tower, str | None]:
-        """Where each model makes its logits; looked for once."""
+        """The path of each model's head, or ``None``; searched once."""
         if self._head_paths is None:
             self._head_paths = {t: head_path(model) for t, model in towers.modules.items()}
         return self._head_paths
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has compiled nothing."""
+        """The state of new ``Steps``: a copy has compiled nothing."""
         return Steps().__dict__
 
 
 def in_one_graph(request: Request, steps: Steps, recipe: Recipe, dynamic: bool | None) -> Result:
-    """Models and terms are one compiled graph."""
+    """Run models and terms as one compiled graph."""
     towers, call = request.towers, request.call
     run = steps.compiled(step, recipe, towers.dynamic(dynamic))
     with tapping(request, steps, capturing=True) as table:
@@ -87,7 +87,7 @@ def in_one_graph(request: Request, steps: Steps, recipe: Recipe, dynamic: bool |
 def regional(
     request: Request, steps: Steps, recipe: Recipe, dynamic: bool | None, *, fuse: bool
 ) -> Result:
-    """The models run as they are; the terms, with the fused head, are one compiled graph."""
+    """Run the models as they are, and the terms, with the fused head, as one compiled graph."""
     towers, objective, call = request.towers, request.objective, request.call
     heads = _heads(request, steps) if fuse else Found()
     recipe.journal.logits_made = heads.why_not
@@ -108,7 +108,7 @@ def regional(
 
 
 def eager(request: Request, steps: Steps) -> Result:
-    """Everything runs as it is."""
+    """Run models and terms without compiling anything."""
     towers, call = request.towers, request.call
     with tapping(request, steps, capturing=False), _buffers_kept(towers, steps):
         given = (towers, request.objective, call.inputs, call.batch, request.settings)
@@ -118,16 +118,16 @@ def eager(request: Request, steps: Steps) -> Result:
 
 
 def _buffers_kept(towers: Towers, steps: Steps) -> contextlib.AbstractContextManager[None]:
-    """Models that run before their values are checked are put back if the checks fail.
+    """Restore the buffers of the models, which run before the checks, if the checks fail.
 
-    Once they have passed, a step need not keep copies.
+    Once the checks have passed, later steps keep no copies.
     """
     models = () if steps.passed else (*towers.modules.values(), towers.projections)
     return buffers_kept_on_error(*models)
 
 
 def _heads(request: Request, steps: Steps) -> Found:
-    """The heads whose logits only the losses read."""
+    """The heads that may return stand-ins, because only the losses read their logits."""
     objective = request.objective
     if not objective.can_fuse or objective.returns is not None:
         return Found()
@@ -137,7 +137,7 @@ def _heads(request: Request, steps: Steps) -> Found:
 
 @contextlib.contextmanager
 def tapping(request: Request, steps: Steps, *, capturing: bool) -> Iterator[TapTable]:
-    """Hooks on all models and a table for what they see, for one call."""
+    """Put hooks on all models for one call, and yield the table that they fill."""
     towers, objective = request.towers, request.objective
     expected = Expectations(
         frozen=towers.frozen,
@@ -160,14 +160,14 @@ def tapping(request: Request, steps: Steps, *, capturing: bool) -> Iterator[TapT
             yield table
             request.warned.extend(table.warnings)
         except Exception:
-            # Parts that the user compiled wrap what a tap raises; what it said is in the table.
+            # A part that the user compiled wraps an error of a tap; the table has the original.
             if table.failure is not None:
                 raise table.failure from None
             raise
 
 
 def collect(objective: Objective) -> Collected:
-    """What the models have tapped and the terms read; TapError where a module did not run."""
+    """The tapped values that the terms read; raises TapError where a module did not run."""
     verified()
     return {end: as_loss_input(lookup_marker(*end)) for end in objective.reads}
 
@@ -180,7 +180,7 @@ def terms_of(
     projections: Any,
     anchor: Tensor,
 ) -> Result:
-    """The objective on values that were collected: what regional mode compiles."""
+    """Compute the objective on collected values. Regional mode compiles this function."""
 
     def lookup(tower: Tower, tap: Tap) -> Tensor:
         value = values[tower, tap]

@@ -1,4 +1,4 @@
-"""How a distiller runs: what ``wrap`` makes of ``compile``, ``passes`` and ``outputs``."""
+"""How a distiller runs, as ``wrap`` reads it from ``compile``, ``passes`` and ``outputs``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ class Options:
     fallback: bool = False
     passes: tuple[Pass, ...] = ()
     fuse_head: bool = True
-    gathers: bool = False  # whether parameters are gathered in the graph
+    gathers: bool = False  # whether the graph gathers parameters
     outputs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def recipe(self, towers: Towers) -> Recipe:
-        """What the backend needs to know of them, and of the models."""
+        """The backend's recipe, from these options and the models."""
         wanted = Wanted(
             user=self.passes,
             fuse_head=self.fuse_head,
@@ -46,7 +46,7 @@ class Options:
 def read_options(
     compile: CompileLike, outputs: tuple[str, ...], passes: tuple[Pass, ...]
 ) -> Options:
-    """The options that ``wrap`` was given; OptionError for what is none."""
+    """Read the options of ``wrap``; raises OptionError for one that does not exist."""
     for name in outputs:
         if name != "logits":
             raise OptionError(f"outputs={outputs!r}: only 'logits' can be asked for")
@@ -88,7 +88,7 @@ def _mode(compile: CompileLike) -> Mode:
 
 
 def _inductor_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """``mode`` means what it means to ``torch.compile``: a named set of Inductor options."""
+    """Inductor's options: those that ``mode`` names, as in ``torch.compile``, then ``options``."""
     backend, mode = options.get("backend", "inductor"), options.get("mode")
     named: dict[str, Any] = {}
     if mode is not None:

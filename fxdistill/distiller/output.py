@@ -1,4 +1,4 @@
-"""What a distiller returns."""
+"""``DistillOutput``: the output of a distiller."""
 
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ class DistillOutput(OrderedDict[str, Any]):
     """An ordered mapping with attribute access: ``out.loss``, ``out["loss"]``, ``out[0]``.
 
     ``loss`` is the total, a 0-d tensor with gradients. ``losses`` maps the name of every term to
-    its unweighted value, detached, on the device: reading one is the reader's synchronisation.
-    ``logits`` is there when asked for (``wrap(..., outputs=("logits",))``), detached.
+    its unweighted value, a detached 0-d tensor on the device: reading one waits for the device.
+    ``logits`` are the student's, detached, if ``wrap(..., outputs=("logits",))`` asked for them.
     """
 
     loss: Tensor

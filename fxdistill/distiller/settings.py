@@ -1,4 +1,4 @@
-"""Weights and temperature: tensors that enter the graph, so that a change recompiles nothing."""
+"""Weights and temperature: a tensor that enters the graph, so a change recompiles nothing."""
 
 import math
 import warnings
@@ -16,10 +16,10 @@ Setting = float | Tensor
 
 
 class Settings:
-    """The global settings, then the weight of each match by its name, as one vector.
+    """One vector of the global settings, followed by the weight of each match.
 
-    The vector is made anew where something is set: the tensors of a pending backward are not
-    written.
+    ``set`` makes a new vector rather than writing to the old one, which a pending backward may
+    still need.
     """
 
     def __init__(self, values: Mapping[str, Setting], matches: Sequence[str]) -> None:
@@ -30,7 +30,8 @@ class Settings:
     def set(self, weights: Mapping[str, Setting] | None, values: Mapping[str, Setting]) -> None:
         """Change global settings by ``values``, weights of matches by ``weights``.
 
-        OptionError, and nothing is changed, where a name is unknown or a value is no number.
+        Raises OptionError, and changes nothing, where a name is unknown or a value is not a finite
+        number.
         """
         for name in values:
             if name not in GLOBAL_SETTINGS:
@@ -46,20 +47,20 @@ class Settings:
         self.forget()
 
     def on(self, device: torch.device) -> Tensor:
-        """The vector, kept for the next step on the same device."""
+        """The vector on ``device``; it is kept for later steps."""
         if self._vector is None or self._vector.device != device:
-            # Kept for later steps, which may train: an evaluation may run in inference mode.
+            # The vector outlives an evaluation in inference mode: later steps may train with it.
             with torch.inference_mode(False):
                 self._vector = self.made(device)
         return self._vector
 
     def made(self, device: torch.device) -> Tensor:
-        """The vector, made anew; a run on stand-ins must not leave one behind."""
+        """A new vector, which is not kept: a capture on fake tensors must not leave one behind."""
         names = (*GLOBAL_SETTINGS, *self.matches)
         return torch.stack([scalar(self.values[name], device) for name in names])
 
     def forget(self) -> None:
-        """Make a new vector for the next step."""
+        """Drop the vector, so that the next step makes a new one."""
         self._vector = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -67,7 +68,7 @@ class Settings:
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raise OptionError where a weight or the temperature is not one number."""
+    """Raise OptionError where a setting is not one finite number, or the temperature not > 0."""
     for name, value in settings.items():
         single = isinstance(value, Tensor) and value.numel() == 1
         number = isinstance(value, (int, float)) and math.isfinite(value)
@@ -78,7 +79,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def warn_of_zero_weights(terms: Iterable[Term]) -> None:
-    """Warn of matches that are computed and reach no loss."""
+    """Warn about matches of weight 0: they are computed and train nothing."""
     for term in terms:
         if not isinstance(term.weight, Tensor) and term.weight == 0:
             warnings.warn(

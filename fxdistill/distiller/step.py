@@ -1,4 +1,4 @@
-"""One step: models, then objective. Eager runs call it; one graph is a trace of it."""
+"""One step: models, then objective. Eager mode calls it; the one graph is a trace of it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +25,7 @@ def step(
     batch: Batch,
     settings: Tensor,
 ) -> tuple[Losses, Tensor | None]:
-    """Models, then objective: what becomes one graph, and what eager mode runs."""
+    """Run the models, then the objective. Eager mode calls this; one-graph mode traces it."""
     anchor = run_towers(towers, objective, inputs)
     begin("objective")
     verified()
@@ -38,9 +38,9 @@ def step(
 
 
 def run_towers(towers: Towers, objective: Objective, inputs: Mapping[Tower, Inputs]) -> Tensor:
-    """Run the models; what they compute leaves through taps. Returns the anchor of the total.
+    """Run the models, whose values are read through taps, and return the anchor of the total.
 
-    A model that no term reads is not run, but for the main one.
+    The main model always runs; another model runs only if a term reads it.
     """
     read, with_logits = objective.towers, objective.with_logits
     for tower in towers.modules:
@@ -61,7 +61,7 @@ def _run(towers: Towers, tower: Tower, inputs: Inputs, *, logits: bool) -> None:
 
 
 def lookup_marker(tower: Tower, tap: Tap) -> Tensor:
-    """The lookup of traced and eager runs: ask the markers."""
+    """Look up a tapped value through its marker, in traced and eager runs alike."""
     return tapped(tower, tap.path, tap.port, tap.call_text)
 
 
@@ -77,7 +77,7 @@ def _tap_logits(output: Any, tower: Tower) -> None:
 
 @check
 def no_logits(tower: Tower) -> None:
-    """Raise because a term needs logits."""
+    """Raise LogitsError: a term needs the logits of a model that returns none."""
     raise LogitsError(
         f"the {tower} returns no logits. A model's logits are its tensor output, or its "
         "'logits' field or key. Wrap the model with its head, or use logit_loss=None and pass no "

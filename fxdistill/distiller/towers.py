@@ -1,7 +1,8 @@
-"""The models of a distiller by name, and how each is run.
+"""The models of a distiller by name, and how each of them runs.
 
-A traced step meets them here, and not on the distiller: the step's graph then reads parameters of
-models and projections, and nothing of the module that a user may wrap, rename or compile around.
+A traced step reads the models from here and not from the distiller. So its graph depends on the
+parameters of models and projections, and not on the distiller, which a user may wrap, rename or
+compile around.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,9 +20,9 @@ from fxdistill.objective.call import Inputs
 
 @dataclass(frozen=True)
 class Model:
-    """A model in its place: whether it learns, and what makes its weights of a step on a mesh.
+    """A model of a distiller: whether it learns, and its sharding on a mesh.
 
-    ``sharding.gathered(module)`` gives the weights that stand in for parameters.
+    ``sharding.gathered(module)`` returns the weights that replace the parameters in a step.
     """
 
     module: nn.Module
@@ -32,8 +33,9 @@ class Model:
 class Towers:
     """All models, in the order in which they run, and the projections between them.
 
-    Nothing is registered here: a frozen model has no place in ``parameters()``. ``main`` is the
-    model whose inputs say what the tokens are, and which a loss without terms hangs on.
+    This is not a module, because ``parameters()`` must not contain a frozen model. ``main`` is the
+    model whose inputs say which tokens there are, and whose parameters give a loss without terms
+    its (zero) gradient.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class Towers:
         }
         self.projections = projections
         self.main = main
-        self._compared = False  # whether ranks were asked for their first losses
+        self._compared = False  # whether the ranks have compared their first losses
 
     @property
     def main_module(self) -> nn.Module:
@@ -59,7 +61,7 @@ class Towers:
         return [self.modules[tower] for tower in (self.main, *others)]
 
     def run(self, tower: Tower, inputs: Inputs) -> Any:
-        """Call one model, on a mesh with the weights that a step uses."""
+        """Call one model; on a mesh, with the weights that its sharding gathers."""
         model, sharding = self.modules[tower], self.shardings.get(tower)
         if sharding is None:
             return model(*inputs.args, **inputs.kwargs)
@@ -69,7 +71,7 @@ class Towers:
         return torch.func.functional_call(model, weights, inputs.args, inputs.kwargs)
 
     def anchor(self) -> Tensor:
-        """A parameter that gradients can reach, if there is one."""
+        """A trainable parameter, the main model's if it has one; without any, its first."""
         for module in (*self.trained(), self.projections):
             for parameter in module.parameters():
                 if parameter.requires_grad:
@@ -77,9 +79,10 @@ class Towers:
         return next(self.main_module.parameters())
 
     def dynamic(self, asked: bool | None) -> bool | None:
-        """What to tell dynamo: in torch 2.13 sizes of DTensors in a graph cannot be symbolic.
+        """The ``dynamic`` option for dynamo: ``asked``, or ``False`` for a graph with DTensors.
 
-        Parameters that are gathered before they are used leave none behind.
+        In torch 2.13 their sizes cannot be symbolic. Parameters that are gathered before use leave
+        no DTensors in the graph.
         """
         gathered = {sharding.leaves_dtensors for sharding in self.shardings.values()}
         if asked is not None or gathered == {False}:
@@ -87,7 +90,7 @@ class Towers:
         return False if self._placed() else None
 
     def compare(self, terms: Mapping[str, Tensor]) -> None:
-        """On a mesh, once: MeshError unless all ranks have the same terms."""
+        """Compare the first step's terms across ranks; raises MeshError if they differ."""
         if self._compared or not terms:
             return
         if self._placed():

@@ -1,4 +1,4 @@
-"""``wrap``: options in, Distiller out. Everything that can be checked is checked here."""
+"""``wrap``: make a Distiller from models and options, and check everything that can be checked."""
 
 import contextlib
 import functools
@@ -75,55 +75,62 @@ def wrap(
     student_plan: Mapping[str, Any] | None = None,
     teacher_plan: Mapping[str, Any] | None = None,
 ) -> Distiller:
-    """Make student, teacher and losses one module that is called like a model.
+    """Combine student, teacher and losses into one module that is called like a model.
 
-    L = logit_weight · L_logit + feature_weight · (1/N) Σ weight_i · loss_i + label_weight ·
-    L_label, of which any part may be missing: no ``mapping``, ``logit_loss=None``, no labels in the
-    call.
+    L = logit_weight · L_logit + feature_weight · (1/N) Σ weight_i · loss_i + label_weight · L_label
+
+    Any part may be missing: without ``mapping``, with ``logit_loss=None``, or in a call without
+    labels.
 
     Args:
-        student: The model to train. Nothing of it is changed, now or later.
-        teacher: The model to learn from; run under ``no_grad`` and in eval mode if
-            ``freeze_teacher``.
-        mapping: ``{student path: teacher path or Match}``, or a list of ``Match``. ``*`` stands for
-            one path segment, ``**`` for any number of them, ``{i}`` for a number that the other
-            side may compute with (``{2*i+1}``). ``fxdistill.match`` proposes one.
-        feature_loss: Name or callable ``(student, teacher, weights) -> scalar`` for matches that
-            name none: mse, l2, smooth_l1, l1, cosine. One of your own returns Σ w·value / Σ w of
-            the weights it is given: ranks that have other samples are put together by that.
-        feature_weight: λ above.
-        logit_loss: Name or callable ``(student_logits, teacher_logits, *, temperature, weights)``:
-            forward_kl, reverse_kl, jsd, soft_cross_entropy.
-        logit_weight: Its weight.
-        temperature: τ of the logit loss.
-        label_loss: Name or callable ``(student_logits, labels, *, weights)``, used where labels are
-            passed.
-        label_weight: Its weight.
+        student: The model to train. Without a ``mesh``, ``wrap`` changes nothing in it.
+        teacher: The model to learn from. With ``freeze_teacher`` it runs under ``no_grad`` and in
+            eval mode.
+        mapping: ``{student path: teacher path or Match}``, or a list of ``Match``. In a path, ``*``
+            stands for one segment, ``**`` for any number of them, and ``{i}`` for a number that the
+            other side may compute with (``{2*i+1}``). ``fxdistill.match`` proposes a mapping.
+        feature_loss: The loss of matches that name none: "mse", "l2", "smooth_l1", "l1", "cosine",
+            or a callable ``(student, teacher, weights) -> scalar``. A callable must return
+            Σ w·value / Σ w over the weights it gets: the losses of ranks with different samples are
+            combined on that assumption.
+        feature_weight: The weight of the mean over all N matches.
+        logit_loss: "forward_kl", "reverse_kl", "jsd", "soft_cross_entropy", or a callable
+            ``(student_logits, teacher_logits, *, temperature, weights) -> scalar``; ``None`` for
+            none.
+        logit_weight: The weight of the logit loss.
+        temperature: The τ of the logit loss.
+        label_loss: "cross_entropy", or a callable ``(student_logits, labels, *, weights) ->
+            scalar``; it applies to calls with labels. ``None`` for none.
+        label_weight: The weight of the label loss.
         task: How labels line up with logits: "causal_lm" (shifted by one), "masked_lm", "seq2seq",
             "classification", or "auto" to read it from the model.
-        vocab_size: How many vocabulary columns are real, where the two models differ by more than
-            5 %.
+        vocab_size: The number of real vocabulary columns, needed where the two models' numbers of
+            columns differ by more than 5 %.
         freeze_teacher: ``False`` trains the teacher too.
-        example_inputs: Keyword arguments (or a tuple of positional ones) of a call. The capture,
-            paths and shapes are checked on them now, and widths of projections are read from them;
-            nothing is executed.
-        compile: ``True``: one graph, by Inductor. ``"regional"``: the models run as they are and
-            the losses are one compiled graph. ``False``: all eager. A dict: one graph with
-            ``backend``, ``options``, ``mode``, ``dynamic`` as of ``torch.compile``,
-            ``fallback="regional"`` to go there, with a warning, when the models cannot be captured,
-            and ``fuse_head=False`` to make the logits even if only losses read them.
-        outputs: ``("logits",)`` adds the student's logits to the output, detached.
-        passes: Passes of your own, run on the joint program after compose.
-        mesh: A DeviceMesh with dimensions named "dp" (each rank brings its own samples, and
-            parameters are sharded), "tp" (tensor and sequence parallel) or "replicate" (samples
-            only). Parameters become DTensors in place: make optimizers behind ``wrap``. Leave it
-            out for models that are parallel already.
+        example_inputs: Keyword arguments of a call, or a tuple of positional ones. ``wrap`` checks
+            the capture, paths and shapes on them, and reads the widths of projections from them; it
+            executes nothing.
+        compile: ``True``: one graph, compiled by Inductor. ``"regional"``: the models run as they
+            are, and the losses are one compiled graph. ``False``: everything runs eagerly. A dict:
+            one graph, with ``backend``, ``options``, ``mode`` and ``dynamic`` as in
+            ``torch.compile``; ``fallback="regional"`` switches to that mode, with a warning, when
+            the models cannot be captured; ``fuse_head=False`` makes the logits even if only losses
+            read them.
+        outputs: ``("logits",)`` adds the student's logits, detached, to the output.
+        passes: Your own passes; they run on the joint program, after compose.
+        mesh: A DeviceMesh with dimensions named "dp" (each rank has its own samples, and parameters
+            are sharded), "tp" (tensor and sequence parallel) or "replicate" (each rank has its own
+            samples only). Parameters become DTensors in place: create optimizers after ``wrap``.
+            Leave it out for models that are parallel already.
         student_plan: With "tp", ``{module pattern: ParallelStyle}`` or ``{parameter pattern:
-            placement}``; ``None``: the ready-made plan for the structure of the model.
-        teacher_plan: Likewise.
+            placement}``; ``None`` takes the ready-made plan for the structure of the model.
+        teacher_plan: The same for the teacher.
+
+    Returns:
+        A module; call it with the inputs of the models, and with ``labels``.
 
     Raises:
-        FxDistillError: A subclass for each thing that can be wrong; see ``fxdistill.errors``.
+        FxDistillError: A subclass for each kind of mistake; see ``fxdistill.errors``.
     """
     check_trainable(student)
     options = read_options(compile, tuple(outputs), tuple(passes))
@@ -166,7 +173,7 @@ def wrap(
 
 
 class Placed(NamedTuple):
-    """Models where they will run."""
+    """The models, placed on the mesh if there is one."""
 
     models: Mapping[Tower, Model]
     ranks: Ranks | None = None
@@ -174,7 +181,7 @@ class Placed(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What a distiller is made of, before its projections."""
+    """The parts of a distiller without its projections."""
 
     models: Mapping[Tower, Model]
     objective: Objective
@@ -184,7 +191,7 @@ class Parts(NamedTuple):
 
 
 def check_trainable(student: nn.Module) -> None:
-    """Raise FrozenStudentError where there is nothing to train."""
+    """Raise FrozenStudentError if no parameter of the student requires a gradient."""
     parameters = list(student.parameters())
     if not any(p.requires_grad for p in parameters):
         raise FrozenStudentError(
@@ -210,7 +217,7 @@ def _as_inputs(examples: Mapping[str, Any] | tuple[Any, ...] | None) -> Inputs |
 def _resolved(
     student: nn.Module, teacher: nn.Module, mapping: Mapped, default: FeatureLoss
 ) -> Matches:
-    """The explicit matches; where there are none to be had, options are checked all the same."""
+    """The explicit matches; if they cannot be resolved, the errors of their options come too."""
     problems: list[FxDistillError] = []
     matches = gather(problems, resolve, student, teacher, mapping)
     if matches is not None:
@@ -222,12 +229,12 @@ def _resolved(
 
 
 def _named(loss: LossLike, table: dict[str, Loss], what: str) -> tuple[Loss, ...]:
-    """The loss; none where it is turned off."""
+    """The loss as a tuple of one; an empty tuple for ``None``, which turns it off."""
     return () if loss is None else (loss_of(loss, table, what),)
 
 
 def _check_vocabularies(student: nn.Module, teacher: nn.Module, vocab_size: int | None) -> None:
-    """Raise now what the first step would: both heads say how wide the logits are."""
+    """Raise VocabularyError now and not in the first step, where both heads tell their width."""
     sizes = vocabulary_of(student), vocabulary_of(teacher)
     if sizes[0] is not None and sizes[1] is not None:
         require_padding_only(sizes[0], sizes[1], vocab_size)
@@ -244,7 +251,7 @@ def _placed(
     plans: Mapping[Tower, Mapping[str, Any] | None],
     asked: str,
 ) -> Iterator[Placed]:
-    """Put the models on a mesh, if there is one; an error in what follows takes them off again."""
+    """Put the models on the mesh, if there is one; undo that if the body raises."""
     if mesh is None:
         if any(plan is not None for plan in plans.values()):
             raise OptionError("student_plan and teacher_plan are for models on a mesh: mesh=...")
@@ -266,14 +273,14 @@ def _placed(
 
 
 def _tried(parts: Parts, examples: Inputs | None) -> Distiller:
-    """The distiller with its projections, tried on the examples."""
+    """Make the distiller with its projections, and check it on the examples."""
     problems: list[FxDistillError] = []
     distiller = _with_projections(parts, examples, problems)
     if examples is None:
         raise_together(problems)
         return distiller
     check = functools.partial(distiller.check, *examples.args, **examples.kwargs)
-    if problems:  # what else is wrong, told with it
+    if problems:  # report the errors of the check together with them
         gather(problems, check)
         raise_together(problems)
     try:
@@ -301,7 +308,7 @@ def _with_projections(
 
 
 def _shapes(parts: Parts, examples: Inputs | None) -> Shapes:
-    """What taps look like on the examples, where a projection has to be made."""
+    """The shapes at the taps on the examples; empty if no projection needs them."""
     if examples is None or not asks_for_width(parts.matches):
         return {}
     towers, objective = Towers(parts.models, nn.ModuleList(), "student"), parts.objective
@@ -309,14 +316,14 @@ def _shapes(parts: Parts, examples: Inputs | None) -> Shapes:
     check_call(towers, objective, call)
     names = [term.name for term in objective.features]
     settings = Settings(parts.settings, names).made(device_of(towers.main_module))
-    # What cannot be captured is reported by the check, with what can be done about it.
+    # The check that follows reports a step that cannot be captured, with advice.
     with contextlib.suppress(CaptureError):
         return dry.tapped_shapes(Request(towers, objective, call, settings), Steps())
     return {}
 
 
 def _make_alike(projections: nn.ModuleList, models: Iterable[nn.Module]) -> None:
-    """Projections that were made at random are, on a mesh, those of its first rank."""
+    """Copy the randomly initialised projections of the mesh's first rank to all ranks."""
     found = {p.device_mesh for model in models for p in model.parameters() if is_placed(p)}
     if len(projections) and found:
         parallel.setup.make_alike(projections, found)

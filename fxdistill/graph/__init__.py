@@ -1,1 +1,1 @@
-"""Graphs as values: programs, the passes that run over them, and what can be read from one."""
+"""Graphs as values: programs, the pipeline of passes, and what can be read from a graph."""

@@ -1,7 +1,7 @@
-"""FLOPs of the captured level, where nodes are calls as models write them.
+"""FLOPs of captured graphs, whose nodes are calls as models write them.
 
-Each call is made once more on the fake tensors that stand for its arguments, under torch's counter:
-so whatever a function is made of is counted. Nothing is computed.
+Each call is repeated on the fake tensors of its arguments under torch's FLOP counter, which counts
+all operators inside a function. Nothing is computed.
 """
 
 import operator
@@ -19,13 +19,13 @@ from fxdistill.losses.fused.operator import HEAD
 
 
 class Costs:
-    """FLOPs of nodes; each is found once, as passes copy nodes from graph to graph."""
+    """FLOPs of nodes, each found once: passes copy nodes from graph to graph."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, ...], int | None] = {}
 
     def flops(self, node: fx.Node, gm: fx.GraphModule) -> int | None:
-        """Of one call, or of the region that it calls; ``None`` where it could not be made."""
+        """FLOPs of one call, or of the regions that it calls; ``None`` if they are unknown."""
         if node.op not in ("call_function", "call_method"):
             return 0
         key = (node.name, str(node.target), str(node.args))
@@ -50,7 +50,7 @@ class Costs:
             with torch.no_grad(), fake.fake_mode, counter:
                 _call(node, args, kwargs)
             return int(counter.get_total_flops())
-        except Exception:  # a function may refuse stand-ins: then its cost is unknown
+        except Exception:  # a function may refuse fake tensors: then its cost is unknown
             return None
 
 
@@ -62,7 +62,7 @@ def _total(region: fx.GraphModule) -> int | None:
 
 
 def _regions(node: fx.Node, gm: fx.GraphModule) -> Any:
-    """The graphs that a higher-order operator calls: of a custom function only its forward."""
+    """The graphs that a higher-order operator calls; of an autograd.Function only the forward."""
     if node.target in flop_registry:  # attention: its bodies are parts of a formula
         return
     for argument in node.args:
@@ -95,7 +95,7 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 
 def _raw(formula: Any) -> Any:
-    """A formula that is handed tensors, not their shapes."""
+    """Mark a formula, so that the counter gives it tensors rather than shapes."""
 
     def counted(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
         return int(formula(*args, **kwargs))

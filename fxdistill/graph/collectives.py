@@ -1,4 +1,4 @@
-"""What crosses ranks in a graph."""
+"""The collectives of a graph, and the bytes that they move."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ _OTHER = ("wait_tensor",)
 
 
 class Traffic(NamedTuple):
-    """How often a collective runs, and the bytes of what it returns on one rank."""
+    """How often a collective runs, and the bytes that it returns on one rank."""
 
     times: int
     bytes: int
@@ -28,7 +28,7 @@ def collectives(graph: fx.Graph) -> dict[tuple[str | None, str], Traffic]:
         name = str(node.target).removeprefix(_PREFIX).split(".")[0]
         if node.op != "call_function" or not str(node.target).startswith(_PREFIX) or name in _OTHER:
             continue
-        # What autograd adds behind the last operator has no section: it is what it reads from.
+        # A node that autograd adds after the last operator has no section: take that of its input.
         key = section_of(node) or next(map(section_of, node.all_input_nodes), None), name
         counts[key] += 1
         values = [v for v in tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
@@ -39,7 +39,7 @@ def collectives(graph: fx.Graph) -> dict[tuple[str | None, str], Traffic]:
 def sum_of(
     found: Mapping[tuple[str | None, str], Traffic], wanted: Callable[[str | None], bool]
 ) -> dict[str, Traffic]:
-    """Traffic by collective, of the sections that are wanted."""
+    """Traffic by collective, summed over the sections that are wanted."""
     total: dict[str, Traffic] = {}
     for (section, name), (count, size) in found.items():
         if wanted(section):

@@ -1,8 +1,9 @@
-"""What the nodes of a captured graph share and write.
+"""Which storages the nodes of a captured graph share, and which they write.
 
-Captured graphs mutate: ``relu(inplace=True)``, ``add_``, running statistics. Whoever moves or
-removes nodes asks here first. The answer comes from running the graph once on its fake tensors and
-watching the operators below: no list of torch functions to keep up with.
+Captured graphs mutate values: ``relu(inplace=True)``, ``add_``, running statistics. A pass that
+moves or removes nodes calls ``effects_of`` first. The answer comes from running the graph once on
+its fake tensors and watching the operators that it dispatches, so there is no list of torch
+functions to maintain.
 
 Private to torch and used here only: fake-tensor modes found on values, and ``untyped_storage``
 identities of fakes. If they move, this file is the one to mend.
@@ -28,7 +29,7 @@ CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 @dataclass
 class Effects:
-    """For every node, also inside checkpointed regions: its place, its storages, what it writes."""
+    """For all nodes, also in checkpointed regions: order of execution, storages and writes."""
 
     graph: fx.Graph
     place: dict[fx.Node, int] = field(default_factory=dict)
@@ -36,18 +37,18 @@ class Effects:
     writes: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
 
     def written_after(self, value: fx.Node, moment: fx.Node, until: fx.Node | None = None) -> bool:
-        """Whether ``value`` or an alias of it is written at or after ``moment``."""
+        """Whether ``value`` or an alias is written at or after ``moment``, and before ``until``."""
         mine, start = self.storages[value], self.place[moment]
         end = len(self.place) if until is None else self.place[until]
         return any(mine & w and start <= self.place[n] < end for n, w in self.writes.items())
 
     def aliases_input(self, value: fx.Node) -> bool:
-        """Whether ``value`` lies in an input's storage, which other programs may write."""
+        """Whether ``value`` shares the storage of an input, which other programs may write."""
         outside = (n for n in self.place if n.op == "placeholder" and n.graph is self.graph)
         return any(self.storages[value] & self.storages.get(n, frozenset()) for n in outside)
 
     def live(self, graph: fx.Graph, roots: Iterable[fx.Node] = ()) -> set[fx.Node]:
-        """The nodes that outputs, ``roots``, the outside world or the interpreter's state need."""
+        """The nodes that outputs, ``roots``, outside storages or the interpreter's state need."""
         outside = frozenset().union(
             *(self.storages.get(n, frozenset()) for n in graph.nodes if n.op in _EXTERNAL)
         )
@@ -74,7 +75,7 @@ class Effects:
             return True
         if self.writes.get(node, frozenset()) & outside:
             return True
-        # No value, no user: it is there for what it does (grad mode, autocast, assertions).
+        # A node without value and user runs for its effect (grad mode, autocast, assertions).
         return node.op == "call_function" and not node.users and node not in self.storages
 
 
@@ -91,7 +92,7 @@ def effects_of(gm: fx.GraphModule) -> Effects:
 
 
 def _example(node: fx.Node) -> Any:
-    """What stands for an input: dynamo's, or in the body of a loop that of ``make_fx``."""
+    """The fake value of an input: dynamo's, or in the body of a loop that of ``make_fx``."""
     return node.meta.get("example_value", node.meta.get("val"))
 
 
@@ -110,8 +111,8 @@ def _fake(examples: list[Any]) -> Iterator[None]:
 def _fake_mode(value: Any) -> FakeTensorMode | None:
     """Find the mode that the fakes belong to.
 
-    Not torch's own detection: inside a backend that prefers the mode of the lowering, and the
-    graph's fakes are those of the capture.
+    torch's own detection does not serve: inside a backend it prefers the mode of the lowering, and
+    the graph's fakes are those of the capture.
     """
     for leaf in tree_leaves(value):
         if isinstance(leaf, FakeTensor):
@@ -122,7 +123,7 @@ def _fake_mode(value: Any) -> FakeTensorMode | None:
 
 
 class _Watch(TorchDispatchMode):
-    """Collects the storages that operators write, by their schemas."""
+    """Collect the storages that operators write, by their schemas."""
 
     supports_higher_order_operators = True
 
@@ -148,10 +149,10 @@ class _Watch(TorchDispatchMode):
 
 
 def _may_write(result: Any, given: Any) -> bool:
-    """Whether a higher-order operator may write to what it is given.
+    """Whether a higher-order operator may write to its arguments.
 
-    A loop or a branch does what its bodies do. One that returns nothing (a Triton kernel) is there
-    for what it writes; which of its tensors that are, it does not say.
+    A loop or a branch writes what its bodies write. An operator that returns nothing (a Triton
+    kernel) is there to write, but does not say which of its tensors it writes.
     """
     bodies = [leaf for leaf in tree_leaves(given) if isinstance(leaf, fx.GraphModule)]
     return (result is None and not bodies) or any(map(_writes_to_its_inputs, bodies))
@@ -160,14 +161,14 @@ def _may_write(result: Any, given: Any) -> bool:
 def _writes_to_its_inputs(body: fx.GraphModule) -> bool:
     inputs = body.graph.find_nodes(op="placeholder")
     if any(_example(node) is None for node in inputs):
-        return True  # not known: as if it did
+        return True  # unknown: assume that it writes
     effects = effects_of(body)
     theirs = frozenset().union(*(effects.storages[node] for node in inputs))
     return any(theirs & written for written in effects.writes.values())
 
 
 class _Runner(fx.Interpreter):
-    """Runs a graph, and the bodies of its checkpointed regions node by node."""
+    """Run a graph, and the bodies of its checkpointed regions, node by node."""
 
     def __init__(self, gm: fx.GraphModule, effects: Effects, watch: _Watch) -> None:
         super().__init__(gm, garbage_collect_values=False)
@@ -194,7 +195,7 @@ class _Runner(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
-# What writes to no storage and is a write all the same: autograd looks at the flag.
+# These write to no storage, but count as writes: autograd reads the flag that they set.
 _MARKS = ("requires_grad_", "_set_tensor_requires_grad")
 
 

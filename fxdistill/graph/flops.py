@@ -1,11 +1,11 @@
 """Floating point operations of a graph's nodes: products of matrices, attention, the fused head.
 
-By torch's own formulas (``torch.utils.flop_counter``), which count a multiplication and an addition
-as two and all else as nothing; attention on a CPU and layers that are one operator, which torch
-leaves out, by the same ones.
+The formulas are torch's own (``torch.utils.flop_counter``): a multiplication and an addition count
+as two, everything else as nothing. The same formulas count attention on a CPU and layers that are
+one operator, which torch leaves out.
 
-Private to torch and used here only: the operators that repeat random numbers. If they move,
-importing this fails.
+Private to torch and used here only: the operators that run with a saved state of random numbers. If
+they move, importing this fails.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,13 +34,13 @@ WITH_RANDOM_STATE = (run_with_rng_state, run_and_save_rng_state, graphsafe_run_w
 
 
 def flops_of(node: fx.Node) -> int:
-    """Of one node of the joint level."""
+    """FLOPs of one node of a joint graph."""
     if node.op != "call_function":
         return 0
     target: Any = node.target
     args, kwargs = _values(node)
-    if target in WITH_RANDOM_STATE:  # how a checkpoint repeats attention
-        first = 1 if target is run_with_rng_state else 0  # behind the state
+    if target in WITH_RANDOM_STATE:  # so a checkpoint repeats attention
+        first = 1 if target is run_with_rng_state else 0  # after the state
         target, args = args[first], args[first + 1 :]
         kwargs = {name: value for name, value in kwargs.items() if name != "rng_state"}
     if target is HEAD:
@@ -61,7 +61,7 @@ def _packet(target: Any) -> Any:
 
 
 def bodies_of(node: fx.Node) -> Iterator[fx.GraphModule]:
-    """The graphs that a loop, a branch or a region runs; attention's are parts of its formula."""
+    """The graphs that a loop, branch or region runs; attention's are part of its formula."""
     if not isinstance(node.target, HigherOrderOperator) or node.target in flop_registry:
         return
     holder = node.graph.owning_module
@@ -73,9 +73,10 @@ def bodies_of(node: fx.Node) -> Iterator[fx.GraphModule]:
 
 
 def of_bodies(target: Any, counts: list[int], args: Any) -> int:
-    """A branch costs what its dearer side does, ``scan`` and ``map`` their body for each value.
+    """FLOPs of an operator whose bodies have FLOPs ``counts``.
 
-    How often ``while_loop`` and ``associative_scan`` run theirs is not known: it counts once.
+    A branch costs as much as its dearer side, ``scan`` and ``map`` their body for each value. How
+    often ``while_loop`` and ``associative_scan`` run their body is unknown: it counts once.
     """
     name = str(target)
     if name == "cond":
@@ -86,12 +87,12 @@ def of_bodies(target: Any, counts: list[int], args: Any) -> int:
     return sum(counts)
 
 
-# Which argument of a loop holds the values that it goes over, along their first axis.
+# The argument of a loop that holds the values it iterates over, along their first axis.
 _LOOPS = {"scan": 2, "map_impl": 1}
 
 
 def first_argument(node: fx.Node) -> fx.Node:
-    """What an operator that is run with a state of random numbers takes first."""
+    """The first argument of an operator that runs with a state of random numbers."""
     first = node.args[2 if node.target is run_with_rng_state else 1]
     assert isinstance(first, fx.Node)
     return first
@@ -122,7 +123,7 @@ def _multi_head(
     *_: Any,
     **__: Any,
 ) -> int:
-    """``nn.MultiheadAttention`` in evaluation: projections in, attention, projection out."""
+    """``nn.MultiheadAttention`` in eval mode: projections in, attention, projection out."""
     rows, wide = query.numel() // query.shape[-1], int(weights.shape[-1])
     inward = 2 * width * sum(x.numel() for x in (query, key, value))
     split = [(*x.shape[:-2], heads, x.shape[-2], width // heads) for x in (query, key, value)]
@@ -132,15 +133,15 @@ def _multi_head(
 def _encoder_layer(
     source: Tensor, width: int, heads: int, weights: Tensor, *rest: Any, **__: Any
 ) -> int:
-    """``nn.TransformerEncoderLayer`` in evaluation, which then is one operator."""
+    """``nn.TransformerEncoderLayer`` in eval mode, where it is one operator."""
     rows, inner = source.numel() // source.shape[-1], int(rest[_INNER].shape[0])
     attention = _multi_head(source, source, source, width, heads, weights)
     return int(attention + 2 * 2 * rows * width * inner)
 
 
-_INNER = 10  # the place of the first weight of the MLP, behind those of attention
+_INNER = 10  # index in ``rest`` of the first weight of the MLP, after those of attention
 
-# What torch's counter leaves out.
+# Formulas for operators that torch's counter leaves out.
 LACKING: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -150,7 +151,7 @@ LACKING: dict[Any, Callable[..., int]] = {
 
 
 def head_flops(call: HeadCall) -> int:
-    """What the operator hides: the student's logits and the gradients asked for, the teacher's."""
+    """FLOPs inside the fused head: logits of both models, and the gradients that are asked for."""
     products = 1 + ("h" in call.needs) + ("w" in call.needs)
     flops = products * 2 * call.h.numel() * call.w.shape[0]
     if call.t_weight is not None:

@@ -1,4 +1,4 @@
-"""A step as AOTAutograd has cut it: what runs forward, and what runs backward."""
+"""A step as AOTAutograd has cut it: a forward and a backward graph."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,16 +8,17 @@ from torch import fx
 
 @dataclass(frozen=True)
 class Halves:
-    """A step as it was cut: what runs forward, and what runs backward.
+    """The forward and the backward graph of a step.
 
-    The first ``outputs`` values that ``forward`` returns are the caller's, the rest is saved for
-    ``backward``, whose placeholders bear the names of the values. ``inputs`` are what the step was
-    cut for, parameters and buffers among them, in the order of the placeholders of ``forward``; to
-    these AOTAutograd may add states of random operators, or make others of inputs that alias.
+    The first ``outputs`` values that ``forward`` returns go to the caller. The others are saved for
+    ``backward``, whose placeholders have the names of these values. ``inputs`` are the inputs that
+    the step was cut for, with parameters and buffers, in the order of the placeholders of
+    ``forward``. AOTAutograd may add states of random operators to the placeholders, or replace
+    those of inputs that alias.
     """
 
     forward: fx.GraphModule
     backward: fx.GraphModule
     outputs: int
-    fuses: bool  # whether what runs is these operators one by one, or kernels of several
+    fuses: bool  # whether several operators run as one kernel, or each by itself
     inputs: tuple[Any, ...]

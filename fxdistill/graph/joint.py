@@ -5,7 +5,7 @@ from fxdistill.graph.program import Program
 
 
 class JointProgram(Program):
-    """Student, teacher and objective in one graph. The first output is the total."""
+    """Models and objective in one graph. The first output is the total loss."""
 
     def __str__(self) -> str:
         """One line for each call of a module or a loss: what it returns, FLOPs and bytes."""

@@ -1,9 +1,9 @@
-"""Which values of a graph are written to memory, one by one or fused into kernels.
+"""Which values of a graph are written to memory, with operators run one by one or fused.
 
-Run one by one, every operator writes its value. Inductor writes what products, reductions and other
-code of its own kind read or make, what the graph returns, and little else: an elementwise operator
-is computed where it is read. That is told here from the kinds of operators alone, before anything
-is compiled.
+Run one by one, every operator writes its value. Inductor writes the inputs and outputs of matrix
+products, reductions and other operators with code of their own, the outputs of the graph, and
+little else: it computes an elementwise operator where its value is read. This file predicts that
+from the kinds of operators alone, before anything is compiled.
 """
 
 import itertools
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-WINDOW = 16  # kernels: how far apart loops are joined
-READS = 4  # an elementwise value of more than this many others is written if it is read twice
+WINDOW = 16  # kernels: only loops less than this far apart are joined
+READS = 4  # an elementwise value made of more values than this is written if it is read twice
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What runs at once: the values that it reads and writes.
+    """Operators that run as one: the values that the kernel reads and writes.
 
-    ``in_place``: it may write over what it is the last to read.
+    ``in_place``: the kernel may overwrite a value that it is the last to read.
     """
 
     node: fx.Node
@@ -39,7 +39,7 @@ def kernels_of(graph: fx.Graph, fuses: bool) -> list[Kernel]:
 
 
 def _fused(nodes: list[fx.Node]) -> list[Kernel]:
-    # What stands for a value that is not written: the written ones it is computed from.
+    # For each value that is not written: the written values that it is computed from.
     sources: dict[fx.Node, tuple[fx.Node, ...]] = {}
     kernels = []
     for node in nodes:
@@ -52,9 +52,9 @@ def _fused(nodes: list[fx.Node]) -> list[Kernel]:
 
 
 def _merged(kernels: list[Kernel]) -> list[Kernel]:
-    """Loops that follow one another are one kernel: all it reads stays until all is written.
+    """Merge consecutive loops into one kernel: its inputs stay until all outputs are written.
 
-    What only the kernel itself reads again is not written.
+    A value that only the kernel itself reads is not written.
     """
     last = {node: i for i, kernel in enumerate(kernels) for node in kernel.reads}
     found: list[Kernel] = []
@@ -67,7 +67,7 @@ def _merged(kernels: list[Kernel]) -> list[Kernel]:
         made = dict.fromkeys(kernel.node for _, kernel in members)
         reads = dict.fromkeys(n for _, k in members for n in k.reads if n not in made)
         writes = tuple(n for n in made if last.get(n, -1) > end or _is_returned(n))
-        # Seen in Inductor's code: what several loops read is not written over by one of them.
+        # As seen in Inductor's code: no loop overwrites a value that several loops read.
         in_place = len(writes) == 1 and all(kernel.in_place for _, kernel in members)
         named = writes[-1] if writes else members[-1][1].node
         found.append(Kernel(named, tuple(reads), writes, in_place))
@@ -75,9 +75,10 @@ def _merged(kernels: list[Kernel]) -> list[Kernel]:
 
 
 def _joined(kernels: list[Kernel]) -> list[Kernel]:
-    """Loops over the same values are one kernel too, where nothing between must come first.
+    """Join loops over the same values into one kernel, if nothing between must come first.
 
-    It runs where the later one was; what reads the earlier one's values moves behind it.
+    The kernel runs in the place of the later loop; kernels that need values of the earlier one move
+    after it.
     """
     order, at = list(kernels), 0
     while at < len(order):
@@ -103,7 +104,7 @@ def _one(first: Kernel, second: Kernel) -> Kernel:
 
 
 def _shares(a: Kernel, b: Kernel) -> bool:
-    """Whether both loop over a value that is as large as what either writes."""
+    """Whether both read one value that is as large as any that they write."""
     if not a.writes or not b.writes:
         return False
     largest = max(map(_count, (*a.writes, *b.writes)))
@@ -116,7 +117,7 @@ def _count(node: fx.Node) -> int:
 
 
 def _dependent(kernel: Kernel, later: list[Kernel]) -> list[Kernel]:
-    """Those of ``later`` that need what ``kernel`` writes, or need one that does."""
+    """The kernels of ``later`` that read what ``kernel`` writes, directly or through others."""
     made, found = set(kernel.writes), []
     for other in later:
         if made.intersection(other.reads):
@@ -142,7 +143,7 @@ def _is_written(node: fx.Node, reads: int) -> bool:
 
 
 def _is_needed(node: fx.Node) -> bool:
-    """Whether ``node``, or a view of it, is returned or read by what is not fused."""
+    """Whether ``node`` or a view of it is returned, or read by an operator that is not fused."""
     for user in node.users:
         if user.op == "output" or not (is_elementwise(user) or is_reduction(user) or is_view(user)):
             return True
@@ -152,7 +153,7 @@ def _is_needed(node: fx.Node) -> bool:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether ``node`` is another way to look at its input."""
+    """Whether ``node`` is a view of its input."""
     if node.target in (torch.ops.aten._unsafe_view.default, operator.getitem):
         return True
     return bool(getattr(node.target, "is_view", False))
@@ -169,7 +170,7 @@ _CODE_OF_ITS_OWN = {
 
 
 def is_reduction(node: fx.Node) -> bool:
-    """Whether ``node`` is small and made of something large."""
+    """Whether ``node`` reduces a large value to a small one."""
     return _name(node) in _REDUCTIONS
 
 
@@ -182,7 +183,7 @@ def is_elementwise(node: fx.Node) -> bool:
 
 
 def _name(node: fx.Node) -> str:
-    """The name of an operator of torch; "" for what is none, or one of somebody else."""
+    """The name of an operator of torch; ``""`` for any other target."""
     packet = getattr(node.target, "overloadpacket", None)
     namespace, _, name = str(packet or "").partition(".")
     return name if namespace in ("aten", "prims") else ""

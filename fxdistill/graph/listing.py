@@ -1,4 +1,4 @@
-"""A program as text, at the level of modules and losses: one line a call, with what it returns."""
+"""A program as text: one line for each call of a module or a loss, with the value it returns."""
 
 import itertools
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from fxdistill.models.tap import Section
 
 @dataclass(frozen=True)
 class Line:
-    """What one module, or one function outside of modules, returns and costs."""
+    """The value and the cost of one module, or of one function outside of modules."""
 
     section: Section
     name: str
@@ -31,7 +31,7 @@ class Line:
 
 
 def listing(program: Program) -> str:
-    """The joint program, a line for each call: path, class, value, FLOPs, bytes of the value."""
+    """The program, a line for each call: path, class, value, FLOPs, bytes of the value."""
     found = list(lines(program))
     names = max((len(line.name) for line in found), default=0)
     kinds = max((len(line.kind) for line in found), default=0)
@@ -48,7 +48,7 @@ def listing(program: Program) -> str:
 
 
 def lines(program: Program) -> Iterator[Line]:
-    """Nodes that follow one another in one module make one line."""
+    """Yield one line for consecutive nodes of one module."""
     costs = Costs()
     gm = program.gm
     nodes = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
@@ -56,7 +56,7 @@ def lines(program: Program) -> Iterator[Line]:
         members = list(run)
         flops = [costs.flops(node, gm) for node in members]
         shown = next((n for n in reversed(members) if _tensors(n)), members[-1])
-        # Glue: sizes, masks, weights of terms. What a model multiplies itself is none.
+        # Outside of modules, skip glue (sizes, masks, weights of terms), not a model's products.
         own = section != "objective" and any(count != 0 for count in flops)
         if not _tensors(shown) or not (path or own):
             continue
@@ -96,7 +96,7 @@ def _value(x: Tensor) -> str:
 
 
 def _size(size: int | torch.SymInt) -> str:
-    """A number; ``?`` where it depends on values."""
+    """A size as text; ``?`` if it depends on values."""
     try:
         return str(int(size))
     except GuardOnDataDependentSymNode:
@@ -104,7 +104,7 @@ def _size(size: int | torch.SymInt) -> str:
 
 
 def _bytes(x: Tensor) -> int:
-    """0 where they depend on values."""
+    """The bytes of a value; 0 if they depend on values."""
     try:
         return int(x.numel()) * x.element_size()
     except GuardOnDataDependentSymNode:

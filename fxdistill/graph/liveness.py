@@ -1,9 +1,9 @@
-"""What is allocated while a step runs: a walk over its graphs, without running them.
+"""The memory that is allocated while a step runs, by a walk over its graphs.
 
-A value lives from the operator that makes it to the last that reads it or a view of it; what the
-forward leaves for the backward lives until it is read there for the last time; gradients live to
-the end. Where operators are fused (Inductor), only what crosses kernels is allocated: see
-``kernels.py``.
+A value lives from the operator that computes it to the last one that reads it or a view of it. A
+value saved for the backward lives until its last reader there; gradients live to the end. If
+operators are fused (Inductor), only values that cross kernels are allocated: see ``kernels.py``.
+Nothing is run.
 """
 
 from collections import defaultdict
@@ -18,12 +18,12 @@ from fxdistill.graph.kernels import Kernel, kernels_of
 from fxdistill.graph.program import output_values
 
 Storage = int  # the identity of a fake storage: views share it
-Label = Callable[[fx.Node, Storage], str]  # whose a value is, which an operator allocates
+Label = Callable[[fx.Node, Storage], str]  # the owner of a value that an operator allocates
 
 
 @dataclass(frozen=True)
 class Instant:
-    """While one kernel runs: bytes by owner, beside what it needs for itself."""
+    """The memory while one kernel runs: bytes by owner, and bytes that it needs for itself."""
 
     phase: str
     node: fx.Node
@@ -32,13 +32,13 @@ class Instant:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All bytes."""
         return sum(self.held.values()) + self.own
 
 
 @dataclass
 class _Heap:
-    """What is allocated, by owner; sizes by storage."""
+    """The allocated bytes by owner, and the owner and bytes of each live storage."""
 
     held: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     alive: dict[Storage, tuple[str, int]] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class _Heap:
             self.held[owner] += size
 
     def size(self, some: Iterable[Storage]) -> int:
-        """The bytes of those that are alive."""
+        """The bytes of those storages that are alive."""
         return sum(self.alive[storage][1] for storage in some if storage in self.alive)
 
     def free(self, storage: Storage) -> None:
@@ -65,9 +65,9 @@ def storages(node: fx.Node) -> dict[Storage, int]:
 
 
 def timeline(halves: Halves, owner: Label, own: Callable[[fx.Node], int]) -> Iterator[Instant]:
-    """Every kernel of the step in order, with what is allocated while it runs.
+    """Yield every kernel of the step in order, with the memory that is allocated while it runs.
 
-    ``own(node)`` are bytes that an operator needs for itself. Parameters and inputs are not
+    ``own(node)`` are the bytes that an operator needs for itself. Parameters and inputs are not
     counted.
     """
     forward, backward = halves.forward.graph, halves.backward.graph
@@ -96,7 +96,7 @@ def timeline(halves: Halves, owner: Label, own: Callable[[fx.Node], int]) -> Ite
 
 
 def _outside(forward: fx.Graph) -> set[Storage]:
-    """Parameters, buffers and the batch."""
+    """The storages of parameters, buffers and the batch."""
     return {s for node in forward.find_nodes(op="placeholder") for s in storages(node)}
 
 
@@ -106,7 +106,7 @@ def _returned(graph: fx.Graph) -> set[Storage]:
 
 
 def _last_reads(kernels: list[Kernel]) -> list[set[Storage]]:
-    """For each kernel the storages that nothing behind it touches."""
+    """For each kernel, the storages that it is the last to read or write."""
     last: dict[Storage, int] = {}
     for i, kernel in enumerate(kernels):
         for node in (*kernel.reads, *kernel.writes):

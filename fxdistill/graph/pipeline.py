@@ -1,4 +1,4 @@
-"""Run passes: call, lint, record, show."""
+"""Run passes: call each one, lint and record its result, show it to observers."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -23,8 +23,8 @@ def pass_name(p: Pass) -> str:
 def run(program: P, passes: Sequence[Pass], between: Sequence[Observer] = ()) -> P:
     """Apply ``passes`` in order; the graph is valid before and after each.
 
-    Observers see the record and the program after every pass. A pass that raises is named, with the
-    passes before it, in a PassError; errors that tell the user what to do pass through.
+    Observers see the record and the program after every pass. If a pass raises, a PassError names
+    it and the passes before it; an FxDistillError, which tells the user what to do, passes through.
     """
     for p in passes:
         name, start, before = pass_name(p), perf_counter(), program
@@ -59,12 +59,13 @@ def run(program: P, passes: Sequence[Pass], between: Sequence[Observer] = ()) ->
 
 
 def _require_level(p: Pass, program: Program) -> None:
-    """A pass that says which level it is of runs on no other."""
+    """Raise PassError if a pass has a ``level`` and the program is of another."""
     level = getattr(p, "level", program.level)
     if level != program.level:
+        name = repr(program.title) if program.title else "that it was given"
         raise PassError(
-            f"pass {pass_name(p)} works on the {level} level, and {program.title or 'the program'} "
-            f"is of the {program.level} level: give it to the stage that has such programs (see "
+            f"pass {pass_name(p)} works on the {level} level, and the program {name} is of the "
+            f"{program.level} level: give the pass to a stage that has such programs (see "
             "passes/order.py)."
         )
 
@@ -73,9 +74,9 @@ _dumped: dict[str, int] = {}  # how many graphs this process has written, by fol
 
 
 class Dump:
-    """Writes numbered program texts to the folder that ``FXDISTILL_DUMP`` names, for ``diff``.
+    """Write numbered program texts to the folder that ``FXDISTILL_DUMP`` names, for ``diff``.
 
-    One object for each graph that is compiled.
+    Each graph that is compiled has an object of its own.
     """
 
     def __init__(self, folder: str | None = None) -> None:
@@ -89,7 +90,7 @@ class Dump:
             return
         if self.folder is None:
             count = _dumped[self.root] = _dumped.get(self.root, 0) + 1
-            # The first graph of a process lies in the folder itself, each other one in its own.
+            # The first graph of a process goes to the folder itself, every other to a subfolder.
             self.folder = Path(self.root) if count == 1 else Path(self.root) / f"graph_{count}"
         target = self.folder / f"{self.index:02d}_{name}.py"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -97,5 +98,5 @@ class Dump:
         self.index += 1
 
     def __call__(self, record: PassRecord, program: Program) -> None:
-        """Observe a pass."""
+        """Observe a pass: write the program that it returned."""
         self.write(f"{program.title}_{record.name}".strip("_"), program)

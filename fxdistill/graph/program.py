@@ -1,4 +1,4 @@
-"""Programs: a graph, the names of its outputs, and how it came to be."""
+"""Programs: a graph, the names of its outputs, and the passes that it went through."""
 
 import copy
 import difflib
@@ -55,8 +55,8 @@ class Program:
 
     ``level`` is ``"captured"`` for torch operators as the models call them (modules' operators and
     losses still readable, values may be mutated), and ``"joint"`` for AOTAutograd's functional
-    forward and backward. ``remarks`` are what passes have to say to the reader of the report: what
-    they chose, or why they declined.
+    forward and backward. ``remarks`` are what passes tell the reader of the report: what they
+    chose, or why they declined.
     """
 
     gm: fx.GraphModule
@@ -67,7 +67,7 @@ class Program:
     title: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        """Check the law of programs: as many names as outputs."""
+        """Check that there are as many names as outputs."""
         values = output_values(self.gm.graph)
         assert len(values) == len(self.outputs), f"{len(values)} outputs, names {self.outputs}"
 
@@ -77,7 +77,7 @@ class Program:
 
     @property
     def code(self) -> str:
-        """The graph as Python, an operator a line."""
+        """The graph as Python, one operator per line."""
         text: str = self.gm.print_readable(print_output=False, include_stride=False)
         return f"# {self.title or self.level} -> {', '.join(self.outputs)}\n{text}"
 
@@ -88,7 +88,7 @@ class Program:
     def diff(self, name: str, context: int = 3) -> str:
         """What the pass ``name`` did, as a unified diff of the code before and after.
 
-        Of a pass that ran on several programs: all its diffs, one after the other.
+        If the pass ran several times, all its diffs follow one another.
 
         Raises:
             OptionError: No pass of this name has run.
@@ -104,7 +104,7 @@ P = TypeVar("P", bound=Program)
 
 
 class Pass(Protocol):
-    """A frozen value from Program to Program; nothing to do means: return the argument."""
+    """A frozen value that maps a Program to a Program, to itself if there is nothing to do."""
 
     def __call__(self, program: P, /) -> P:
         """Return the changed copy, or ``program`` itself."""
@@ -112,7 +112,7 @@ class Pass(Protocol):
 
 
 def output_values(graph: fx.Graph) -> tuple[fx.node.Argument, ...]:
-    """The leaves that a flat graph returns."""
+    """The values that a graph with flat outputs returns."""
     (values,) = graph.output_node().args
     return tuple(values) if isinstance(values, (tuple, list)) else (values,)
 

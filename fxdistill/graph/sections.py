@@ -1,4 +1,4 @@
-"""Which model, which module of it and which block a node of a graph belongs to."""
+"""The model, the module and the block that a node of a graph belongs to."""
 
 from collections.abc import Collection, Mapping
 
@@ -10,14 +10,14 @@ from fxdistill.models.tap import Tower
 SECTION = "fxdistill"
 OBJECTIVE = "objective"  # the section that is no model
 PROJECTIONS = "projections"
-ITSELF = "(itself)"  # the label of what a model does outside of its modules
+ITSELF = "(itself)"  # the label for operators of a model outside of its modules
 Paths = Mapping[Tower, Collection[str]]  # of blocks
 
 
 def section_of(node: fx.Node) -> str | None:
-    """Which part of a joint program ``node`` comes from: a model, by its name, or the objective.
+    """The section that ``node`` comes from: a model, by its name, or the objective; else ``None``.
 
-    Stored in ``meta["custom"]``, which AOTAutograd hands on to the operators it traces.
+    It is stored in ``meta["custom"]``, which AOTAutograd copies to the operators that it traces.
     """
     custom = node.meta.get("custom") or {}
     value = custom.get(SECTION)
@@ -27,8 +27,8 @@ def section_of(node: fx.Node) -> str | None:
 def module_of(node: fx.Node) -> tuple[str, str]:
     """The model and the module path that ``node`` was called in; ``("", "")`` outside of modules.
 
-    The objective calls no modules but projections: those are ``("projections", index)``. Of the
-    modules that were being called, the first is the model itself, whatever it is called from.
+    The objective calls no modules but projections: those are ``("projections", index)``. The first
+    module on the stack of calls is the model itself, wherever it is called from.
     """
     if node.target in WITH_RANDOM_STATE:  # made by the partitioner, around an operator of a model
         node = first_argument(node)
@@ -46,9 +46,9 @@ def module_of(node: fx.Node) -> tuple[str, str]:
 
 
 def part_of(node: fx.Node, default: Tower = "student") -> str:
-    """A model or the objective; what autograd adds between is its first input's.
+    """The section of ``node``; one that autograd added gets the section of its first input.
 
-    ``default`` is whose that is which has no such input.
+    ``default`` is the section of a node without such an input.
     """
     if node.target in WITH_RANDOM_STATE:
         node = first_argument(node)
@@ -60,9 +60,9 @@ def part_of(node: fx.Node, default: Tower = "student") -> str:
 
 
 def holding(path: str, blocks: Collection[str]) -> str | None:
-    """The block that the module at ``path`` is in."""
+    """The block that holds the module at ``path``; ``None`` if none does."""
     while path:
         if path in blocks:
             return path
         path = path.rpartition(".")[0]
-    return "" if "" in blocks else None  # a model without repeated blocks is one
+    return "" if "" in blocks else None  # a model without repeated blocks is one block

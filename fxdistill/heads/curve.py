@@ -44,11 +44,6 @@ class Curve:
         """The scale of scale·x, or of c·tanh(scale·x / c)."""
         return self.inner if self.outer is None else self.inner * self.outer
 
-    def __str__(self) -> str:
-        """The scale and the softcap as text for a report; empty if there are none."""
-        parts = [] if self.scale == 1.0 else [f"scale {self.scale:g}"]
-        return ", ".join([*parts, *([] if self.outer is None else [f"softcap {self.outer:g}"])])
-
 
 @dataclass(frozen=True)
 class Form:

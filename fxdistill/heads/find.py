@@ -52,8 +52,8 @@ def _asked(tower: Tower, model: nn.Module, path: str | None) -> DeferrableHead |
 def head_of(model: nn.Module, path: str | None) -> DeferrableHead:
     """The module at ``path``, if it is a linear layer that nothing has changed or compiled.
 
-    Raises Unreadable for any other module. Also in a wrapper other than FSDP2 and under backward
-    hooks: these must see the logits.
+    Raises Unreadable for any other module. Also raises it for a model in a wrapper other than FSDP2
+    and for a head with backward hooks around it, because these must see the logits.
     """
     if path is None:
         raise Unreadable("head is no module that could be found")

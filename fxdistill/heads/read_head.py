@@ -59,7 +59,7 @@ class Head:
         return tuple(n for n in (self.hidden, self.weight, self.bias) if n is not None)
 
     def emit(self, graph: fx.Graph) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-        """Write nodes for hidden state ``[..., D]``, weight ``[V, D]``, bias ``[V]`` to ``graph``."""
+        """Write hidden state ``[..., D]``, weight ``[V, D]`` and bias ``[V]`` into ``graph``."""
         hidden, weight, bias = self.hidden, self.weight, self.bias
         for move in self.moves:
             hidden = move(graph, hidden)

@@ -21,6 +21,7 @@ from fxdistill.objective.tokens import over_items
 
 NAMES: dict[Any, str] = {LOGIT_LOSSES[name]: name for name in DIVERGENCES}
 ON_LOGITS = (*NAMES, cross_entropy)
+_OPTIONS = {"beta", "temperature", "weights"}  # options of a divergence that vocab_loss takes too
 OVER = (over_ranks, total_over_ranks)
 _ADD, _MUL = (operator.add, torch.add), (operator.mul, torch.mul)
 
@@ -53,6 +54,9 @@ class Summand:
     @property
     def mix(self) -> tuple[Divergence, ...]:
         """The name, coefficient and β of each divergence."""
+        for loss in self.losses:
+            if unknown := set(loss.kwargs) - _OPTIONS:
+                raise Unreadable(f"a divergence has options of its own: {', '.join(unknown)}")
         betas = [loss.kwargs.get("beta", 0.5) for loss in self.losses]
         if not all(isinstance(beta, (int, float)) for beta in betas):
             raise Unreadable("the β of a divergence is no constant")

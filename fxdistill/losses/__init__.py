@@ -1,7 +1,7 @@
-"""The losses, one family a file. A loss is one plain function of tensors with one meaning.
+"""Loss functions, one family per file.
 
-Loss functions are single nodes of a captured graph (``one_node``), so that
-passes can read them; AOTAutograd traces through them.
+A loss is a plain function of tensors. It is one node of a captured graph (``one_node``), so that
+passes can read it; AOTAutograd traces through it.
 """
 
 from fxdistill.losses.hidden import cosine, l1, l2, mse, smooth_l1

@@ -1,10 +1,10 @@
 """Losses between hidden states.
 
 Each takes ``student`` and ``teacher`` of one shape, and ``weights`` shaped like their leading axes
-(``[B, L]`` for ``[B, L, D]``), or ``None`` where every value counts alike. The value of a token is
+(``[B, L]`` for ``[B, L, D]``), or ``None`` to count all tokens alike. The value of a token is
 formed over its width D; the result is Σ w·value / Σ w, a scalar in float32 (float64 stays).
 
-DTensors give the value and the gradients of one device; see ``parallel.features``.
+DTensors give the same value and gradients as one device; see ``losses.sharded.hidden``.
 """
 
 import functools
@@ -21,7 +21,7 @@ from fxdistill.losses.reduce import Values, Whole, counted, weighted_mean, width
 def _loss(
     values: Values, student: Tensor, teacher: Tensor, weights: Tensor | None, *, additive: bool
 ) -> Tensor:
-    """Σ w·value / Σ w; values of an ``additive`` loss are sums over the width."""
+    """Σ w·value / Σ w; in an ``additive`` loss, values are sums over the width."""
     if is_placed(student) or is_placed(teacher):
         options = {"additive": additive}
         of_shards: Tensor = sharded.hidden.loss(values, student, teacher, weights, **options)
@@ -55,7 +55,8 @@ def _mse(
 def mse(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     """(1/D) Σ (s - t)², the mean over tokens.
 
-    Not ``F.mse_loss``: on a sharded DTensor its gradient is too large by the number of ranks.
+    ``F.mse_loss`` is not used: on a sharded DTensor its gradient is too large by the number of
+    ranks.
     """
     return _loss(_mse, student, teacher, weights, additive=True)
 
@@ -70,7 +71,7 @@ def _l2(
 def l2(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     """‖s - t‖₂, unsquared, the mean over tokens (the activation loss of Fast-LLM).
 
-    Its gradient has length 1 however near the two are, and is 0 where they are equal.
+    Its gradient by s has length 1 however close s and t are, and is 0 where they are equal.
     """
     return _loss(_l2, student, teacher, weights, additive=False)
 
@@ -125,6 +126,7 @@ def _cosine(
 def cosine(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     """1 - s·t / (‖s‖ ‖t‖), the mean over tokens (DistilBERT, Sanh et al., 2019).
 
-    Not ``F.cosine_embedding_loss``: on a DTensor sharded along the width its value is wrong.
+    ``F.cosine_embedding_loss`` is not used: its value is wrong on a DTensor sharded along the
+    width.
     """
     return _loss(_cosine, student, teacher, weights, additive=False)

@@ -20,9 +20,10 @@ def cross_entropy(
 ) -> Tensor:
     """-log p(label), Σ w·value / Σ w over the labels that are not -100.
 
-    ``student_logits`` ``[..., V]`` and ``labels`` ``[...]`` are aligned already (no shift happens
-    here). ``label_smoothing`` ε mixes in the mean over the vocabulary, (1-ε)·CE + ε·mean(-log p)
-    (Szegedy et al., 2016); ``z_loss`` adds that multiple of lse² (PaLM, Chowdhery et al., 2022).
+    ``student_logits`` ``[..., V]``, ``labels`` and ``weights`` ``[...]`` are aligned already: no
+    shift happens here. ``label_smoothing`` ε mixes in the mean over the vocabulary,
+    (1-ε)·CE + ε·mean(-log p) (Szegedy et al., 2016); ``z_loss`` adds that multiple of lse² (PaLM,
+    Chowdhery et al., 2022).
     """
     if is_placed(student_logits):
         given = (student_logits, labels, weights, label_smoothing, z_loss)

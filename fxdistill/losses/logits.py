@@ -42,7 +42,7 @@ def on_mesh(
     weights: Tensor | None,
     beta: float = 0.5,
 ) -> Tensor:
-    """The divergence ``name`` of DTensors."""
+    """The divergence ``name`` between DTensors."""
     plain = functools.partial(jsd, beta=beta) if name == "jsd" else globals()[name]
     kind = (name, 1.0, beta)
     given = (student, teacher, temperature, weights)
@@ -65,7 +65,7 @@ def forward_kl(
     t = _scaled(teacher_logits, temperature, weights)
     lse_s, lse_t = s.logsumexp(-1), t.logsumexp(-1)
     p = (t - lse_t.unsqueeze(-1)).exp()
-    # A token the teacher rules out (logit -inf) adds nothing, whatever the student says of it.
+    # An entry that the teacher rules out (logit -inf) adds nothing, whatever the student's logit.
     gap = torch.where(p > 0, t - s, torch.zeros_like(s))
     return _result((p * gap).sum(-1) - lse_t + lse_s, temperature, weights)
 
@@ -101,17 +101,17 @@ def jsd(
 ) -> Tensor:
     """τ² [β KL(p_T ‖ m) + (1-β) KL(p_S ‖ m)] with m = β p_T + (1-β) p_S.
 
-    GKD, Agarwal et al., 2024. At β = 0 and 1, where the formula is 0, forward and
-    reverse KL, as users of GKD mean it.
+    The source is GKD (Agarwal et al., 2024). At β = 0 and 1, where the formula is 0, the loss is
+    forward and reverse KL, as users of GKD expect.
     """
     if beta in (0, 1):
         kl = reverse_kl if beta else forward_kl
         return kl(student_logits, teacher_logits, temperature=temperature, weights=weights)
-    if is_placed(student_logits) or is_placed(teacher_logits):
-        return on_mesh("jsd", student_logits, teacher_logits, temperature, weights, beta)
     if not 0 < beta < 1:
         raise ValueError(f"jsd takes beta between 0 and 1, not {beta}")
-    # The floor keeps columns that are -inf on both sides out of -inf - -inf; e^FLOOR is 0 exactly.
+    if is_placed(student_logits) or is_placed(teacher_logits):
+        return on_mesh("jsd", student_logits, teacher_logits, temperature, weights, beta)
+    # The floor avoids -inf - -inf in columns that are -inf on both sides; e^FLOOR is exactly 0.
     log_q = _scaled(student_logits, temperature, weights).log_softmax(-1).clamp_min(FLOOR)
     log_p = _scaled(teacher_logits, temperature, weights).log_softmax(-1).clamp_min(FLOOR)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))

@@ -1,4 +1,4 @@
-"""Losses by name."""
+"""The losses by name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ LABEL_LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy}
 
 
 def is_named(loss: Any) -> bool:
-    """Whether ``loss`` is none, or one of those here, by name, as it is or with options."""
+    """Whether ``loss`` is ``None``, a name, or a loss of this package, also as a partial."""
     plain = getattr(loss, "func", loss)
     known = [*FEATURE_LOSSES.values(), *LOGIT_LOSSES.values(), *LABEL_LOSSES.values()]
     return plain is None or isinstance(plain, str) or any(plain is f for f in known)

@@ -1,18 +1,13 @@
-"""Means that are the same on one device and on shards: sums over counts, never ``mean()``."""
+"""Means that are equal on one device and on shards: sums over counts, never ``mean()``."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
-
-
-# What a shard of the width has summed -> the sum over all of the width. One device has it all.
+# From sums over this rank's shard of the width to sums over the whole width; one device has all.
 Whole = Callable[[Tensor], Tensor]
-# Of student, teacher, weights, the axes of the width and its size: the value of each token.
+# From student, teacher, weights, axes of the width, its size and a Whole to each token's value.
 Values = Callable[[Tensor, Tensor, Tensor | None, tuple[int, ...], int, Whole], Tensor]
 
 
@@ -33,7 +28,7 @@ def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def counted(x: Tensor, weights: Tensor | None) -> Tensor:
-    """``x`` with 0 where the weight is 0: what does not count reaches no gradient, NaN or not."""
+    """``x`` with 0 where the weight is 0, so that such values (even NaN) reach no gradient."""
     if weights is None:
         return x
     weights = weights.reshape(*weights.shape, *(1,) * (x.ndim - weights.ndim))
@@ -43,8 +38,8 @@ def counted(x: Tensor, weights: Tensor | None) -> Tensor:
 def width_axes(x: Tensor, weights: Tensor | None) -> tuple[int, ...]:
     """The axes that make up one value's width.
 
-    With weights: all axes behind those of the weights. Without: the last one, and for feature maps
-    (4 axes and more, ``[B, C, H, W]``) everything behind the batch, so that the mean is per sample.
+    With weights: all axes after those of the weights. Without: the last axis, and for feature maps
+    (4 axes or more, ``[B, C, H, W]``) all axes after the batch, so that the mean is per sample.
     """
     if weights is not None:
         leading = weights.ndim

@@ -1,10 +1,10 @@
-"""The vocabulary head and its losses in one: logits exist for a chunk of tokens at a time.
+"""The vocabulary head and its losses in one: logits exist for one chunk of tokens at a time.
 
 In logit distillation the two ``[tokens, vocabulary]`` tensors, their log-softmaxes and gradients
-fill the memory. Here a loop over chunks of tokens projects both hidden states, forms all terms and
-the gradient by the student's logits from one reading, turns that into gradients by hidden state and
-weight right there, and forgets the chunk. Backward only scales. So nothing of size tokens ×
-vocabulary is ever kept, in whatever precision.
+fill the memory. Here a loop over chunks of tokens projects both hidden states, computes all terms
+and the gradient by the student's logits in one pass, turns that into gradients by hidden state and
+weight, and frees the chunk. The backward only scales these gradients. No tensor of size tokens ×
+vocabulary is ever kept, in any precision.
 """
 
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from fxdistill.losses.reduce import IGNORE
 
 
 class VocabLoss(NamedTuple):
-    """``loss``, the weighted total, with gradients; and the two terms, unweighted and without."""
+    """``loss``: the weighted total; ``logits``, ``labels``: its unweighted terms, no gradient."""
 
     loss: Tensor
     logits: Tensor
@@ -64,38 +64,41 @@ def vocab_loss(
     predictions are aligned already: nothing is shifted.
 
     Args:
-        student_hidden: ``[..., D]``, what the student's head takes.
-        student_weight: ``[V, D]``, its weight (tied or not). A DTensor whose vocabulary is sharded
-            (``Shard(0)``) keeps its shards, and so does the teacher's: see ``losses.fused``.
+        student_hidden: ``[..., D]``, the input of the student's head.
+        student_weight: ``[V, D]``, the weight of the student's head (tied or not). It may be a
+            DTensor whose vocabulary is sharded (``Shard(0)``), like the teacher's: see
+            ``losses.fused.sharded_heads``.
         teacher_hidden: ``[..., D_T]``; gets no gradient. ``None`` with ``divergence=None``.
-        teacher_weight: ``[V_T, D_T]``; gets none either.
-        labels: ``[...]``; -100 is ignored. Needed where ``label_weight`` is to count.
+        teacher_weight: ``[V_T, D_T]``; gets no gradient.
+        labels: ``[...]``; -100 is ignored. Without labels there is no cross entropy.
         divergence: forward_kl, reverse_kl, jsd, soft_cross_entropy; one of these functions or a
             ``functools.partial`` of ``jsd`` with ``beta``; a mix, ``{"forward_kl": 0.5, ...}``; or
             ``None``.
-        logit_weight: Of the divergence in the total. A tensor recompiles nothing.
-        label_weight: Of the cross entropy.
+        logit_weight: The weight of the divergence in the total. A tensor recompiles nothing.
+        label_weight: The weight of the cross entropy.
         temperature: τ of the divergence, which carries τ².
-        weights: ``[...]``, how much each token counts: Σ w·value / Σ w.
+        weights: ``[...]``, the weight of each token in Σ w·value / Σ w.
         student_bias: ``[V]``.
-        teacher_bias: ``[V_T]``.
-        chunk_tokens: How many tokens at a time; ``None``: as many as fit 96 MiB of logits
+        teacher_bias: ``[V_T]``; gets no gradient.
+        chunk_tokens: The number of tokens in a chunk; ``None``: as many as fit 96 MiB of logits
             (768 MiB on a GPU), and 160 at least.
         num_items: The denominator of both terms in place of Σ w.
         vocab_size: How many columns the divergence compares; ``None``: the smaller vocabulary. The
-            columns beyond have probability zero in both.
-        label_smoothing: Of the cross entropy.
-        z_loss: Its multiple of lse².
-        student_scale: What the student's head multiplies its logits by.
-        teacher_scale: The teacher's.
-        student_softcap: Its cap, cap·tanh(logits / cap).
-        teacher_softcap: The teacher's.
-        compile: Compile the body of a chunk (by Inductor).
+            columns beyond have probability zero in both models.
+        label_smoothing: ε of the cross entropy.
+        z_loss: The multiple of lse² that is added to the cross entropy.
+        student_scale: The factor that the student's head multiplies its logits by.
+        teacher_scale: The factor of the teacher's head.
+        student_softcap: The cap of the student's head, cap·tanh(logits / cap).
+        teacher_softcap: The cap of the teacher's head.
+        compile: Compile the body of a chunk with Inductor.
 
     Raises:
-        ShapeError: Hidden states, heads, labels or weights that do not fit each other.
-        VocabularyError: ``vocab_size`` larger than a vocabulary.
-        OptionError: An unknown divergence.
+        ShapeError: Hidden states, heads, labels or weights do not fit each other.
+        VocabularyError: ``vocab_size`` is larger than a vocabulary, or sharded vocabularies are of
+            different sizes on a rank.
+        OptionError: The divergence is unknown or lacks its teacher, hidden states are float16, or
+            an argument requires a gradient that gets none.
     """
     _check_shapes(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, weights)
     chosen = divergences(divergence)
@@ -164,17 +167,17 @@ def vocab_loss_topk(
     student_softcap: float | None = None,
     compile: bool = True,
 ) -> VocabLoss:
-    """``vocab_loss`` against a teacher that lives elsewhere and left its k best entries per token.
+    """``vocab_loss`` against a teacher's stored output: its k best entries for each token.
 
-    The divergence is between distributions over those k and one bucket for all the rest, whose
-    probability is what the k leave over: for k = V the full divergence, for smaller k less than it.
-    Where the k leave nothing over, ``reverse_kl`` is infinite, and ``forward_kl`` and ``jsd`` are
-    not.
+    The divergence compares distributions over these k entries and one bucket for all others, whose
+    probability is 1 minus theirs. For k = V it is the full divergence, for smaller k at most that.
+    If the k probabilities sum to 1, ``reverse_kl`` is infinite, and ``forward_kl`` and ``jsd`` are
+    finite.
 
     Args:
         student_hidden: ``[..., D]``.
         student_weight: ``[V, D]``.
-        teacher_ids: ``[..., k]``, the entries, each once.
+        teacher_ids: ``[..., k]``, the token ids of the entries, each once.
         teacher_logprobs: ``[..., k]``, their log-probabilities over the teacher's whole vocabulary,
             at the same ``temperature``.
         labels: ``[...]``, and all else as in ``vocab_loss``.
@@ -193,8 +196,9 @@ def vocab_loss_topk(
         compile: Likewise.
 
     Raises:
-        ShapeError: Shapes that do not fit each other.
-        OptionError: An unknown divergence.
+        ShapeError: Hidden states, heads, ids, labels or weights do not fit each other.
+        OptionError: The divergence is unknown, hidden states are float16, or an argument requires a
+            gradient that gets none.
     """
     _check_shapes(student_hidden, student_weight, teacher_ids, None, labels, weights)
     if teacher_ids.shape != teacher_logprobs.shape:
@@ -221,7 +225,7 @@ def vocab_loss_topk(
 
 
 class _Asked(NamedTuple):
-    """What the caller asked for, as it was given; ``numbers``: both weights and τ."""
+    """The arguments as the caller gave them; ``numbers`` are both weights and τ."""
 
     labels: Tensor | None
     weights: Tensor | None
@@ -239,7 +243,7 @@ def _flat(side: HeadSide) -> HeadSide:
 def _run(
     student: HeadSide, teacher: HeadSide | Stored | None, asked: _Asked, columns: int
 ) -> VocabLoss:
-    """The operator on this device; ``columns`` of logits there are to each token."""
+    """Run the operator on this device; ``columns`` logits of a token determine the chunk."""
     h = student.hidden
     chunk = asked.chunk or chunk_tokens_for(columns, h.element_size(), h.device)
     terms = _terms(asked, h)
@@ -248,7 +252,7 @@ def _run(
 
 
 def _terms(asked: _Asked, h: Tensor) -> HeadTerms:
-    """In numbers for each token of ``h`` ``[tokens, ...]``."""
+    """Turn the arguments into tensors with one entry for each token of ``h`` ``[tokens, ...]``."""
     logit_share, label_share, labels = _shares(h, asked.labels, asked.weights, asked.num_items)
     settings = _settings(asked.numbers, h)
     shares = (logit_share, label_share)
@@ -264,7 +268,7 @@ def _settings(numbers: tuple[float | Tensor, ...], h: Tensor) -> Tensor:
 def _shares(
     h: Tensor, labels: Tensor | None, weights: Tensor | None, num_items: float | Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """W / Σw of each token for either term, and the labels with 0 for those that are ignored."""
+    """The shares w / Σw of each token in both terms, and the labels with 0 in place of -100."""
     kind = torch.float64 if h.dtype == torch.float64 else torch.float32
     w = h.new_ones(h.shape[0], dtype=kind) if weights is None else weights.flatten().to(kind)
     of_labels, flat = torch.zeros_like(w), None
@@ -288,10 +292,10 @@ def _number(value: float | Tensor, device: torch.device, kind: torch.dtype) -> T
 
 
 def _autocast(side: HeadSide) -> HeadSide:
-    """What a linear layer would do to its operands under autocast; OptionError in float16."""
+    """Cast operands as a linear layer does under autocast; OptionError in float16."""
     hidden, weight, bias = side
     kind = hidden.device.type
-    # Some devices have none, "meta" among them, and then may not be asked.
+    # Some devices, "meta" among them, have no autocast, and is_autocast_enabled raises for them.
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         if hidden.dtype != torch.float64:
@@ -336,7 +340,7 @@ def _cap(value: float | None) -> float | None:
 
 
 def _require_constants(*values: Any) -> None:
-    """What is no hidden state and no head gets no gradient: say so to who expects one."""
+    """Raise OptionError if a value requires a gradient: only hidden states and heads get one."""
     if torch.is_grad_enabled():
         for value in values:
             if isinstance(value, Tensor) and value.requires_grad:

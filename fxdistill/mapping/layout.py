@@ -198,7 +198,7 @@ def pools_tokens(layout: Layout) -> bool:
 
 
 def keeps_tokens(layout: Layout, axis: int = 1) -> bool:
-    """Whether the layout returns ``[B, L, ...]`` or ``[B·L, ...]``, in that order of tokens.
+    """Whether the layout returns tokens in their order: ``[B, L, ...]`` or ``[B·L, ...]``.
 
     ``axis`` is the token axis of the value before the layout.
     """

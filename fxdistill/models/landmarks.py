@@ -67,7 +67,7 @@ def norms_of(model: nn.Module, stacks: list[Stack]) -> list[str | None]:
 
 
 def logits_module_of(model: nn.Module, stacks: list[Stack]) -> str | None:
-    """The module that returns the logits: as the model says, else the last weight behind stacks."""
+    """The module that makes logits: as the model says, else the last weight after the stacks."""
     own = asked(model, "get_output_embeddings")
     if own is not None:
         return _path_of(model, own)

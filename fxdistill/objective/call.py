@@ -87,6 +87,7 @@ def _batch(model: nn.Module, inputs: Inputs, own: Mapping[str, Any], task: str |
         num_feature_items=None if feature_items is None else scalar(feature_items, device),
         tokens=_token_grid(inputs.args, seen, own, task),
         decoder_tokens=_tensor(labels if decoder is None else decoder),
+        decoder_mask=_tensor(seen.get("decoder_attention_mask")),
     )
 
 
@@ -126,7 +127,7 @@ def _laid_over(model: nn.Module, shared: Inputs, own: Mapping[str, Any]) -> Inpu
     names = input_names(model)[: len(shared.args)] if own else ()
     if not any(name in own for name in names):
         return Inputs(shared.args, {**shared.kwargs, **own})
-    # An own input replaces a positional one: pass every positional input that has a name by it.
+    # One of its own inputs replaces a positional one: pass positional inputs by name, if named.
     named = {**dict(zip(names, shared.args, strict=False)), **shared.kwargs, **own}
     return Inputs(shared.args[len(names) :], named)
 

@@ -36,6 +36,7 @@ class Batch(NamedTuple):
     num_feature_items: Tensor | None = None
     tokens: Tensor | None = None
     decoder_tokens: Tensor | None = None
+    decoder_mask: Tensor | None = None
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
@@ -58,6 +59,17 @@ def attended(batch: Batch) -> Tensor | None:
     return mask.float() if mask is not None and mask.ndim == 2 else None
 
 
+def decoder_attended(batch: Batch) -> Tensor | None:
+    """The decoder's tokens that count, as weights ``[B, L]``; ``None`` where all of them do.
+
+    The call's ``decoder_attention_mask`` says which; without one, padding is what has no label.
+    """
+    mask = batch.decoder_mask
+    if mask is not None and mask.ndim == 2:
+        return mask.float()
+    return None if batch.labels is None else (batch.labels != IGNORE).float()
+
+
 def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return a if b is None else b
@@ -75,7 +87,9 @@ def prediction_weights(batch: Batch, task: Task | None, logits: Tensor) -> Tenso
     """The weight of every prediction, in the shape of ``logits`` without the vocabulary axis."""
     chosen = chosen_weights(batch)
     mask = attended(batch) if task in ("causal_lm", "masked_lm") else None
-    _check(batch, logits, mask)
+    if task == "seq2seq":
+        mask = decoder_attended(batch)
+    _check(batch, logits, mask, "decoder_attention_mask" if task == "seq2seq" else "attention_mask")
     if task != "causal_lm":
         counted = None if batch.labels is None else (batch.labels != IGNORE).float()
         weights = _times(_times(chosen, mask), counted)
@@ -97,12 +111,12 @@ def _ones(logits: Tensor) -> Tensor:
     return torch.ones(logits.shape[:-1], dtype=torch.float32, device=logits.device)
 
 
-def _check(batch: Batch, logits: Tensor, mask: Tensor | None) -> None:
+def _check(batch: Batch, logits: Tensor, mask: Tensor | None, name: str) -> None:
     """Raise BatchError where a token-indexed tensor does not have the shape of the predictions."""
     require_grid("labels", batch.labels, logits)
     require_grid("loss_mask", batch.loss_mask, logits)
     require_grid("token_weights", batch.token_weights, logits)
-    require_grid("attention_mask", mask, logits)
+    require_grid(name, mask, logits)
 
 
 @check
@@ -138,7 +152,7 @@ def feature_weights(
     """
     tokens = batch.decoder_tokens if stream == "decoder" else batch.tokens
     chosen = None if stream == "encoder" else chosen_weights(batch)
-    mask = None if stream == "decoder" else attended(batch)
+    mask = decoder_attended(batch) if stream == "decoder" else attended(batch)
     if task == "classification":
         return _sample_feature_weights(chosen, mask, tokens, feature)
     if tokens is None:

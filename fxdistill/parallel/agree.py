@@ -1,7 +1,7 @@
-"""After the first step: do all ranks have the same losses?
+"""Check after the first step that all ranks have the same losses.
 
-A value that no parallel style has touched is a plain tensor, and taken to be alike on every rank.
-Inside of sharded layers it is not, and nothing about the tensor tells.
+A matched value that is a plain tensor is taken to be the same on every rank. Inside a sharded layer
+it is not, and nothing about the tensor tells.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,17 +14,17 @@ from torch.distributed.tensor import DTensor
 
 from fxdistill.errors import MeshError
 
-TOLERANCE = 1e-4  # relative; what sums in another order differ by is a tenth of that at most
+TOLERANCE = 1e-4  # relative; another order of summation changes a loss by a tenth of this at most
 
 
 def require_alike(terms: Mapping[str, Tensor], models: Iterable[nn.Module]) -> None:
-    """MeshError, on every rank, where a term differs between ranks of the models' meshes."""
+    """Raise MeshError, on every rank, if a term differs between ranks of the models' meshes."""
     meshes: set[DeviceMesh] = {
         p.device_mesh for model in models for p in model.parameters() if isinstance(p, DTensor)
     }
     own = torch.stack([value.detach().float().reshape(()) for value in terms.values()])
-    # Of all ranks, one dimension after the other, before any raises: the others would wait for it.
-    # Sorted, because a set has another order on each rank.
+    # Gather the bounds of all ranks, one mesh dimension after the other, before any rank raises:
+    # the others would wait for it. Sorted, because a set has another order on each rank.
     low, high = own, own
     for group in [g for mesh in sorted(meshes, key=str) for g in mesh.get_all_groups()]:
         if dist.get_backend(group) == "fake":

@@ -1,7 +1,7 @@
-"""Gradients whose parts lie on several ranks, clipped by the norm of all of them.
+"""Clip gradients that are sharded over ranks by the norm of all of them.
 
-Private to torch and used here: ``_foreach_norm`` and ``_foreach_mul_``, one launch for all
-gradients, as in ``torch.nn.utils.clip_grad_norm_``.
+Private to torch and used here: ``_foreach_norm`` and ``_foreach_mul_``, which launch once for all
+gradients, as ``torch.nn.utils.clip_grad_norm_`` does.
 """
 
 import math
@@ -18,7 +18,7 @@ from fxdistill.base.tensors import is_placed
 from fxdistill.errors import OptionError
 
 Groups = frozenset[str]  # the names of the process groups over which a value is still to be summed
-ALONE = 2**16  # elements from which a gradient is not copied to be summed together with others
+ALONE = 2**16  # elements from which a gradient is reduced alone, without a copy
 
 
 @torch.no_grad()
@@ -29,13 +29,13 @@ def clip_grad_norm_(
 
     norm = (Σ |g|^p)^(1/p) over every element g of all gradients, each counted once, with p =
     ``norm_type`` > 0, or max |g| for ``math.inf``. The result is a plain 0-d tensor, float32 at
-    least where a gradient is a DTensor, and alike on every rank; the host does not wait for it.
+    least where a gradient is a DTensor, and the same on every rank; the host does not wait for it.
 
-    Gradients are DTensors of any placements, on one mesh or several, and plain tensors alike on
-    every rank, which count once. A pending sum (Partial, as a norm's weight gets with tokens
-    sharded) is formed first, and ``.grad`` is replaced by it, so that the optimizer need not. All
-    ranks call this, with their parameters in the same order; parameters without a gradient are
-    passed over. Without DTensors this is ``torch.nn.utils.clip_grad_norm_``.
+    Gradients are DTensors of any placements, on one mesh or several, or plain tensors that are the
+    same on every rank and count once. A pending sum (Partial, as the gradient of a norm's weight is
+    when tokens are sharded) is reduced first and replaces ``.grad``, so that the optimizer need not
+    reduce it. All ranks call this, with their parameters in the same order; parameters without a
+    gradient are skipped. Without DTensors this is ``torch.nn.utils.clip_grad_norm_``.
 
     Raises:
         OptionError: ``norm_type`` is not above 0.
@@ -48,16 +48,16 @@ def clip_grad_norm_(
     _form_sums(learnt)
     gradients = [p.grad for p in learnt if p.grad is not None]
     norm = _norm(gradients, norm_type)
-    # Multiplied even where it is 1: to ask would make the host wait.
+    # Multiply even by 1: a test for 1 would make the host wait.
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([local_part(g) for g in gradients], scale)
     return norm
 
 
 def _norm(gradients: list[Tensor], order: float) -> Tensor:
-    """One all-reduce for each process group, of one number for each way of sharding over it."""
+    """The norm, by one all-reduce per process group, of one number per way of sharding."""
     parts: dict[Groups, list[Tensor]] = {}
-    groups: dict[str, dist.ProcessGroup] = {}  # in the order of first use, alike on all ranks
+    groups: dict[str, dist.ProcessGroup] = {}  # in the order of first use, the same on all ranks
     dtype = torch.float32
     for g in gradients:
         of_shards = _groups_of_shards(g)
@@ -76,7 +76,7 @@ def _norm(gradients: list[Tensor], order: float) -> Tensor:
 
 
 def _groups_of_shards(gradient: Tensor) -> dict[str, dist.ProcessGroup]:
-    """The groups of ranks that hold different elements."""
+    """By name, the process groups whose ranks hold different elements."""
     if not isinstance(gradient, DTensor):
         return {}
     mesh = gradient.device_mesh
@@ -85,7 +85,7 @@ def _groups_of_shards(gradient: Tensor) -> dict[str, dist.ProcessGroup]:
 
 
 def _power_sum(parts: list[Tensor], order: float, dtype: torch.dtype) -> Tensor:
-    """Σ |g|^p, or max |g|, of what is here."""
+    """Σ |g|^p, or max |g|, of the local tensors."""
     held = [part for part in parts if part.numel()]  # an uneven shard may be empty
     if not held:
         return torch.zeros((), dtype=dtype, device=parts[0].device)
@@ -98,11 +98,11 @@ def _joined(a: Tensor, b: Tensor, order: float) -> Tensor:
 
 
 def _reduced(values: Tensor, order: float, group: dist.ProcessGroup) -> Tensor:
-    """The sum of all ranks, or the maximum."""
+    """The sum of ``values`` over the ranks of ``group``, or their maximum for p = ∞."""
     if not math.isinf(order):
         dist.all_reduce(values, group=group)
         return values
-    # Backends may drop a NaN from a maximum, each rank as it pleases: it travels beside.
+    # A backend may drop a NaN from a maximum, and not on every rank: reduce a flag for it as well.
     lost = values.isnan()
     both = torch.stack([torch.where(lost, 0, values), lost.to(values.dtype)])
     dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
@@ -110,7 +110,7 @@ def _reduced(values: Tensor, order: float, group: dist.ProcessGroup) -> Tensor:
 
 
 def _form_sums(parameters: list[Tensor]) -> None:
-    """Form the pending sums of gradients; small ones travel together."""
+    """Reduce the pending sums of gradients; small ones share a collective."""
     packs: dict[tuple[object, ...], list[Tensor]] = {}
     for i, p in enumerate(parameters):
         g = p.grad
@@ -122,7 +122,7 @@ def _form_sums(parameters: list[Tensor]) -> None:
 
 
 def _form_together(parameters: list[Tensor]) -> None:
-    """The same for gradients that are placed alike."""
+    """Reduce gradients of equal placements in one collective, and replace ``.grad``."""
     gradients = [p.grad for p in parameters if isinstance(p.grad, DTensor)]
     mesh, placements = gradients[0].device_mesh, gradients[0].placements
     locals_ = [g.to_local() for g in gradients]
@@ -139,7 +139,7 @@ def _form_together(parameters: list[Tensor]) -> None:
 
 
 def _formed(flat: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Tensor:
-    """Of numbers that are placed so, with what is sharded left where it is."""
+    """Reduce the pending sums of local values; sharded mesh dimensions stay as they are."""
     pending = [kind if kind.is_partial() else Replicate() for kind in placements]
     whole = DTensor.from_local(flat, mesh, pending, run_check=False)
     return whole.redistribute(mesh, [Replicate()] * mesh.ndim).to_local()

@@ -1,12 +1,13 @@
-"""A plan for a model that arrives plain: which of its modules are tensor parallel, and how.
+"""A tensor parallel plan for a plain model: which of its modules are sharded, and how.
 
-Tensor and sequence parallel as in Megatron (Shoeybi et al., 2019; Korthikanti et al., 2022): the
-residual stream lies on the ranks by its tokens, ``Shard(1)``; norms work on those. A mixer or an
-MLP takes all tokens, its first weights are sharded by columns and its last by rows, and its output
-is scattered over the tokens again.
+Tensor and sequence parallel are as in Megatron (Shoeybi et al., 2019; Korthikanti et al., 2022).
+The tokens of the residual stream are sharded, ``Shard(1)``, and norms work on these shards. A mixer
+or an MLP takes all tokens; its first weights are sharded by columns and its last by rows, and its
+output is scattered over the tokens again.
 
-What is not understood (state-space mixers, experts, attention that counts its heads) takes all
-tokens on every rank, with whole weights: as correct, and no smaller. ``notes`` name it.
+Modules that the plan cannot shard (state-space mixers, experts, attention that counts its heads)
+take all tokens on every rank, with whole weights: this is correct, but saves no memory. ``notes``
+name them.
 """
 
 import inspect
@@ -38,10 +39,11 @@ _COUNTS_HEADS = ("num_heads", "num_attention_heads", "n_head", "num_key_value_he
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """Styles by module, placements by parameter, and what they leave as it is.
+    """Styles by module, placements by parameter, and facts about what they shard.
 
-    ``parts`` are plain parameters of which each rank's gradient is a part: they stand between
-    sharded weights. ``sharded`` are the mixers and MLPs within which values are a rank's own.
+    ``parts`` are plain parameters between sharded weights: each rank has a part of their gradient.
+    ``sharded`` are the mixers and MLPs inside which each rank has values of its own. ``notes`` say
+    what stays whole.
     """
 
     styles: Mapping[str, ParallelStyle] = field(default_factory=dict)
@@ -52,9 +54,10 @@ class TensorPlan:
 
 
 def ready_made(model: nn.Module, ranks: int, tower: str, *, learns: bool) -> TensorPlan:
-    """The plan for the structure of ``model``; MeshError where there is none to see.
+    """Make the plan for the structure of ``model``; MeshError if it has no single stack of blocks.
 
-    A model that ``learns`` runs in training mode.
+    A model that ``learns`` runs in training mode, and must not drop values outside of sharded parts
+    (MeshError).
     """
     stacks = stacks_of(model)
     if len(stacks) != 1 or not all(block.called for block in stacks[0].blocks):
@@ -95,7 +98,7 @@ def ready_made(model: nn.Module, ranks: int, tower: str, *, learns: bool) -> Ten
 
 
 def _refuse_dropout(model: nn.Module, sharded: list[str], tower: str) -> None:
-    """Outside of sharded parts ranks hold the same values, and each would drop others of them."""
+    """Raise MeshError for dropout outside of sharded parts: each rank would drop other values."""
     within = tuple(f"{path}." for path in sharded)
     random = [
         path
@@ -111,7 +114,7 @@ def _refuse_dropout(model: nn.Module, sharded: list[str], tower: str) -> None:
 
 
 def _add(styles: dict[str, ParallelStyle], path: str, style: ScatterTokens | GatherTokens) -> None:
-    """A second style of one module: both are done."""
+    """Add a style to a module, after the one that it may have: both are applied."""
     there = styles.get(path)
     styles[path] = style if there is None else style.after(there)
 
@@ -130,7 +133,7 @@ def _plan_block(
 ) -> list[str]:
     """Add the styles of one block; return its sharded parts.
 
-    If weights lie outside of its parts and norms, the block takes all tokens.
+    A block with parameters outside of its parts and norms takes all tokens, with whole weights.
     """
     module = model.get_submodule(block.path)
     inside = [f"{part.path}." for part in block.parts]
@@ -170,12 +173,12 @@ def _nested(block: Block) -> bool:
     return any(a != b and a.startswith(b) for a in paths for b in paths) or not paths
 
 
-# The first weights, the last, and the parameters in between.
+# The first weights, the last weight, and the parameters between them.
 NamesOfWeights = tuple[list[str], str, list[str]]
 
 
 def _attention(model: nn.Module, part: Part, ranks: int) -> NamesOfWeights | None:
-    """q, k and v by heads, and the weight behind; ``None`` where heads cannot be shared out."""
+    """Name q, k, v, the output weight and norms between; ``None`` if ranks cannot split heads."""
     module = model.get_submodule(part.path)
     size = getattr(module, "head_dim", None)
     linear = _linear(module, part.path)
@@ -190,14 +193,14 @@ def _attention(model: nn.Module, part: Part, ranks: int) -> NamesOfWeights | Non
     for path, child in under(module, part.path):
         if path in linear or not list(child.parameters(recurse=False)):
             continue
-        if norm_width(child) != size:  # something of all heads
+        if norm_width(child) != size:  # a module over all heads
             return None
         between += [f"{path}.{name}" for name, _ in child.named_parameters()]
     return [path for path, _ in first], last[0], between
 
 
 def _mlp(model: nn.Module, part: Part, width: int | None, ranks: int) -> NamesOfWeights | None:
-    """Up (and gate) and down; ``None`` for anything else."""
+    """Name the up (and gate) and down weights; ``None`` for anything but such an MLP."""
     module = model.get_submodule(part.path)
     linear = _linear(module, part.path)
     if part.kind != "MLP" or len(linear) not in (2, 3):
@@ -216,10 +219,10 @@ def _mlp(model: nn.Module, part: Part, width: int | None, ranks: int) -> NamesOf
 
 
 def _adds_up(module: nn.Module, path: str, first: list[str], last: str) -> bool:
-    """Whether an MLP is the sum of what its halves give, as shards need: nothing mixes its width.
+    """Whether an MLP is the sum of its two halves, as shards need: nothing mixes its inner width.
 
-    Tried on one token, in float64. What has no values (meta, fake) is taken to be an MLP as they
-    all are; what cannot be called with one tensor is none that is known.
+    The test runs on one token, in float64. It assumes yes for an MLP without values (meta, fake),
+    and no for one that cannot be called with one tensor.
     """
     given = {name: p.detach() for name, p in module.named_parameters()}
     like = next(iter(given.values()))
@@ -260,7 +263,7 @@ def _linear(module: nn.Module, path: str) -> dict[str, nn.Linear]:
 
 
 def _counts_heads(cls: type[nn.Module]) -> bool:
-    """Whether ``forward`` names a number of heads, which is that of all ranks."""
+    """Whether ``forward`` uses a number of heads, which would be that of all ranks together."""
     try:
         source = inspect.getsource(cls.forward)
     except (OSError, TypeError):

@@ -1,10 +1,10 @@
-"""Activation checkpoints of models on a mesh that run as they are.
+"""Activation checkpoints of models on a mesh, outside of one graph.
 
-A step puts gathered weights into a model for the time of its forward. What a checkpoint computes
-again, it computes in the backward, when the parameters are back in their places: hooks on the
-modules that have parameters gather them there once more, each for its own forward, and scatter
-nothing. Gradients flow through the weights of the first forward; those of the second are only
-read. So hooks stay on the model, and do nothing outside of a backward.
+A step puts gathered weights into a model for the time of its forward. A checkpoint recomputes in
+the backward, when the sharded parameters are back in place. So hooks on the modules that have
+parameters gather the weights again, each for the forward of its module, and scatter no gradients:
+gradients flow through the weights of the first forward, and the second only reads its weights. The
+hooks stay on the model, and do nothing outside of a backward.
 
 Private to torch and used here only: ``_current_graph_task_id``. If it moves, checkpoints on a mesh
 fail outside of one graph.
@@ -23,7 +23,7 @@ _PREPARED = "_fxdistill_gathers_again"
 
 
 def gather_again(model: nn.Module, sharding: Sharding) -> None:
-    """Put hooks on ``model``, unless it has them: checkpointed parts then run in a backward too."""
+    """Put hooks on ``model``, unless it has them, so that its checkpoints run in a backward."""
     if _PREPARED in vars(model):
         return
     named = {id(p): sharding.weights[name] for name, p in model.named_parameters()}
@@ -37,16 +37,16 @@ def gather_again(model: nn.Module, sharding: Sharding) -> None:
 
 
 class _GatherAgain:
-    """Swaps the weights of one module, by name."""
+    """Swap the parameters of one module for gathered weights while a checkpoint recomputes."""
 
     def __init__(self, weights: Mapping[str, StepWeight], axes: Axes) -> None:
         self.weights, self.axes = weights, axes
-        self.away: dict[str, nn.Parameter] = {}  # what has been taken out for a forward
+        self.away: dict[str, nn.Parameter] = {}  # parameters taken out for a forward
 
     def put(self, module: nn.Module, args: Any) -> None:
-        """Before the forward of ``module``: whole weights in place of its parameters.
+        """Replace the parameters of ``module`` by gathered weights, before its forward.
 
-        In a step's own forward what lies there is gathered already, and no parameter.
+        In the forward of a step itself, the weights there are gathered already, and no parameters.
         """
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             return
@@ -57,7 +57,7 @@ class _GatherAgain:
                 module._parameters[name] = self._again(parameter, weight)  # type: ignore[assignment]
 
     def take(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After it, also where a checkpoint has all it needs and leaves by an exception."""
+        """Restore the parameters after the forward, also if a checkpoint ends it early."""
         while self.away:
             name, parameter = self.away.popitem()
             module._parameters[name] = parameter

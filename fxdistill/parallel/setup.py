@@ -1,4 +1,4 @@
-"""``wrap(..., mesh=)``: what a mesh must be, each model's plan, and whether ranks agree."""
+"""Set up ``wrap(..., mesh=)``: check mesh and models, plan, compare ranks, and shard."""
 
 import fnmatch
 import itertools
@@ -24,7 +24,7 @@ Plan = Mapping[str, Any] | None
 
 
 class OnMesh(NamedTuple):
-    """Models on a mesh; ``ranks`` where samples lie on several."""
+    """Sharded models; ``ranks`` over which samples are split, or ``None``."""
 
     shardings: Mapping[str, Sharding]
     ranks: Ranks | None
@@ -39,12 +39,13 @@ def set_up(
     asked: str,
     frozen: Collection[Tower],
 ) -> OnMesh:
-    """Shard the models, by tower, in place.
+    """Shard ``models`` in place.
 
-    ``taps``, by tower, must be values that have a place on the mesh; ``asked`` is what all ranks
-    must have asked for; ``frozen`` models learn nothing.
+    ``taps`` must be values with a known placement; ``asked`` is text that must be the same on all
+    ranks; ``frozen`` models learn nothing.
 
-    What can be wrong is found first, on every rank. MeshError, OptionError, PathError, DeviceError.
+    The checks run before any change, on every rank, except that of tied parameters. They raise
+    MeshError, OptionError, PathError or DeviceError.
     """
     axes = _axes(mesh)
     made: dict[str, TensorPlan] = {}
@@ -125,7 +126,7 @@ def _plan(tower: Tower, model: nn.Module, plan: Plan, axes: Axes, learns: bool) 
 
 
 def _found(tower: Tower, pattern: str, names: Iterable[str]) -> list[str]:
-    """The names that ``pattern`` matches, ``*`` within one segment."""
+    """The names that ``pattern`` matches, ``*`` within one segment; PathError if there are none."""
     parts, names = pattern.split("."), list(names)
     found = [
         name
@@ -140,7 +141,7 @@ def _found(tower: Tower, pattern: str, names: Iterable[str]) -> list[str]:
 
 
 def _check_tap(tower: Tower, tap: Tap, plan: TensorPlan) -> None:
-    """Within a sharded part a value without a style is a rank's own, and a plain tensor."""
+    """Raise MeshError for a tap in a sharded part without a style: its value is one rank's own."""
     part = next((part for part in plan.sharded if tap.path.startswith(f"{part}.")), None)
     output = tap.port.startswith("output") and tap.path in plan.styles
     if part is not None and not output:
@@ -167,14 +168,14 @@ def _described(models: Mapping[Tower, nn.Module], plans: Mapping[str, TensorPlan
 
 
 def _check_agreement(mesh: DeviceMesh, text: str) -> None:
-    """MeshError on every rank where ranks were asked for different things: later that is a hang.
+    """Raise MeshError on every rank if ``text`` differs between ranks, which later would hang.
 
-    Every rank hears of all others, one dimension after the other, before any raises: one that left
-    early would leave the rest waiting.
+    Every rank hears of all others, one mesh dimension after the other, before any raises: the
+    others would wait for a rank that left early.
     """
     heard = {dist.get_rank(): text}
     for group in mesh.get_all_groups():
-        if dist.get_backend(group) == "fake":  # a plan without ranks: there is no one to ask
+        if dist.get_backend(group) == "fake":  # a mesh for planning only: there are no other ranks
             continue
         told: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(told, heard, group=group)
@@ -191,7 +192,7 @@ def _check_agreement(mesh: DeviceMesh, text: str) -> None:
 
 
 def make_alike(modules: Iterable[nn.Module], meshes: Iterable[DeviceMesh]) -> None:
-    """Give every rank the plain parameters and buffers of the first."""
+    """Give all ranks the plain parameters and buffers of the first rank."""
     for mesh in sorted(meshes, key=str):  # a set has another order on each rank
         for group in mesh.get_all_groups():
             source = dist.get_global_rank(group, 0)

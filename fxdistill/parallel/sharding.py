@@ -1,12 +1,13 @@
-"""Models on a mesh: parameters become DTensors in place, and are gathered where they are used.
+"""Models on a mesh: parameters become DTensors in place, and a step gathers them for use.
 
-A parameter lies on the whole mesh: over ``tp`` as the plan says, and over ``dp`` on one of its
-axes, which a step gathers and whose gradient it scatters (FSDP: Zhao et al., 2023, but in the
+A parameter is placed on the whole mesh: over ``tp`` as the plan says, and over ``dp`` sharded along
+one axis. A step gathers this axis and scatters its gradient (FSDP, Zhao et al., 2023, but in the
 graph, where a compiler sees it; the form is that of torchtitan's SimpleFSDP, Zhang et al., 2024).
-The axis is the first that ``tp`` leaves whole, so that no placement is strided; what has none, or
-is shorter than the ranks, is replicated. Over ``replicate`` all is replicated (HSDP).
+The axis is the first that ``tp`` leaves whole, so that no placement is strided, and that has an
+entry for every rank; a parameter without such an axis is replicated. Over ``replicate`` all
+parameters are replicated (HSDP).
 
-The weights that a step uses are made by ``gathered`` and put in by ``functional_call``: modules and
+``gathered`` makes the weights that a step uses, and ``functional_call`` puts them in: modules and
 their parameters stay as they are.
 """
 
@@ -36,7 +37,7 @@ TENSOR, DATA = "tp", ("replicate", "dp")
 
 @dataclass(frozen=True)
 class Axes:
-    """The dimensions of a mesh by what they are for."""
+    """The dimensions of a mesh by purpose: ``data`` has samples, ``tensor`` is tensor parallel."""
 
     mesh: DeviceMesh
     data: DeviceMesh | None
@@ -44,7 +45,7 @@ class Axes:
 
     @classmethod
     def of(cls, mesh: DeviceMesh) -> "Axes":
-        """Read the names of ``mesh``, which are checked already."""
+        """Split ``mesh`` by the names of its dimensions, which are checked already."""
         names = mesh.mesh_dim_names or ()
         data = tuple(name for name in names if name in DATA)
         one = len(names) == 1
@@ -57,10 +58,11 @@ class Axes:
 
 @dataclass(frozen=True)
 class StepWeight:
-    """What a step uses of one parameter: its shape on a tensor-parallel rank, and its place there.
+    """The weight that a step uses for one parameter: its shape and placements.
 
-    ``tensor``: placement over ``tp``, ``None`` for a plain tensor. ``part``: alike on the ranks of
-    ``tp``, each of which has a part of its gradient.
+    ``shape`` and ``stride`` are those on a tensor-parallel rank, ``data`` its placements over the
+    data dimensions. ``tensor``: its placement over ``tp``, ``None`` for a plain tensor. ``part``:
+    it is the same on all ranks of ``tp``, each of which has a part of its gradient.
     """
 
     shape: torch.Size
@@ -74,18 +76,18 @@ class StepWeight:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How one model lies on a mesh, by parameter."""
+    """How one model is sharded on a mesh, by parameter."""
 
     axes: Axes
     weights: Mapping[str, StepWeight]
 
     @property
     def leaves_dtensors(self) -> bool:
-        """Whether the weights that a step uses are DTensors: those of ``tp``."""
+        """Whether a step may use weights that are DTensors: only with ``tp``."""
         return self.axes.tensor is not None
 
     def gathered(self, model: nn.Module) -> dict[str, Tensor]:
-        """The weights that a step uses, of this rank's part of the tensor-parallel model."""
+        """The weights that a step uses on this rank; MeshError if one was added since."""
         found = {}
         for name, parameter in model.named_parameters():
             if name not in self.weights:
@@ -95,7 +97,7 @@ class Sharding:
 
 
 def gathered_weight(parameter: Tensor, weight: StepWeight, axes: Axes) -> Tensor:
-    """The weight that a step uses of one parameter, on this rank."""
+    """The weight that a step uses for one parameter, on this rank."""
     assert isinstance(parameter, DTensor)
     x = parameter.to_local()
     if (data := axes.data) is not None:
@@ -117,7 +119,7 @@ def gathered_weight(parameter: Tensor, weight: StepWeight, axes: Axes) -> Tensor
 
 
 def shard(model: nn.Module, axes: Axes, plan: TensorPlan) -> Sharding:
-    """Make the parameters of ``model`` DTensors on the mesh, all alike with those of rank 0."""
+    """Turn the parameters of ``model`` into DTensors on the mesh, with the values of rank 0."""
     trained = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     if axes.tensor is not None:
         tied = _tied(model)
@@ -131,7 +133,7 @@ def shard(model: nn.Module, axes: Axes, plan: TensorPlan) -> Sharding:
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) not in made:
             weights[name] = _weight(parameter, axes, name in plan.parts)
-            # Not the parameter's own word: torch's SequenceParallel forgets it.
+            # Not the flag of the parameter: torch's SequenceParallel loses requires_grad.
             made[id(parameter)] = _as_parameter(parameter, weights[name], axes, trained[name])
         _set(model, name, made[id(parameter)])
     return Sharding(axes, weights)
@@ -167,7 +169,7 @@ def _weight(parameter: nn.Parameter, axes: Axes, part: bool) -> StepWeight:
 def _as_parameter(
     parameter: nn.Parameter, weight: StepWeight, axes: Axes, trained: bool
 ) -> nn.Parameter:
-    """The parameter as a DTensor on the whole mesh; it keeps nothing of what it does not hold."""
+    """The parameter as a DTensor on the whole mesh; its storage holds the local part only."""
     value = parameter.detach()
     x = value.to_local() if isinstance(value, DTensor) else value
     if axes.data is not None:
@@ -192,7 +194,7 @@ def _as_parameter(
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter that has several."""
+    """The names of each parameter that has several names."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -200,7 +202,7 @@ def _tied(model: nn.Module) -> list[list[str]]:
 
 
 def _tie(model: nn.Module, names: list[str]) -> None:
-    """Make one parameter again of what was one: the sharded one, if they differ."""
+    """Tie ``names`` again to one parameter: the sharded one, if there is one."""
     owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
     placed = [name for name in names if isinstance(model.get_parameter(name), DTensor)]
     plain = [name for name in names if name not in placed]
@@ -223,7 +225,7 @@ def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Under all of its names."""
+    """Replace a parameter under all of its names."""
     old = model.get_parameter(name)
     for other, there in list(model.named_parameters(remove_duplicate=False)):
         if there is old:
@@ -232,7 +234,7 @@ def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 @contextlib.contextmanager
 def kept_on_error(*models: nn.Module) -> Iterator[None]:
-    """Put parameters, buffers and hooks back if the body raises."""
+    """Restore parameters, buffers and hooks if the body raises."""
     undo = [_restorer(module) for model in models for module in model.modules()]
     try:
         yield
@@ -242,7 +244,7 @@ def kept_on_error(*models: nn.Module) -> Iterator[None]:
         raise
 
 
-# What torch's distribute_module leaves on a module, so that it is not applied twice.
+# The attribute that torch's distribute_module sets on a module, so as not to run on it twice.
 _APPLIED = "_distribute_module_applied"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 

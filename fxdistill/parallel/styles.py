@@ -1,7 +1,7 @@
-"""Parallel styles at the borders of what is sharded: tokens are gathered, or scattered.
+"""Parallel styles at the borders of sharded modules: they gather or scatter tokens.
 
-Unlike torch's ``PrepareModuleInput`` they take the first tensor that goes in, however it is passed,
-and leave the others alone: a mixer's masks and position embeddings are alike on every rank.
+Unlike torch's ``PrepareModuleInput``, they change only the first floating-point input, positional
+or by keyword: a mixer's masks and position embeddings are the same on every rank.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,14 @@ Relayout = Callable[[Tensor, DeviceMesh], Tensor]
 
 
 class TokenStyle(ParallelStyle):
-    """Changes the first tensor that goes into a module, or comes out of it."""
+    """Change the first floating-point input of a module, or its first output."""
 
     def __init__(self, changes: list[tuple[Side, Relayout]]) -> None:
         super().__init__()
         self.changes = changes
 
     def after(self, other: ParallelStyle) -> "TokenStyle":
-        """This style where ``other``, one of its kind, is done too: it is done first going out."""
+        """Combine with ``other``: this style comes first on inputs, ``other`` first on outputs."""
         assert isinstance(other, TokenStyle)
         inputs = [c for c in (*self.changes, *other.changes) if c[0] == "inputs"]
         outputs = [c for c in (*other.changes, *self.changes) if c[0] == "output"]
@@ -42,18 +42,18 @@ class TokenStyle(ParallelStyle):
 
 
 class GatherTokens(TokenStyle):
-    """All tokens on every rank; ``local`` as a plain tensor."""
+    """Gather all tokens on every rank: an output, or a ``local`` input, as a plain tensor."""
 
     def __init__(self, side: Side, *, local: bool = False) -> None:
         super().__init__([(side, _to_local if local or side == "output" else _gathered)])
 
     def then_scatter(self) -> TokenStyle:
-        """And what comes out, alike on every rank, to the ranks by its tokens."""
+        """Also shard the output, which is the same on every rank, by its tokens."""
         return TokenStyle([*self.changes, ("output", _scattered)])
 
 
 class ScatterTokens(TokenStyle):
-    """What is alike on every rank, to the ranks by its tokens."""
+    """Shard a tensor that is the same on every rank by its tokens, ``Shard(1)``."""
 
     def __init__(self, side: Side) -> None:
         super().__init__([(side, _scattered)])

@@ -1,10 +1,7 @@
-"""Data parallel wrappers: over which ranks samples lie, and that gradients are averaged.
+"""Data parallel wrappers: the ranks over which they split samples and average gradients.
 
 Private to torch and used here only: the DDP module whose forward is running
-(``_get_active_ddp_module``), and of an FSDP2 module its state, the groups of parameters in it, the
-modules that have a parameter, whether a group is sharded again after the forward, and the hook that
-is to run before its backward (a method of ``FSDPState``). If they move, a distiller in DDP, or of a
-``fully_shard``-ed student, fails in its first call.
+(``_get_active_ddp_module``). If it moves, a distiller in DDP fails in its first call.
 """
 
 from typing import Any
@@ -19,7 +16,7 @@ from fxdistill.parallel.fsdp2 import sample_groups
 
 
 def averaging_ranks(module: nn.Module) -> Ranks | None:
-    """The ranks over which DDP or FSDP2 will average gradients; ``None`` where neither is."""
+    """The ranks over which DDP or FSDP2 will average gradients; ``None`` without a wrapper."""
     ddp: Any = DistributedDataParallel._get_active_ddp_module()
     if ddp is not None:
         return _ranks([ddp.process_group], around=True)
@@ -32,7 +29,7 @@ def averaging_ranks(module: nn.Module) -> Ranks | None:
 
 
 def _ranks(groups: list[ProcessGroup], *, around: bool) -> Ranks:
-    """``around``: the wrapper is around the distiller, and has its projections too."""
+    """The ranks of ``groups``; with ``around``, the wrapper reduces projections as well."""
     size = 1
     for group in groups:
         size *= group.size()

@@ -1,4 +1,4 @@
-"""What a distiller says about itself."""
+"""Reports on a distiller: what its step compares, costs and writes to."""
 
 from fxdistill.report.faces.summary import summary
 from fxdistill.report.report import Report

@@ -1,10 +1,11 @@
-"""What a report says, as data: every face of it (terminal, JSON, HTML) shows these values.
+"""The data of a report: every face of it (terminal, JSON, HTML) shows these values.
 
-Sizes are bytes, costs are floating point operations (a multiplication and an addition are two), of
-one step (forward and backward of one batch) on one device; on a mesh, on one rank.
+Sizes are in bytes, costs in floating point operations (a multiplication and an addition are two).
+They are those of one step (forward and backward of one batch) on one device; on a mesh, on one
+rank.
 
-``SCHEMA`` is the version of the JSON form. A field that is added makes it a new minor version, one
-that goes or changes its meaning a new major one; docs/report.md describes each.
+``SCHEMA`` is the version of the JSON form. Adding a field raises the minor version; removing a
+field, or changing what it means, raises the major version. docs/report.md describes every field.
 """
 
 import dataclasses
@@ -22,21 +23,21 @@ class Value:
 
     shape: tuple[int, ...]
     dtype: str
-    placements: tuple[str, ...] = ()  # of a DTensor, one for each dimension of its mesh
+    placements: tuple[str, ...] = ()  # of a DTensor: one for each dimension of its mesh
 
     def __str__(self) -> str:
-        """Shape, type and placements on one line."""
+        """The shape, dtype and placements on one line."""
         placed = f" {', '.join(self.placements)}" if self.placements else ""
         return f"[{', '.join(map(str, self.shape))}] {self.dtype}{placed}"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A student's value and the teacher's that it is to be like.
+    """A student's value and the teacher's value that it should match.
 
-    ``student`` and ``teacher`` are module paths with their ports, their roles what structure shows
-    ("mixer", "mlp", "block", ...; empty where it shows nothing); their values are ``None`` where
-    the step was not captured.
+    ``student`` and ``teacher`` are module paths with ports. Their roles ("mixer", "mlp", "block",
+    ...) are read off the models' structure, and are empty where it shows none. Their values are
+    ``None`` if the step was not captured.
     """
 
     name: str
@@ -49,14 +50,14 @@ class Pair:
     teacher_value: Value | None = None
     student_role: str = ""
     teacher_role: str = ""
-    projection: str = ""  # of the student's value: its class and widths
-    student_model: str = "student"  # whose values these are
+    projection: str = ""  # class and widths of the student's projection
+    student_model: str = "student"  # the models by name
     teacher_model: str = "teacher"
 
 
 @dataclass(frozen=True)
 class TermLine:
-    """A term of the total; its weight is λ of the formula."""
+    """A term of the total; its weight is the λ of the objective's formula."""
 
     name: str
     loss: str
@@ -73,10 +74,11 @@ class Change:
 
 @dataclass(frozen=True)
 class PassLine:
-    """What one pass did to a graph; ``flops`` and ``bytes`` are those of all its nodes.
+    """What one pass did to a graph; ``flops`` and ``bytes`` are sums over all of its nodes.
 
-    ``graph`` is what it worked on: "teacher" or "student" alone, "joint" for both with all terms,
-    "backward" for that with its gradients, "terms" where the models run as they are.
+    ``graph`` names the graph: a model ("student", "teacher"); "joint" for all models with all
+    terms; "backward" for the joint graph with its gradients; "terms" for the terms alone, where the
+    models run as they are.
     """
 
     name: str
@@ -93,11 +95,12 @@ class PassLine:
 
 @dataclass(frozen=True)
 class BlockLine:
-    """A part of a tower, in the order of the model: a repeated block, or what is beside those.
+    """A part of a model, in the model's order: a repeated block, or a module outside the blocks.
 
-    A module that holds blocks is a part too, of which what is its own counts: the model itself has
-    an empty path. ``kinds`` are the mixers and MLPs that structure shows, with their paths.
-    ``backward`` is 0 in a frozen teacher.
+    A module that contains blocks is a part as well, and counts only what is directly its own; the
+    model itself has an empty path. ``kinds`` pairs the path of each mixer and MLP that the
+    structure shows with its kind. ``forward`` and ``backward`` are FLOPs; ``backward`` is 0 in a
+    frozen teacher.
     """
 
     path: str
@@ -124,10 +127,11 @@ class TowerFacts:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating point operations of a step, by what they are for.
+    """Floating point operations of a step, by purpose.
 
-    ``losses`` are the terms', forward and backward, with the heads where those are fused with them;
-    ``again`` is what the backward does a second time.
+    ``teacher`` counts the models that terms only compare with, ``forward`` and ``backward`` the
+    other models. ``losses`` counts the terms, forward and backward, with the heads that are fused
+    with them; ``again`` counts operations that the backward recomputes.
     """
 
     teacher: int
@@ -141,9 +145,9 @@ class Flops:
 
 @dataclass(frozen=True)
 class Moment:
-    """What is allocated while one operator runs: bytes by owner.
+    """The memory that is allocated while one operator runs: bytes by owner.
 
-    The owners are "weights", "teacher", "student", "taps", "head", "losses", "gradients".
+    The owners are "weights", each model by name, "taps", "head", "losses" and "gradients".
     """
 
     phase: str  # "forward" or "backward"
@@ -152,25 +156,25 @@ class Moment:
 
     @property
     def total(self) -> int:
-        """All owners together."""
+        """The bytes of all owners."""
         return sum(self.held.values())
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a step needs, before it is run.
+    """Bytes that a step needs, predicted without running it.
 
-    ``peak`` is weights, and all that is alive with them at the worst moment; an optimizer's states
-    come on top of it. ``timeline`` is thinned, and holds the worst moment.
+    ``peak`` is the weights and everything else that is alive at the worst moment; the states of an
+    optimizer come on top of it. ``timeline`` is thinned, but keeps the worst moment.
     """
 
-    weights: dict[str, int]  # by tower, buffers with them
+    weights: dict[str, int]  # parameters and buffers, by model
     gradients: int
     optimizers: dict[str, int]  # states, by optimizer
-    saved: int  # what the forward leaves for the backward, with no parameters or inputs
-    taps: int  # matched values of both towers, the most at one moment
-    head: int  # logits, or what the fused head holds in place of them, the most at one moment
-    transient: int  # at the peak: neither weights, nor gradients, nor saved
+    saved: int  # activations that the forward saves for the backward, without parameters and inputs
+    taps: int  # matched values of all models, the most at any moment
+    head: int  # logits, or what the fused head holds in place of them, the most at any moment
+    transient: int  # at the peak: memory that is neither weights, nor gradients, nor saved
     peak: int
     peak_at: str
     timeline: tuple[Moment, ...]
@@ -178,9 +182,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plain:
-    """The same student trained on labels alone, its logits made: what distillation adds to.
+    """The costs of training the same student on labels alone, without fusing its head.
 
-    Its parts mean what those of ``Memory`` do.
+    Distillation adds to these. The fields mean the same as those of ``Flops`` and ``Memory``.
     """
 
     flops: int
@@ -193,9 +197,9 @@ class Plain:
 
 @dataclass(frozen=True)
 class Collective:
-    """What crosses ranks: whose, which, how often in a step, and the bytes it returns on a rank."""
+    """A kind of collective: its owner, its calls in a step, the bytes they return on a rank."""
 
-    owner: str  # "student", "teacher", or "terms"
+    owner: str  # a model by name, or "terms"
     kind: str
     times: int
     bytes: int
@@ -203,7 +207,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened while graphs were made: "capture", "recompile", "fallback"."""
+    """Something that happened while compiling: a "capture", "recompile" or "fallback"."""
 
     kind: str
     reason: str
@@ -211,7 +215,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Cast:
-    """Values that change their type within a tower."""
+    """Casts of floating point values, counted by model and dtypes."""
 
     owner: str
     before: str
@@ -221,9 +225,9 @@ class Cast:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a report knows of a step; ``stopped`` says what stood in the way of knowing more.
+    """Everything that a report knows about a step; ``stopped`` says why it knows no more.
 
-    A part that could not be known is ``None``, or empty.
+    A part that is not known is ``None`` or empty.
     """
 
     schema: str
@@ -237,7 +241,7 @@ class Facts:
     pairs: tuple[Pair, ...]
     terms: tuple[TermLine, ...]
     passes: tuple[PassLine, ...] = ()
-    nodes: dict[str, int] = dataclasses.field(default_factory=dict)  # of the one graph, by section
+    nodes: dict[str, int] = dataclasses.field(default_factory=dict)  # of the joint graph by section
     flops: Flops | None = None
     memory: Memory | None = None
     plain: Plain | None = None
@@ -249,17 +253,17 @@ class Facts:
     stopped: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries, lists and numbers."""
+        """The report as plain dictionaries, lists, numbers and texts."""
         found: dict[str, Any] = json.loads(self.to_json())
         return found
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The report as JSON, keys in the order of the fields."""
+        """The report as JSON, with keys in the order of the fields."""
         return json.dumps(as_json(self), indent=indent, allow_nan=False)
 
 
 def as_json(value: Any) -> Any:
-    """Dataclasses as dictionaries; a number that is not finite, which JSON lacks, as a text."""
+    """Turn dataclasses into dictionaries, and numbers that JSON lacks (inf, nan) into texts."""
     if dataclasses.is_dataclass(value):
         return {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The report as a user holds it: the facts, and how they are shown."""
+"""``Report``: the facts about a step, and the ways to show them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +12,19 @@ from fxdistill.report.faces.terminal import terminal
 
 @dataclass(frozen=True)
 class Report(Facts):
-    """What ``distiller.report(...)`` returns: ``rich.print`` it, or keep it as JSON or HTML."""
+    """The result of ``distiller.report(...)``: ``rich.print`` it, or keep it as JSON or HTML."""
 
     def to_html(self, path: str | Path) -> Path:
-        """Write the report as one HTML file that needs nothing else, whole or not at all.
+        """Write the report as one self-contained HTML file, whole or not at all.
 
         Args:
-            path: Where to; a file that is there is replaced.
+            path: The file to write; an existing one is replaced.
 
         Returns:
             ``path``.
+
+        Raises:
+            OSError: The file cannot be written.
         """
         return html.write(self, Path(path))
 

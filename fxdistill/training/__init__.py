@@ -1,1 +1,1 @@
-"""What stands around a training loop."""
+"""Helpers for a training loop."""

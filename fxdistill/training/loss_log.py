@@ -1,8 +1,8 @@
-"""Losses while a model trains: collected on the device, read when somebody looks.
+"""Log the losses of a training run: collect them on the device, read them on demand.
 
-``add`` queues a few operators on 0-d tensors and never waits for the device. What it has collected
-is read by ``rows``, in one transfer for all terms of all windows. ``write_csv`` and
-``write_scalars`` take what was read.
+``add`` queues a few operators on 0-d tensors and never waits for the device. ``rows`` reads what
+was collected, in one transfer for all terms of all windows. ``write_csv`` and ``write_scalars``
+write these rows.
 """
 
 import csv
@@ -33,8 +33,8 @@ class LossRow:
     """The mean losses of the steps ``first`` to ``last``, both included.
 
     ``losses`` has the total as ``"loss"``, then every term by its name, unweighted. A mean is
-    Σ w·value / Σ w over the steps that had the term, w as given to ``LossLog.add``; it is nan where
-    Σ w is 0. ``weight`` is Σ w of all these steps.
+    Σ w·value / Σ w over the steps that had the term, where w is the ``weight`` given to
+    ``LossLog.add``; it is nan where Σ w is 0. ``weight`` is Σ w over all steps of the row.
     """
 
     first: int
@@ -45,7 +45,7 @@ class LossRow:
 
 @dataclass
 class _Window:
-    """Sums on the device: for each set of names Σ w·value of those, and behind them Σ w."""
+    """Sums on the device: for each set of names, Σ w·value of each name, followed by Σ w."""
 
     first: int
     steps: int = 0
@@ -53,7 +53,7 @@ class _Window:
 
 
 class LossLog:
-    """Collects the losses of every step, and tells their means over windows of steps.
+    """Collect the losses of every step, and compute their means over windows of steps.
 
     ::
 
@@ -66,8 +66,11 @@ class LossLog:
                 print(log)  # a table: rich.print(log)
 
     Args:
-        every: How many steps a window has; ``None``: all since the last ``rows()``.
-        first: The number of the first step, where a run goes on.
+        every: The number of steps in a window; ``None``: all steps since the last ``rows()``.
+        first: The number of the first step, for a run that continues another.
+
+    Raises:
+        OptionError: ``every`` is neither a positive integer nor ``None``.
     """
 
     def __init__(self, every: int | None = None, *, first: int = 0) -> None:
@@ -80,19 +83,19 @@ class LossLog:
 
     @torch.no_grad()
     def add(self, out: DistillOutput, *, weight: float | Tensor = 1.0) -> bool:
-        """Collect the losses of one step; nothing is read, and ``out`` may be overwritten after.
+        """Collect the losses of one step without reading them; ``out`` may be overwritten after.
 
         Args:
-            out: What the distiller returned.
-            weight: What the step counts in the mean, such as the number of its tokens. A tensor
+            out: The output of the distiller.
+            weight: The weight of the step in the mean, such as the number of its tokens. A tensor
                 stays on the device.
 
         Returns:
-            Whether this step fills a window, so that ``rows()`` has something new.
+            Whether this step completes a window, so that ``rows()`` has a new row.
         """
         values = {"loss": out.loss, **out.losses}
         total = scalar(weight, out.loss.device)
-        # Out of place, and a copy: a compiled step may write its outputs again at the next call.
+        # Copy the values: a compiled step may overwrite its outputs in the next call.
         each = torch.stack([value.float() for value in values.values()]) * total
         now = torch.cat([each, total.reshape(1)])
         window, names = self._open, tuple(values)
@@ -105,11 +108,14 @@ class LossLog:
         return True
 
     def rows(self, *, partial: bool = False) -> tuple[LossRow, ...]:
-        """What is new since the last call: waits for the device once, if there is anything.
+        """The rows that are new since the last call; waits for the device once, if there are any.
 
         Args:
-            partial: Take the window that is not full yet, too: at the end of a run. With
-                ``every=None`` that is what a window is.
+            partial: Include the window that is not complete yet, as at the end of a run. With
+                ``every=None`` it is always included.
+
+        Returns:
+            One row for each window, in order.
         """
         if (partial or self.every is None) and self._open.steps:
             self._close()
@@ -131,7 +137,7 @@ class LossLog:
         self._open = _Window(self._open.first + self._open.steps)
 
     def __rich__(self) -> Table:
-        """The windows that were read last, a line for each term; reads nothing itself."""
+        """A table of the windows that ``rows`` read last, with a line for each term."""
         table = Table(title="Losses", title_justify="left")
         table.add_column("step", overflow="fold")
         for row in self._read:
@@ -150,7 +156,7 @@ class LossLog:
 
 
 def _row(window: _Window, numbers: Sequence[float]) -> LossRow:
-    """Means from the sums of one window, as they were read."""
+    """The row of one window, from its sums as numbers."""
     sums: dict[str, float] = {}
     weights: dict[str, float] = {}
     for names in window.sums:
@@ -164,12 +170,12 @@ def _row(window: _Window, numbers: Sequence[float]) -> LossRow:
 
 
 def _names(rows: Iterable[LossRow]) -> list[str]:
-    """All terms, in the order in which they came."""
+    """The names of all terms, in order of first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row.losses))
 
 
 def _chosen(names: list[str], latest: Mapping[str, float]) -> list[str]:
-    """The totals, and as many of the largest other terms as a screen takes; nan is largest."""
+    """The totals, and as many of the largest other terms as a screen holds; nan is the largest."""
     single = [name for name in names if name not in _TOTALS]
     size = {name: latest.get(name, 0.0) for name in single}
     largest = sorted(single, key=lambda n: (size[n] != size[n], size[n]), reverse=True)
@@ -181,12 +187,13 @@ def _chosen(names: list[str], latest: Mapping[str, float]) -> list[str]:
 
 
 def write_csv(rows: Iterable[LossRow], path: str | os.PathLike[str]) -> None:
-    """Append a line for each row: first, last, weight, then the losses.
+    """Append a line for each row to a CSV file: first, last, weight, then the losses.
 
-    The first row of a new file makes its header. A term that a row does not have is left empty.
+    A new file gets a header with all terms of ``rows``. The cell of a term that a row lacks is
+    empty.
 
-    Raises LogError where the file cannot be added to: it is no such table, its last line is not
-    whole, or a row has a term that the header does not name. Nothing is written then.
+    Raises LogError, and writes nothing, where the file is not such a table, its last line is
+    incomplete, or a row has a term that the header does not name.
     """
     found, target = list(rows), Path(path)
     if not found:
@@ -215,7 +222,7 @@ def write_csv(rows: Iterable[LossRow], path: str | os.PathLike[str]) -> None:
 
 
 def _header(target: Path, own: list[str]) -> list[str] | None:
-    """The terms that a file has columns for; ``None`` where there is no file, or nothing in it."""
+    """The terms that a file has columns for; ``None`` if there is no file, or it is empty."""
     try:
         with target.open("rb") as file:
             first = file.readline().decode("utf-8")
@@ -237,14 +244,14 @@ def _header(target: Path, own: list[str]) -> list[str] | None:
 
 
 class ScalarWriter(Protocol):
-    """What has ``add_scalar``, as ``torch.utils.tensorboard.SummaryWriter``."""
+    """Any object with ``add_scalar``, such as ``torch.utils.tensorboard.SummaryWriter``."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
-        """Keep one number."""
+        """Record one number at a step."""
 
 
 def write_scalars(rows: Iterable[LossRow], writer: ScalarWriter, prefix: str = "") -> None:
-    """Give every loss to ``writer.add_scalar`` as ``prefix + name``, at the row's last step."""
+    """Pass every loss to ``writer.add_scalar`` as ``prefix + name``, at the row's last step."""
     for row in rows:
         for name, value in row.losses.items():
             writer.add_scalar(f"{prefix}{name}", value, row.last)

@@ -482,6 +482,47 @@ def test_encoder_decoder_weights_index_the_decoder() -> None:
     compare(towers, family.batch, pairs, task="seq2seq", encoder_paths=family.encoder_paths, **call)
 
 
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_padding_of_a_decoder_counts_in_no_term(name: str, labelled: bool) -> None:
+    """Its own mask says what is padding, for features and for logits, with labels and without."""
+    family = FAMILIES[name]()
+    torch.manual_seed(8)
+    rows, length = family.labels.shape
+    mask = torch.ones(rows, length, dtype=torch.long)
+    mask[0, length - 2 :] = 0
+    ids = torch.randint(3, 60, (rows, length))
+    batch = {**family.batch, "decoder_input_ids": ids, "decoder_attention_mask": mask}
+    call = {"labels": family.labels} if labelled else {}
+    towers, pairs = (family.student, family.teacher), list(family.mapping.items())
+    compare(towers, batch, pairs, task="seq2seq", encoder_paths=family.encoder_paths, **call)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_more_padding_of_a_decoder_changes_nothing(name: str) -> None:
+    """Two more positions, masked, whatever stands there: every term is what it was."""
+    family = FAMILIES[name]()
+    torch.manual_seed(9)
+    rows, length = family.labels.shape
+    ids = torch.randint(3, 60, (rows, length))
+    decoder = [path for path in family.mapping if path not in family.encoder_paths]
+    made = fxdistill.wrap(
+        family.student, family.teacher, {p: family.mapping[p] for p in decoder}, compile=False
+    )
+
+    def losses(more: int) -> dict[str, float]:
+        extra = torch.randint(3, 60, (rows, more))
+        kept, padded = torch.ones(rows, length), torch.zeros(rows, more)
+        given = {
+            "decoder_input_ids": torch.cat([ids, extra], 1),
+            "decoder_attention_mask": torch.cat([kept, padded], 1).long(),
+        }
+        out = made(**{**family.batch, **given})
+        return {term: float(value) for term, value in out.losses.items()}
+
+    assert losses(2) == pytest.approx(losses(0), rel=1e-5)
+
+
 def test_encoder_and_decoder_of_equal_lengths_are_told_apart() -> None:
     """Both sequences have the mask's length, so shapes alone cannot say whose weights apply."""
     family = FAMILIES["bart"]()

@@ -1,4 +1,4 @@
-"""The vocabulary head and its losses in one operator, a chunk of tokens at a time."""
+"""The vocabulary head and its losses in one operator, one chunk of tokens at a time."""
 
 from fxdistill.base.later import later
 

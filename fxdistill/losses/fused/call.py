@@ -1,4 +1,4 @@
-"""What the fused head is called with, by name: the operator itself takes a row of positions."""
+"""The arguments of the fused head by name; the operator takes them by position."""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ from fxdistill.losses.fused.gradients import gradients_wanted
 
 
 class HeadSide(NamedTuple):
-    """One model's part: hidden state ``[..., D]``, weight ``[V, D]`` and bias ``[V]``."""
+    """One model's head: hidden state ``[..., D]``, weight ``[V, D]`` and bias ``[V]``."""
 
     hidden: Tensor
     weight: Tensor
@@ -17,14 +17,14 @@ class HeadSide(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What a teacher elsewhere has left: log-probabilities ``[tokens, k]``, and whose."""
+    """A teacher's stored output: log-probabilities ``[tokens, k]`` of the entries ``ids``."""
 
     logprobs: Tensor
     ids: Tensor
 
 
 class Shard(NamedTuple):
-    """Where weights are one rank's rows: the ranks' group, from which row on, of how many."""
+    """This rank's rows of a sharded weight: process group, first row, vocabulary size."""
 
     group: str = ""
     offset: int = 0
@@ -32,11 +32,11 @@ class Shard(NamedTuple):
 
 
 class HeadTerms(NamedTuple):
-    """What is asked of the heads.
+    """The loss terms to compute from the heads.
 
-    ``labels`` and both ``shares`` (of the divergence, of the label loss) are ``[tokens]``;
-    ``settings`` ``[3]`` are the weights of the two terms and τ; ``chunk`` is how many tokens are
-    taken at a time, ``None`` for what suits the device.
+    ``labels`` and both ``shares`` (w / Σw in the divergence and in the label loss) are
+    ``[tokens]``; ``settings`` ``[3]`` are the weights of the two terms and τ; ``chunk`` is the
+    number of tokens in a chunk, ``None`` for one that suits the device.
     """
 
     labels: Tensor | None
@@ -78,7 +78,7 @@ class HeadCall(NamedTuple):
         chunk: int,
         shard: Shard | None = None,
     ) -> "HeadCall":
-        """From both sides, flattened to ``[tokens, ...]``, and the terms."""
+        """Make the call from both sides, flattened to ``[tokens, ...]``, and the terms."""
         left: tuple[Tensor | None, ...] = (None,) * 4  # hidden, weight, bias, ids
         if isinstance(teacher, Stored):
             left = (teacher.logprobs, None, None, teacher.ids)
@@ -91,6 +91,6 @@ class HeadCall(NamedTuple):
 
     @classmethod
     def of(cls, node: fx.Node) -> "HeadCall":
-        """Of a node of the operator, with the stand-ins (``meta["val"]``) of its tensors."""
+        """Read the call from a node of the operator, with fake tensors (``meta["val"]``)."""
         given: Any = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
         return cls(*given[0], **given[1])

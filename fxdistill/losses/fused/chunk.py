@@ -1,7 +1,7 @@
-"""One chunk of tokens at the vocabulary: terms, and their gradient by the student's logits.
+"""The loss terms of one chunk of tokens, and their gradient by the student's logits.
 
-The formulas of ``logits.py`` and ``labels.py`` once more, with the gradients written out, so that
-both come from one reading of the chunk: tests hold each against autograd of the plain functions.
+The formulas are those of ``logits.py`` and ``labels.py``, with the gradients written out, so that
+both come from one reading of the chunk. Tests compare them with autograd of the plain functions.
 
 With z the student's logits, s = z/τ, q = softmax(s), p the teacher's, and v the value of a token
 before the factor τ²:
@@ -33,17 +33,18 @@ from fxdistill.base.tensors import wide
 
 FLOOR = -1e4
 Divergence = tuple[str, float, float]  # name, weight, β
-Sums = tuple[Tensor, Tensor]  # of each token [c]: the value, and what the slope needs
-Slope = tuple[Tensor, Tensor]  # the value of each token [c], and its gradient by s [c, V]
+Sums = tuple[Tensor, Tensor]  # for each token [c]: the value, and the sum that the slope needs
+Slope = tuple[Tensor, Tensor]  # for each token: the value [c], and its gradient by s [c, V]
 
 
 @dataclass(frozen=True)
 class ChunkSpec:
-    """What is fixed while a chunk is compiled.
+    """The constants of a compiled chunk.
 
-    ``columns`` of the vocabulary are compared, the label loss takes the student's whole one. A head
-    returns ``softcap·tanh(scale·x / softcap)`` of what its weight gives, or ``scale·x`` without a
-    cap.
+    The divergence compares the first ``columns`` entries of the vocabulary; the label loss takes
+    the student's whole vocabulary. For the output x of its weight, a head returns
+    ``softcap·tanh(scale·x / softcap)``, or ``scale·x`` without a cap. ``scales`` and ``softcaps``
+    are the student's and the teacher's.
     """
 
     divergences: tuple[Divergence, ...] = ()
@@ -56,24 +57,24 @@ class ChunkSpec:
 
     @property
     def text(self) -> str:
-        """All of it as text, which an operator can take."""
+        """The spec as text, which an operator can take as an argument."""
         return repr(astuple(self))
 
     @classmethod
     @functools.cache
     def read(cls, text: str) -> "ChunkSpec":
-        """The inverse of ``text``."""
+        """Read a spec from its ``text``."""
         return cls(*ast.literal_eval(text))
 
 
 class Chunk(NamedTuple):
-    """Some tokens, as their logits arrive.
+    """Some tokens with their logits.
 
-    ``student`` ``[c, V]`` and ``teacher`` ``[c, V_T]`` are logits as their weights give them;
-    without a divergence there is no teacher. With ``ids`` ``[c, k]``, ``teacher`` holds the
-    log-probabilities of those entries at τ. ``labels`` ``[c]`` are valid indices (where
-    ``label_share`` is 0, any). The shares ``[c]`` are w / Σw of either term. ``settings`` ``[3]``:
-    the weights of the two terms in the gradient, and τ.
+    ``student`` ``[c, V]`` and ``teacher`` ``[c, V_T]`` are the outputs of the heads' weights,
+    before scale and softcap; without a divergence there is no teacher. With ``ids`` ``[c, k]``,
+    ``teacher`` holds the log-probabilities of those entries at τ. ``labels`` ``[c]`` are valid
+    indices (any index where ``label_share`` is 0). The shares ``[c]`` are w / Σw in each term.
+    ``settings`` ``[3]``: the weights of the two terms in the gradient, and τ.
     """
 
     student: Tensor
@@ -86,11 +87,11 @@ class Chunk(NamedTuple):
 
     @property
     def live(self) -> Tensor:
-        """``[c, 1]``: which tokens count in either term."""
+        """``[c, 1]``: whether a token counts in at least one term."""
         return ((self.logit_share != 0) | (self.label_share != 0))[:, None]
 
     def rows(self, start: int, stop: int) -> "Chunk":
-        """Some of its tokens."""
+        """The tokens from ``start`` to ``stop``."""
         *by_token, settings = self
         cut = [None if x is None else x[start:stop] for x in by_token]
         return Chunk._make([*cut, settings])
@@ -144,9 +145,10 @@ def _jsd_slope(log_q: Tensor, log_p: Tensor, beta: float, inner: Tensor) -> Tens
 
 @dataclass(frozen=True)
 class Formula:
-    """Sums over the columns, of each token: the value, and what the slope ∂v/∂s needs.
+    """A divergence: for each token its sums over the columns, and its slope ∂v/∂s.
 
-    Sums over a part of the columns add up to those over all: the sharded form relies on it.
+    ``sums`` returns the value v and the sum that ``slope`` needs. Sums over parts of the columns
+    add up to those over all columns: the sharded form relies on this.
     """
 
     sums: Callable[[Tensor, Tensor, float], Sums]
@@ -162,14 +164,14 @@ DIVERGENCES = {
 
 
 def formula_of(name: str, beta: float) -> Formula:
-    """The formula; JSD at β = 0 and 1 is forward and reverse KL."""
+    """The formula of a divergence; JSD at β = 0 and 1 is forward and reverse KL."""
     if name == "jsd" and beta in (0, 1):
         name = "reverse_kl" if beta else "forward_kl"
     return DIVERGENCES[name]
 
 
 def mixed_sums(log_q: Tensor, log_p: Tensor, divergences: tuple[Divergence, ...]) -> list[Tensor]:
-    """The value of the mix of divergences, then what the slope of each needs."""
+    """The value of the mix of divergences, then for each the sum that its slope needs."""
     found = [(w, *formula_of(n, beta).sums(log_q, log_p, beta)) for n, w, beta in divergences]
     weight, value, _ = found[0]
     value = weight * value
@@ -181,7 +183,7 @@ def mixed_sums(log_q: Tensor, log_p: Tensor, divergences: tuple[Divergence, ...]
 def mixed_slope(
     log_q: Tensor, log_p: Tensor, divergences: tuple[Divergence, ...], inner: Sequence[Tensor]
 ) -> Tensor:
-    """The slope of the mix; nothing is stacked, which would be kept."""
+    """The slope of the mix, added up one by one: a stack of all slopes would stay in memory."""
     slope: Tensor | None = None
     for (name, weight, beta), total in zip(divergences, inner, strict=True):
         each = weight * formula_of(name, beta).slope(log_q, log_p, beta, total)
@@ -196,7 +198,7 @@ def _mixed(log_q: Tensor, log_p: Tensor, divergences: tuple[Divergence, ...]) ->
 
 
 def through_head(raw: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """What a head makes of its weight's output, and the slope of that (``None`` where it is 1)."""
+    """Scale and cap the output of a head's weight; also return the slope, ``None`` if it is 1."""
     x = wide(raw) if scale == 1.0 else wide(raw) * scale
     if softcap is None:
         return x, None if scale == 1.0 else torch.full((), scale, device=x.device, dtype=x.dtype)
@@ -205,7 +207,7 @@ def through_head(raw: Tensor, scale: float, softcap: float | None) -> tuple[Tens
 
 
 def chunk_terms(c: Chunk, shape: ChunkSpec, want_gradient: bool) -> Tensor:
-    """Both terms, ``[2]``; if wanted, the total's gradient overwrites ``c.student``."""
+    """The two terms, ``[2]``; if wanted, the total's gradient overwrites ``c.student``."""
     logit_weight, label_weight, tau = c.settings.unbind()
     z, slope = through_head(c.student, shape.scales[0], shape.softcaps[0])
     z = torch.where(c.live, z, 0.0)
@@ -225,12 +227,12 @@ def chunk_terms(c: Chunk, shape: ChunkSpec, want_gradient: bool) -> Tensor:
 
 
 def shared(value: Tensor, share: Tensor) -> Tensor:
-    """Σ share·value, where a value without share may be anything."""
+    """Σ share·value; a value whose share is 0 does not count, even if it is NaN."""
     return torch.where(share != 0, share * value, 0.0).sum()
 
 
 def write_gradient(c: Chunk, by_z: Tensor, slope: Tensor | None) -> None:
-    """Overwrite the student's logits, through what the head makes of them."""
+    """Overwrite the student's logits with the gradient ``by_z`` times the head's ``slope``."""
     c.student.copy_(by_z if slope is None else torch.where(c.live, by_z * slope, 0.0))
 
 
@@ -238,7 +240,7 @@ def _divergence(
     z: Tensor, teacher: Tensor, ids: Tensor | None, live: Tensor, tau: Tensor, shape: ChunkSpec
 ) -> Slope:
     if ids is not None:
-        # Anything finite where a token does not count: all buckets alike.
+        # A token that does not count needs finite values: all buckets alike.
         top = torch.where(live, teacher, -math.log(ids.shape[-1] + 1))
         return bucket_slopes(z, ids, top, tau, shape.divergences)
     y, _ = through_head(teacher, shape.scales[1], shape.softcaps[1])
@@ -252,18 +254,19 @@ def _divergence(
 def bucket_slopes(
     z: Tensor, ids: Tensor, top: Tensor, tau: Tensor, divergences: tuple[Divergence, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Divergences between distributions over the teacher's k best and one bucket for the rest.
+    """Divergences of distributions over the teacher's k best entries and a bucket for the rest.
 
-    ``ids`` and ``top`` ``[c, k]`` are the teacher's best and their log-probabilities at τ. With Q
-    the student's buckets and g = ∂v/∂S of S = log Q (as if S were free logits of k + 1 classes),
-    the gradient by s is g at the k best, and g_rest · q / Q_rest at each of the rest.
+    ``ids`` and ``top`` ``[c, k]`` are the teacher's best entries and their log-probabilities at τ.
+    Q are the student's probabilities of the k + 1 buckets, and g = ∂v/∂S for S = log Q (as if S
+    were free logits of k + 1 classes). The gradient by s is g at the k best entries, and
+    g_rest · q / Q_rest at every other entry.
     """
     log_q = (z / tau).log_softmax(-1)
     best = log_q.gather(-1, ids)
     rest = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
     kept = top.to(z.dtype)
     left = 1 - kept.exp().sum(-1, keepdim=True)
-    if ids.shape[-1] == z.shape[-1]:  # what is left then is rounding
+    if ids.shape[-1] == z.shape[-1]:  # then ``left`` is only rounding
         left = torch.zeros_like(left)
     tail = left.clamp_min(0).log()
     log_s, log_t = torch.cat([best, rest], -1), torch.cat([kept, tail], -1)

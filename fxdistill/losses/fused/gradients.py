@@ -1,4 +1,4 @@
-"""Gradients that are formed in the forward: which are wanted, how they are scaled."""
+"""Helpers for gradients that are formed in the forward: which are wanted, how they scale."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from fxdistill.errors import StepError
 
 
 def require_indices(name: str, indices: Tensor | None, size: int) -> None:
-    """Fail where an index is outside, without a check of the host: it waits for nothing."""
+    """Assert on the device that all indices are in range, so that the host does not wait."""
     if indices is not None:
         inside = (indices >= 0) & (indices < size)
         text = f"a {name} is outside of the student's vocabulary of {size}"
@@ -16,19 +16,19 @@ def require_indices(name: str, indices: Tensor | None, size: int) -> None:
 
 
 def scaled(gradient: Tensor, by: Tensor) -> Tensor:
-    """The product, in float32 at least: the factor need not fit in half precision."""
+    """``gradient`` times ``by``, in float32 at least: half precision may not hold the factor."""
     return (wide(gradient) * by).to(gradient.dtype)
 
 
 def gradients_wanted(h: Tensor, w: Tensor, bias: Tensor | None) -> str:
-    """Which gradients to form: of the hidden state, the weight and the bias, a letter each."""
+    """Which gradients to form, a letter each: ``h`` hidden state, ``w`` weight, ``b`` bias."""
     given = (("h", h), ("w", w), ("b", bias))
     grad = torch.is_grad_enabled()
     return "".join(n for n, x in given if grad and x is not None and x.requires_grad)
 
 
 def require_first_order() -> None:
-    """Raise in a backward that is to be differentiated: gradients of the forward are constants."""
+    """Raise StepError if a backward is to be differentiated: its gradients are constants."""
     if torch.is_grad_enabled():
         raise StepError(
             "the fused head forms its gradients in the forward, and those have no derivative of "

@@ -1,4 +1,4 @@
-"""What may be said for a divergence, or a mix of them."""
+"""The forms in which a divergence, or a mix of them, can be given."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ DivergenceLike = str | Mapping[str, float] | Callable[..., Tensor] | tuple[Diver
 
 
 def divergences(divergence: Any) -> tuple[Divergence, ...]:
-    """Name, weight and β of each; OptionError for what is no divergence, or would be ignored."""
+    """Name, weight and β of each; OptionError if one is unknown, or has an unknown option."""
     if divergence is None:
         return ()
     if isinstance(divergence, tuple):  # as a graph holds it: name, weight and β of each

@@ -1,10 +1,11 @@
-"""The loop over chunks, as one opaque operator with its gradients formed in the forward.
+"""The loop over chunks, as one opaque operator that forms its gradients in the forward.
 
-Opaque, so that neither dynamo unrolls it (a graph for every length) nor Inductor fuses across
-chunks (measured: 82 MB became 606 MB). The body of a chunk is compiled by itself, for one number of
-tokens: the last chunk is filled up with tokens that do not count. The body takes a few tokens
-of the chunk at a time, so that what it makes of them is small (on a CPU: stays in the cache); the
-projections want as many tokens as the memory allows, because each reads the whole weight.
+The operator is opaque so that dynamo does not unroll the loop (a graph for every length) and
+Inductor does not fuse across chunks (measured: 82 MB became 606 MB). The body of a chunk is
+compiled separately, for one number of tokens; the last chunk is padded with tokens that do not
+count. The body takes a few tokens of the chunk at a time, so that its intermediates are small (on a
+CPU they stay in the cache). The projections take as many tokens as the memory allows, because each
+reads the whole weight.
 """
 
 import functools
@@ -23,12 +24,12 @@ from fxdistill.losses.fused.shard import ColumnRange
 from fxdistill.losses.fused.sizes import size_of_chunks, sizes_on
 
 Body = Callable[[Chunk], Tensor]
-ADDEND = 64 * 2**20  # bytes that are added to the weight's gradient at a time, in low precision
+ADDEND = 64 * 2**20  # bytes of a low-precision product that is added to the weight's gradient
 
 
 @functools.cache
 def _body(shape: ChunkSpec, want_gradient: bool, compiled: bool) -> Body:
-    """The body of a chunk for one kind of loss."""
+    """The body of a chunk for one ``shape``; compiled if ``compiled``."""
 
     def body(chunk: Chunk) -> Tensor:
         return chunk_terms(chunk, shape, want_gradient)
@@ -59,16 +60,16 @@ def vocab_operator(
     offset: int = 0,
     size: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Total and terms, and the total's gradients by ``h``, ``w`` and ``bias`` (empty unless asked).
+    """Total and terms, and the total's gradients by ``h``, ``w`` and ``bias`` (else empty).
 
     ``h`` ``[T, D]``, ``w`` ``[V, D]``, ``t`` ``[T, D_T]``, ``t_weight`` ``[V_T, D_T]``, ``labels``
-    and the shares ``[T]``, ``settings`` ``[3]``: weight of either term and τ. ``needs`` names the
-    gradients by letter. With ``ids`` ``[T, k]``, ``t`` ``[T, k]`` are log-probabilities of those
-    entries and there is no ``t_weight``.
+    and the shares ``[T]``, ``settings`` ``[3]``: the weights of the two terms and τ. ``needs``
+    names the gradients by their letters h, w and b. With ``ids`` ``[T, k]``, ``t`` ``[T, k]`` are
+    log-probabilities of those entries and there is no ``t_weight``.
 
     With ``group``, the name of a process group, weights and biases are this rank's rows, from
-    ``offset`` on, of a vocabulary of ``size``; everything else is alike on its ranks, and the
-    gradient by ``h`` is what these rows contribute.
+    ``offset`` on, of a vocabulary of ``size``; everything else is the same on all ranks of the
+    group, and the gradient by ``h`` is the contribution of these rows.
     """
     call = HeadCall(
         *(h, w, bias, t, t_weight, t_bias, ids, labels, logit_share, label_share, settings),
@@ -81,18 +82,18 @@ def vocab_operator(
     if group:
         mine = ColumnRange(offset, size)
         body: Body = fused.sharded_body.ShardedBody(kind, mine, group, slopes, compiled)
-        rows = tokens  # it divides them itself, between what crosses the ranks
+        rows = tokens  # ShardedBody splits a chunk itself, between its collectives
     else:
         body = _body(kind, slopes, compiled)
     return _Loop(call, tokens, rows).run(body)
 
 
 class _Loop:
-    """The buffers that chunks share, and the gradients that they add to."""
+    """The buffers that all chunks use, and the gradients that they add to."""
 
     def __init__(self, call: HeadCall, size: int, rows: int) -> None:
         self.call, self.size = call, size
-        self.rows = rows  # that the body takes at a time
+        self.rows = rows  # tokens that the body takes at a time
         self.h, self.w, self.needs = call.h, call.w, call.needs
         h, w, needs = call.h, call.w, call.needs
         self.teacher = None if call.t_weight is None else (call.t, call.t_weight, call.t_bias)
@@ -107,7 +108,7 @@ class _Loop:
         self.db = w.new_zeros(w.shape[0], dtype=kind) if "b" in needs else h.new_empty(0)
 
     def run(self, body: Body) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """All chunks: total, terms, gradients."""
+        """Run all chunks; return total, terms and gradients."""
         settings = self.call.settings
         with torch.no_grad():
             terms = settings.new_zeros(2)
@@ -117,7 +118,7 @@ class _Loop:
             return total, terms, *self.gradients()
 
     def _step(self, body: Body, start: int) -> Tensor:
-        """One chunk: both projections, the body, the gradients."""
+        """Run one chunk (both projections, the body, the gradients) and return its terms."""
         call = self.call
         count = min(self.size, self.h.shape[0] - start)
         filled = -(-count // self.rows) * self.rows
@@ -141,7 +142,7 @@ class _Loop:
         if "h" in self.needs:
             torch.mm(z[:count], self.w, out=self.dh[start : start + count])
         if "w" in self.needs:
-            # A token without share has no gradient, whatever its hidden state holds.
+            # A token without share adds no gradient, even if its hidden state is NaN.
             self._add_weight(z, torch.where(chunk.live, hidden, 0))
         if "b" in self.needs:
             self.db += z.sum(0, dtype=self.db.dtype)
@@ -151,18 +152,18 @@ class _Loop:
         if z.dtype == self.dw.dtype:
             self.dw.addmm_(z.T, hidden)
             return
-        # The addend is in lower precision, and a tensor of its own: some columns at a time.
+        # The product in lower precision is a tensor of its own: add some columns at a time.
         count = max(1, ADDEND // (hidden.shape[1] * z.element_size()))
         for some in range(0, z.shape[1], count):
             self.dw[some : some + count] += z[:, some : some + count].T @ hidden
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """By hidden state, weight and bias, in their dtypes."""
+        """The gradients by hidden state, weight and bias, in their dtypes."""
         return self.dh, self.dw.to(self.w.dtype), self.db.to(self.w.dtype)
 
 
 def _taken(x: Tensor, start: int, count: int, filled: int) -> Tensor:
-    """The tokens of a chunk, filled up with zeros: tokens that do not count."""
+    """The tokens of a chunk, padded with zeros to ``filled``; the padding does not count."""
     rows = x[start : start + count]
     if count == filled:
         return rows
@@ -174,7 +175,7 @@ def _taken(x: Tensor, start: int, count: int, filled: int) -> Tensor:
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     if bias is None:
         torch.mm(hidden, weight.T, out=out)
-    else:  # as a linear layer: one rounding
+    else:  # rounds once, as a linear layer does
         torch.addmm(bias, hidden, weight.T, out=out)
 
 
@@ -192,7 +193,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _scale(ctx: Any, of_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    """The gradients are there already: the backward only scales them."""
+    """Scale the gradients that the forward has formed."""
     require_first_order()
     grads: list[Tensor | None] = [None, None, None]
     if of_total is not None:
@@ -204,5 +205,5 @@ def _scale(ctx: Any, of_total: Tensor | None, *_: Any) -> tuple[Tensor | None, .
 vocab_operator.register_fake(_fake)
 vocab_operator.register_autograd(_scale, setup_context=_save)
 
-# The operator as it stands in graphs.
+# The operator as the target of graph nodes.
 HEAD = torch.ops.fxdistill.vocab_loss.default

@@ -1,14 +1,14 @@
-"""One chunk of tokens on one shard of the vocabulary: what ``chunk.py`` does, in three parts.
+"""One chunk of tokens on one shard of the vocabulary: ``chunk.py`` in three parts.
 
-Between the parts a token's statistics, a few numbers, cross the ranks; its logits never do.
+Between the parts, ranks exchange statistics of each token, a few numbers, and never its logits.
 
-1. ``statistics``: maxima and sums of exponentials on this shard. Gathered, they are the
-   log-sum-exps (``merged``).
-2. ``sums``: the divergence's sums over this shard's columns, which add up.
+1. ``statistics``: maxima and sums of exponentials on this shard. ``merged`` makes
+   log-sum-exps of those of all ranks.
+2. ``sums``: the divergence's sums over this shard's columns, which are added up over ranks.
 3. ``write_slopes``: the gradient by this shard's logits.
 
-Columns from ``shape.columns`` on are not compared, those from the vocabulary's size on do not exist
-(a rank without columns has one of those).
+Columns from ``shape.columns`` on are not compared. Columns from the vocabulary's size on do not
+exist; a rank without columns has one of these.
 """
 
 from dataclasses import dataclass
@@ -26,12 +26,12 @@ from fxdistill.losses.fused.chunk import (
     write_gradient,
 )
 
-LOWEST = -1e30  # instead of -inf, of which the difference to itself is no number
+LOWEST = -1e30  # instead of -inf, because -inf - -inf is NaN
 
 
 @dataclass(frozen=True)
 class ColumnRange:
-    """Which columns these are: from ``offset`` on, of a student's vocabulary of ``size``."""
+    """The columns of a shard: from ``offset`` on, in a student's vocabulary of ``size``."""
 
     offset: int
     size: int
@@ -47,7 +47,7 @@ def _student(c: Chunk, shape: ChunkSpec) -> tuple[Tensor, Tensor | None]:
 
 
 def _compared(c: Chunk, z: Tensor, shape: ChunkSpec, mine: ColumnRange) -> tuple[Tensor, Tensor]:
-    """Both logits at τ, -inf where columns are not compared."""
+    """The logits of both models over τ, -inf in columns that are not compared."""
     assert c.teacher is not None
     y, _ = through_head(c.teacher, shape.scales[1], shape.softcaps[1])
     y = torch.where(c.live, y, 0.0)
@@ -88,7 +88,7 @@ def merged(gathered: Tensor) -> Tensor:
 
 
 def sums(c: Chunk, whole: Tensor, shape: ChunkSpec, mine: ColumnRange) -> Tensor:
-    """``[c, 1 + n]``: the mix of n divergences on these columns, and what each slope needs."""
+    """``[c, 1 + n]``: the mix of n divergences on these columns, and the sums for their slopes."""
     z, _ = _student(c, shape)
     s, t = _compared(c, z, shape, mine)
     log_q, log_p = s - whole[:, 0:1], t - whole[:, 1:2]
@@ -98,7 +98,7 @@ def sums(c: Chunk, whole: Tensor, shape: ChunkSpec, mine: ColumnRange) -> Tensor
 def write_slopes(
     c: Chunk, whole: Tensor, inner: Tensor | None, shape: ChunkSpec, mine: ColumnRange
 ) -> Tensor:
-    """Overwrite the student's logits by the total's gradient; returns an empty tensor."""
+    """Overwrite the student's logits with the total's gradient; return an empty tensor."""
     logit_weight, label_weight, tau = c.settings.unbind()
     z, slope = _student(c, shape)
     gradient = torch.zeros_like(z)
@@ -123,7 +123,7 @@ def write_slopes(
 def terms(
     c: Chunk, whole: Tensor, inner: Tensor | None, shape: ChunkSpec, mine: ColumnRange
 ) -> Tensor:
-    """Both terms of the chunk, ``[2]``: alike on every rank."""
+    """Both terms of the chunk, ``[2]``, the same on every rank."""
     found = [c.settings.new_zeros(()), c.settings.new_zeros(())]
     if inner is not None:
         found[0] = c.settings[2].square() * shared(inner[:, 0], c.logit_share)
@@ -131,7 +131,7 @@ def terms(
         lse, picked, total = whole[:, 2:].unbind(-1)
         epsilon = shape.label_smoothing
         value = lse - (1 - epsilon) * picked
-        if epsilon:  # not 0 times a sum that a column at -inf makes -inf
+        if epsilon:  # one column at -inf makes the sum -inf, and 0 times that is NaN
             value = value - epsilon * total / mine.size
         if shape.z_loss:
             value = value + shape.z_loss * lse.square()

@@ -1,4 +1,4 @@
-"""The body of a chunk on a shard of the vocabulary, and what crosses ranks in it.
+"""The body of a chunk on a shard of the vocabulary, with its collectives.
 
 Private to torch and used here only: ``_resolve_process_group``, which finds a group by its name (an
 operator takes no group). If it moves, the sharded loss fails in the first call.
@@ -21,7 +21,7 @@ from fxdistill.losses.fused.sizes import sizes_on
 
 @functools.cache
 def _part(fn: Callable[..., Tensor], shape: ChunkSpec, mine: ColumnRange, compiled: bool) -> Any:
-    """One of the three parts of a chunk."""
+    """One of the three parts of a chunk (see ``shard.py``); compiled if ``compiled``."""
 
     def part(chunk: Chunk, *extra: Tensor | None) -> Tensor:
         return fn(chunk, *extra, shape, mine)
@@ -30,7 +30,7 @@ def _part(fn: Callable[..., Tensor], shape: ChunkSpec, mine: ColumnRange, compil
 
 
 class ShardedBody:
-    """In mine of ``chunk.chunk_terms``; ``group`` is the name of a process group."""
+    """``chunk.chunk_terms`` for the columns ``mine``; ``group`` names a process group."""
 
     def __init__(
         self, shape: ChunkSpec, mine: ColumnRange, group: str, slopes: bool, compiled: bool
@@ -39,7 +39,7 @@ class ShardedBody:
         self.group: dist.ProcessGroup = _resolve_process_group(group)  # type: ignore[arg-type]
 
     def __call__(self, chunk: Chunk) -> Tensor:
-        """The terms, alike on every rank; if wanted, the student's logits are overwritten."""
+        """The terms, the same on every rank; with ``slopes``, gradients overwrite the logits."""
         own = self._rows(statistics, chunk)
         gathered = own.new_empty(self.group.size(), *own.shape)
         dist.all_gather_into_tensor(gathered.flatten(0, 1), own, group=self.group)
@@ -53,7 +53,7 @@ class ShardedBody:
         return terms(chunk, whole, inner, self.shape, self.mine)
 
     def _rows(self, fn: Callable[..., Tensor], chunk: Chunk, *extra: Tensor | None) -> Tensor:
-        """``fn`` of the chunk, a few tokens at a time (see ``losses.chunked``)."""
+        """Apply ``fn`` to a few tokens of the chunk at a time (see ``operator.py``)."""
         part = _part(fn, self.shape, self.mine, self.compiled)
         count, size = chunk.student.shape[0], sizes_on(chunk.student.device).rows
         found = []

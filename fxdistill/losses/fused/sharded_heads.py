@@ -1,12 +1,12 @@
-"""The fused head where the vocabulary is sharded: no logit crosses a rank, and none is kept.
+"""The fused head for a sharded vocabulary: ranks exchange no logits, and keep none.
 
-Two ways, by what moves fewer bytes:
+There are two forms, and the one that moves fewer bytes is chosen:
 
-- Every rank holds its columns and takes all tokens. Of each token 8 numbers are gathered and, for n
-  divergences, 1 + n reduced, a chunk of tokens at a time. Where tokens are sharded too (sequence
-  parallel), hidden states are gathered, and the student's gradient is scattered.
-- Where tokens are sharded and many: every rank keeps its tokens and gathers both weights once; the
-  gradient of the student's is scattered.
+- Every rank computes its columns for all tokens. For each token, 8 numbers are gathered and, for n
+  divergences, 1 + n are reduced, a chunk of tokens at a time. If tokens are sharded too (sequence
+  parallel), hidden states are gathered, and the gradient of the student's is scattered.
+- If tokens are sharded and many, every rank keeps its tokens and gathers both weights once; the
+  gradient of the student's weight is scattered.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from fxdistill.losses.fused.sizes import chunk_tokens_for
 
 
 class ShardedHeads(NamedTuple):
-    """Where the vocabulary lies."""
+    """How the vocabulary is sharded, and which form is chosen."""
 
     mesh: DeviceMesh
     axis: int  # the mesh dimension that shards it
@@ -33,12 +33,12 @@ class ShardedHeads(NamedTuple):
 
     @property
     def parts(self) -> int:
-        """In how many parts the columns are taken."""
+        """Into how many parts the columns are split over ranks."""
         return 1 if self.gathers_weights else self.mesh.size(self.axis)
 
     @property
     def how(self) -> str:
-        """For a report."""
+        """The form in words, for a report."""
         ranks = self.mesh.size(self.axis)
         if self.gathers_weights:
             return f"tokens on {ranks} ranks: both weights are gathered, once"
@@ -46,7 +46,7 @@ class ShardedHeads(NamedTuple):
 
 
 def sharded_heads_of(student: HeadSide, teacher: HeadSide | None) -> ShardedHeads:
-    """How the heads are sharded, and the cheaper way; ShapeError where there is none."""
+    """Choose the cheaper form; ShapeError or VocabularyError if the heads fit neither."""
     sides = [side for side in (student, teacher) if side is not None]
     weights = [side.weight for side in sides if isinstance(side.weight, DTensor)]
     if not weights:
@@ -91,10 +91,10 @@ def _gathers_weights(student: HeadSide, teacher: HeadSide | None, axis: int) -> 
     """Whether gathering weights moves fewer bytes than gathering tokens."""
     placement = student.hidden.placements[axis] if isinstance(student.hidden, DTensor) else None
     if placement is None or not placement.is_shard():
-        return False  # tokens are everywhere already
+        return False  # every rank has all tokens already
     tokens = student.hidden.shape[:-1].numel()
     columns, width = student.weight.shape
-    of_tokens, of_weights = 2 * tokens * width, 2 * columns * width  # there, and gradients back
+    of_tokens, of_weights = 2 * tokens * width, 2 * columns * width  # values there, gradients back
     if teacher is not None:
         of_tokens += tokens * teacher.hidden.shape[-1]
         of_weights += teacher.weight.numel()
@@ -104,7 +104,7 @@ def _gathers_weights(student: HeadSide, teacher: HeadSide | None, axis: int) -> 
 def sharded_vocab_loss(
     student: HeadSide, teacher: HeadSide | None, terms: HeadTerms
 ) -> tuple[Tensor, Tensor]:
-    """Total and terms, alike on every rank; a rank's backward forms the gradient of its shards."""
+    """Total and terms, the same on all ranks; the backward forms the gradient of local shards."""
     layout = sharded_heads_of(student, teacher)
     form = _on_tokens if layout.gathers_weights else _on_columns
     return form(layout, student, teacher, terms)
@@ -113,7 +113,7 @@ def sharded_vocab_loss(
 def _on_columns(
     layout: ShardedHeads, student: HeadSide, teacher: HeadSide | None, terms: HeadTerms
 ) -> tuple[Tensor, Tensor]:
-    """Every rank its columns, with all tokens."""
+    """Every rank computes its columns for all tokens."""
     mesh, axis = layout.mesh, layout.axis
     sizes = [side.weight.shape[0] for side in (student, teacher) if side is not None]
     first, each = chunk_of(mesh, axis, sizes[0])
@@ -129,7 +129,7 @@ def _on_columns(
 
 
 def _local(side: HeadSide, layout: ShardedHeads, rows: int) -> HeadSide:
-    """All tokens, and this rank's rows of weight and bias, filled up to ``rows``."""
+    """All tokens, and this rank's rows of weight and bias, padded to ``rows``."""
     everywhere: list[Placement] = [Replicate()] * layout.mesh.ndim
     mine: list[Placement] = list(everywhere)
     mine[layout.axis] = Sharded(0)
@@ -151,7 +151,7 @@ def _filled(x: Tensor, rows: int) -> Tensor:
 def _on_tokens(
     layout: ShardedHeads, student: HeadSide, teacher: HeadSide | None, terms: HeadTerms
 ) -> tuple[Tensor, Tensor]:
-    """Every rank its tokens, with both weights gathered; the total is summed over ranks."""
+    """Every rank computes its tokens with gathered weights; the total is summed over ranks."""
     mesh, axis = layout.mesh, layout.axis
     assert isinstance(student.hidden, DTensor)
     tokens = student.hidden.placements

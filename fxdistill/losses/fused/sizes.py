@@ -1,4 +1,4 @@
-"""How many tokens a chunk has."""
+"""The number of tokens in a chunk."""
 
 from typing import NamedTuple
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 class Sizes(NamedTuple):
-    """What suits a kind of device."""
+    """Sizes for one kind of device."""
 
-    budget: int  # bytes for the logits of a chunk, both towers together
+    budget: int  # bytes for the logits of a chunk, of both models together
     rows: int  # tokens that the body takes at a time; chunks are multiples of it
 
 
 ON_CPU = Sizes(96 * 2**20, 16)
-ELSEWHERE = Sizes(768 * 2**20, 256)  # by the sizes of weights on GPUs; not measured
+ELSEWHERE = Sizes(768 * 2**20, 256)  # estimated from the sizes of weights on GPUs; not measured
 
 
 def sizes_on(device: torch.device) -> Sizes:
@@ -23,16 +23,17 @@ def sizes_on(device: torch.device) -> Sizes:
 
 
 def chunk_tokens_for(columns: int, itemsize: int, device: torch.device) -> int:
-    """How many tokens of ``columns`` logits (both towers') fit the budget.
+    """How many tokens fit the budget, with ``columns`` logits (of both models) each.
 
-    160 at least: every chunk reads both weights, and reads and writes the weight's gradient.
+    It is at least 160, because every chunk reads both weights, and reads and writes the gradient of
+    the student's weight.
     """
     budget, rows = sizes_on(device)
     return max(160, budget // (columns * itemsize) // rows * rows)
 
 
 def size_of_chunks(chunk: int, h: Tensor) -> int:
-    """``chunk``, or less to make chunks of about one size, rounded up to what the body takes."""
+    """``chunk``, or less so that chunks are about equal; a multiple of what the body takes."""
     tokens, rows = max(1, h.shape[0]), sizes_on(h.device).rows
     tokens = -(-tokens // -(-tokens // chunk))
     return -(-tokens // rows) * rows

@@ -1,4 +1,4 @@
-"""The losses of DTensors, chosen from their placements."""
+"""The losses for DTensors, computed by their placements."""
 
 from fxdistill.base.later import later
 

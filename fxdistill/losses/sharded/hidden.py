@@ -1,14 +1,14 @@
-"""Losses between hidden states on DTensors: the placements say what has to cross ranks.
+"""Losses between hidden states that are DTensors: the placements tell what ranks exchange.
 
-- Tokens sharded, by batch or by sequence, evenly or not: one sum of the total.
-- Width sharded: the same, where values are sums over the width (mse, l1, smooth_l1); else the sums
-  of each token too (l2 one number, cosine three).
-- Pending sums (Partial): reduced first, scattered over the tokens.
+- Tokens sharded, by batch or by sequence, evenly or not: the total is summed over ranks.
+- Width sharded: the same, if values are sums over the width (mse, l1, smooth_l1); else the sums of
+  each token as well (one number for l2, three for cosine).
+- Pending sums (Partial): they are reduced first, and scattered over the tokens.
 - Replicated: nothing.
 
-The teacher's value is brought to the student's placement. What is returned is an ordinary scalar,
-alike on every rank; in the backward each rank forms the gradient of what it holds, and nothing of
-it crosses ranks.
+The teacher's value is redistributed to the student's placement. The result is a plain scalar, the
+same on every rank. In the backward each rank forms the gradient of its local values, and exchanges
+nothing.
 """
 
 import torch
@@ -24,7 +24,7 @@ from fxdistill.losses.reduce import Values, width_axes, width_of
 def loss(
     values: Values, student: Tensor, teacher: Tensor, weights: Tensor | None, *, additive: bool
 ) -> Tensor:
-    """Σ w·value / Σ w over all tokens, where one of the two is a DTensor at least."""
+    """Σ w·value / Σ w over all tokens; at least one of student and teacher is a DTensor."""
     mesh = mesh_of(student, teacher)
     axes = width_axes(student, weights)
     where = _where(student, teacher, mesh, axes[0])
@@ -47,7 +47,7 @@ def _in(placement: Placement, axes: tuple[int, ...]) -> bool:
 
 
 def _where(student: Tensor, teacher: Tensor, mesh: DeviceMesh, leading: int) -> list[Placement]:
-    """Where the two are compared: the student's placement, without pending sums."""
+    """The placements in which the two are compared: the student's, without pending sums."""
     kinds = [
         list(x.placements) if isinstance(x, DTensor) else [Replicate()] * mesh.ndim
         for x in (student, teacher)
@@ -55,7 +55,7 @@ def _where(student: Tensor, teacher: Tensor, mesh: DeviceMesh, leading: int) -> 
     found: list[Placement] = []
     for dim, (s, t) in enumerate(zip(*kinds, strict=True)):
         if s.is_partial():
-            # Scattered as the teacher is, else over the tokens: half the bytes of a sum everywhere.
+            # Scatter as the teacher is, else over the tokens: half the bytes of an all-reduce.
             taken = [*found, *kinds[0][dim + 1 :]]
             free = [i for i in range(leading) if Shard(i) not in taken]
             s = t if t.is_shard() and t not in taken else _scattered(student, free, mesh.size(dim))
@@ -64,7 +64,7 @@ def _where(student: Tensor, teacher: Tensor, mesh: DeviceMesh, leading: int) -> 
 
 
 def _scattered(x: Tensor, axes: list[int], ranks: int) -> Placement:
-    """Over the longest of ``axes``, if every rank gets some."""
+    """``Shard`` of the longest of ``axes``, if every rank gets a part; else ``Replicate``."""
     longest = None
     for axis in axes:
         if x.shape[axis] >= ranks and (longest is None or x.shape[axis] > x.shape[longest]):
@@ -80,7 +80,7 @@ def _share(
     where: list[Placement],
     local: Tensor,
 ) -> Tensor:
-    """W / Σw, over all tokens, of those that are here."""
+    """The shares w / Σw of the local tokens, with Σw over all tokens."""
     if weights is None:
         count = student.shape[:leading].numel()
         return wide(local).new_full(local.shape[:leading], 1.0 / count)

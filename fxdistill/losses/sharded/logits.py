@@ -1,14 +1,14 @@
-"""Logit and label losses on DTensors: the placement of the logits says what has to cross ranks.
+"""Logit and label losses of DTensors: the placement of the logits tells what ranks exchange.
 
-- Vocabulary sharded: a few numbers of each token (see ``losses.shard``), never a logit.
-- Tokens sharded, by batch or by sequence: one sum of the total.
+- Vocabulary sharded: a few numbers for each token (see ``losses.fused.shard``), never a logit.
+- Tokens sharded, by batch or by sequence: the total is summed over ranks.
 - Replicated: nothing.
 
-The teacher's logits are brought to the student's placement. What is returned is an ordinary scalar,
-alike on every rank, and each rank's backward forms the gradient of its own logits.
+The teacher's logits are redistributed to the student's placement. The result is a plain scalar, the
+same on every rank, and each rank's backward forms the gradient of its local logits.
 
-The vocabulary-sharded form keeps the gradient by the logits, formed in the forward, in place of
-what autograd would keep: log-softmaxes of both.
+The vocabulary-sharded form computes the gradient by the logits in the forward and saves it, instead
+of the log-softmaxes of both models that autograd would save.
 """
 
 from collections.abc import Callable
@@ -43,8 +43,8 @@ def logit_operator(
 ) -> tuple[Tensor, Tensor]:
     """Σ share·value, and its gradient by these logits ``[T, V / ranks]`` (empty unless wanted).
 
-    ``share`` ``[T]``; ``settings`` ``[3]``: weights of a divergence and of the label loss, of which
-    ``shape`` has one, and τ.
+    ``share`` ``[T]``; ``settings`` ``[3]``: the weights of the divergence and of the label loss
+    (``shape`` has one of the two), and τ.
     """
     require_indices("label", labels, size)
     gradient = student.to(_kept(student), copy=True)
@@ -55,7 +55,7 @@ def logit_operator(
 
 
 def _kept(logits: Tensor) -> torch.dtype:
-    """The gradient's type until the loss scale is applied, which float16 needs."""
+    """The dtype of the saved gradient: float32 for float16, which needs the loss scale first."""
     return torch.float32 if logits.dtype == torch.float16 else logits.dtype
 
 
@@ -90,7 +90,7 @@ def divergence(
     temperature: Tensor | float,
     weights: Tensor | None,
 ) -> Tensor:
-    """``plain(student, teacher, temperature=, weights=)``, whose name and β are ``kind``'s."""
+    """``plain(student, teacher, temperature=, weights=)`` of DTensors; ``kind`` describes it."""
     if teacher.shape != student.shape:
         raise VocabularyError(
             f"the student's logits are {list(student.shape)} and the teacher's "
@@ -119,7 +119,7 @@ def label_loss(
     label_smoothing: float,
     z_loss: float,
 ) -> Tensor:
-    """``plain(student, labels, weights=, ...)``."""
+    """``plain(student, labels, weights=, ...)`` of DTensors."""
     where = _whole_sums(student)
     counted = (_like(labels, weights) != IGNORE).float()
     share = _share(where, counted if weights is None else counted * weights)
@@ -148,7 +148,7 @@ def _on_columns(
     mesh, size = where.device_mesh, where.shape[-1]
     offset, _ = chunk_of(mesh, axis, size)
     flat = [None if x is None else x.flatten(0, -2) for x in (z, teacher)]
-    if not z.shape[-1]:  # a rank without columns has one that does not exist
+    if not z.shape[-1]:  # a rank without columns computes one that does not exist
         flat = [None if x is None else x.new_zeros(x.shape[0], 1) + x.sum() for x in flat]
     assert flat[0] is not None
     wanted = torch.is_grad_enabled() and flat[0].requires_grad
@@ -168,7 +168,7 @@ def _on_columns(
 
 
 def _require_constants(*values: Any) -> None:
-    """The gradient that is formed is by the student's logits: say so to who expects another."""
+    """Raise OptionError if a value requires a gradient: only the student's logits get one."""
     for value in values:
         if torch.is_grad_enabled() and isinstance(value, Tensor) and value.requires_grad:
             raise OptionError(
@@ -178,12 +178,12 @@ def _require_constants(*values: Any) -> None:
 
 
 def _whole_sums(x: DTensor) -> DTensor:
-    """``x`` without pending sums."""
+    """``x`` with plain shards and replicas only: pending sums are reduced."""
     return x.redistribute(x.device_mesh, [countable(p) for p in x.placements])
 
 
 def _vocabulary_axis(x: DTensor) -> int | None:
-    """The dimension of the mesh that shards the vocabulary."""
+    """The mesh dimension that shards the vocabulary; ``None`` if none does."""
     axes = [i for i, p in enumerate(x.placements) if p.is_shard(x.ndim - 1)]
     if len(axes) > 1:
         raise ShapeError(f"logits {x.placements}: the vocabulary is sharded more than once")
@@ -191,12 +191,12 @@ def _vocabulary_axis(x: DTensor) -> int | None:
 
 
 def _of_tokens(x: DTensor) -> list[Placement]:
-    """Where the tokens of logits lie."""
+    """The placements of the tokens of logits ``x``."""
     return [Replicate() if p.is_shard(x.ndim - 1) else p for p in x.placements]
 
 
 def _tokens(where: DTensor, x: Tensor) -> Tensor:
-    """What of ``x``, indexed by token, belongs to the logits that are here."""
+    """The entries of ``x``, indexed by token, that belong to the local logits."""
     return placed(x, where.device_mesh, _of_tokens(where)).to_local()
 
 
@@ -208,7 +208,7 @@ def _like(x: Tensor, other: Tensor | None) -> Tensor:
 
 
 def _share(where: DTensor, weights: Tensor | None) -> Tensor:
-    """W / Σw, over all tokens, of those that are here."""
+    """The shares w / Σw of the local tokens, with Σw over all tokens."""
     if weights is None:
         count = where.shape[:-1].numel()
         local = where.to_local()
@@ -221,6 +221,6 @@ def _share(where: DTensor, weights: Tensor | None) -> Tensor:
 
 
 def _summed(where: DTensor, local: Tensor) -> Tensor:
-    """The sum over tokens of all ranks, on every rank."""
+    """The sum of ``local`` over ranks with different tokens, on every rank."""
     dims = {i for i, p in enumerate(_of_tokens(where)) if p.is_shard()}
     return summed(local, where.device_mesh, dims)

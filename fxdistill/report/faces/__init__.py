@@ -1,1 +1,1 @@
-"""Showing a report: in a terminal, and as one HTML page."""
+"""The faces of a report: a terminal, and one HTML page."""

@@ -1,4 +1,4 @@
-"""Numbers as people read them, and small pictures made of block characters."""
+"""Small pictures made of block characters: bars and sparklines."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ _LEVELS = "▁▂▃▄▅▆▇█"
 
 
 def bar(part: int, whole: int, width: int) -> str:
-    """``part`` as a bar, of which ``whole`` has ``width`` characters; never empty above 0."""
+    """A bar for ``part``, where ``whole`` would have ``width`` characters; only 0 gives none."""
     if part <= 0 or whole <= 0:
         return ""
     eighths = max(1, round(8 * width * part / whole))
@@ -17,9 +17,9 @@ def bar(part: int, whole: int, width: int) -> str:
 
 
 def sparkline(numbers: Sequence[int], width: int) -> str:
-    """``numbers`` from their least to their greatest in at most ``width`` characters.
+    """A line of at most ``width`` characters that shows ``numbers``, from smallest to largest.
 
-    Each character shows the greatest of the numbers it stands for, so that no peak is lost.
+    Each character shows the largest of the numbers it stands for, so no peak is lost.
     """
     if not numbers:
         return ""

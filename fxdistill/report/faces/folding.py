@@ -1,6 +1,6 @@
-"""What is repeated, told once: runs of alike blocks, and pairs that differ by a number only.
+"""Fold repetitions: runs of equal blocks, and pairs that differ in one number only.
 
-Every face folds by these functions, so that all of them show the same rows.
+Every face folds with these functions, so all of them show the same rows.
 """
 
 import re
@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from fxdistill.graph.sections import ITSELF
 from fxdistill.report.data import BlockLine, Facts, Pair
 
-_NUMBER = re.compile(r"(?<![^.@\[])\d+(?![^.@:\]])")  # a whole segment, call or index
+_NUMBER = re.compile(r"(?<![^.@\[])\d+(?![^.@:\]])")  # as a whole segment, call or index
 _SHOWN = 6
 
 
-_CLOSE = 0.02  # costs of alike blocks differ by what the compiler did at their borders
+_CLOSE = 0.02  # FLOPs of equal blocks may differ by this fraction, from fusion at their borders
 
 
 @dataclass(frozen=True)
 class Row:
-    """Blocks of a tower that follow one another and are alike: ``count`` from ``first`` on."""
+    """A run of equal blocks of a model: ``count`` of them, from index ``first``."""
 
     label: str
     first: int
@@ -32,10 +32,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Fold:
-    """Pairs that are alike but for a number in their paths.
+    """Pairs that differ only in one number of their paths.
 
-    ``members`` are indices into the report's pairs; ``numbers`` are the numbers of the student's
-    and the teacher's path in each, empty where there is but one pair or no number differs.
+    ``members`` are indices into the report's pairs. ``numbers`` holds, for each member, the number
+    in the student's path and the one in the teacher's; it is empty for a single pair.
     """
 
     student: str
@@ -48,7 +48,7 @@ class Fold:
 
 
 def rows(blocks: Sequence[BlockLine]) -> tuple[Row, ...]:
-    """The blocks in order, alike ones that follow one another as one row."""
+    """The blocks in order, with each run of equal blocks as one row."""
     found: list[Row] = []
     first = 0
     for end in range(1, len(blocks) + 1):
@@ -59,9 +59,9 @@ def rows(blocks: Sequence[BlockLine]) -> tuple[Row, ...]:
 
 
 def _alike(a: BlockLine, b: BlockLine) -> bool:
-    """Whether two blocks do the same at the same cost.
+    """Whether two blocks have the same parts and parameters, and about the same forward FLOPs.
 
-    Not asked: the backward, which the first block of a model may have less of.
+    The backward is not compared, because the first block of a model may have less of it.
     """
     same = _form(a.path) == _form(b.path) != a.path
     kinds = [[(_form(path), kind) for path, kind in block.kinds] for block in (a, b)]
@@ -86,7 +86,7 @@ def _row(blocks: Sequence[BlockLine], first: int) -> Row:
 
 
 def folds(pairs: Sequence[Pair]) -> tuple[Fold, ...]:
-    """The pairs in order of first appearance, alike ones together."""
+    """The pairs in order of first appearance, with those that differ in one number folded."""
     groups: dict[object, list[int]] = {}
     for i, pair in enumerate(pairs):
         key = (
@@ -105,7 +105,7 @@ def folds(pairs: Sequence[Pair]) -> tuple[Fold, ...]:
 
 
 def _split(pairs: Sequence[Pair], group: list[int]) -> list[Fold]:
-    """Fold a group by one number of each path: the one that differs most."""
+    """Fold a group of pairs by one number of each path: the one with the most values."""
     ours = [_numbers(pairs[i].student) for i in group]
     theirs = [_numbers(pairs[i].teacher) for i in group]
     at, of = _most_varied(ours), _most_varied(theirs)
@@ -138,9 +138,9 @@ def _most_varied(numbers: Sequence[Sequence[int]]) -> int | None:
 
 
 def couples(report: Facts) -> tuple[tuple[str, str], ...]:
-    """The models that are compared, each as (student, teacher), by name.
+    """The names of the models that are compared, as (student, teacher).
 
-    Without pairs: what learns first, and another model beside it, if there is one.
+    Without pairs: the model called "student" or else the first that learns, and another model.
     """
     found = dict.fromkeys((pair.student_model, pair.teacher_model) for pair in report.pairs)
     if found:
@@ -153,7 +153,7 @@ def couples(report: Facts) -> tuple[tuple[str, str], ...]:
 
 
 def models_of(report: Facts) -> tuple[str, ...]:
-    """The classes of the models that are compared, students before their teachers."""
+    """The classes of the models: students first, then their teachers, then any other."""
     named = {tower.name: tower.model for tower in report.towers}
     students, teachers = zip(*couples(report), strict=True) if couples(report) else ((), ())
     order = dict.fromkeys((*students, *teachers, *(n for n in named if n != "projections")))
@@ -161,17 +161,17 @@ def models_of(report: Facts) -> tuple[str, ...]:
 
 
 def mesh_of(report: Facts) -> str:
-    """``dp=4, tp=8``."""
+    """The mesh as text: ``dp=4, tp=8``."""
     return ", ".join(f"{name}={count}" for name, count in report.mesh.items())
 
 
 def blocks_of(report: Facts, tower: str) -> tuple[BlockLine, ...]:
-    """The blocks of a tower by its name; none where it has none."""
+    """The blocks of the model called ``tower``."""
     return next((t.blocks for t in report.towers if t.name == tower), ())
 
 
 def block_index(blocks: Sequence[BlockLine], path: str) -> int | None:
-    """The block that a module path (with port or call) lies in: the deepest that holds it."""
+    """The index of the deepest block that contains a module path (with port or call)."""
     module = re.split(r"[:@]", path)[0]
     holding = [
         i for i, b in enumerate(blocks) if not b.path or f"{module}.".startswith(f"{b.path}.")
@@ -183,7 +183,7 @@ def block_index(blocks: Sequence[BlockLine], path: str) -> int | None:
 
 
 def folded(paths: Sequence[str]) -> str:
-    """Paths that differ by one number, as one: ``"layers.{0..3}.mlp"``, ``"layers.{1, 4, 6}"``."""
+    """One text for paths that differ in a number: ``layers.{0..3}.mlp``, ``layers.{1, 4, 6}``."""
     numbers = [_numbers(path) for path in paths]
     at = _most_varied(numbers)
     if at is None:
@@ -194,7 +194,7 @@ def folded(paths: Sequence[str]) -> str:
 
 
 def gathered(paths: Iterable[str]) -> tuple[str, ...]:
-    """Paths in order of first appearance, those that differ by their numbers as one each."""
+    """Paths in order of first appearance, with those that differ in one number folded."""
     groups: dict[str, list[str]] = {}
     for path in paths:
         groups.setdefault(_form(path), []).append(path)
@@ -206,13 +206,13 @@ def gathered(paths: Iterable[str]) -> tuple[str, ...]:
 
 
 def _varied(paths: Sequence[str]) -> int:
-    """In how many places paths of one form have different numbers."""
+    """How many of their numbers differ between paths of one form."""
     columns = zip(*(_numbers(path) for path in paths), strict=True)
     return sum(len(set(column)) > 1 for column in columns)
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Numbers in their order: ``"0..3, 7"``; of many that do not follow one another, the ends."""
+    """Numbers in their order, as runs: ``"0..3, 7"``; of many runs, the first and the last."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -226,7 +226,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def _form(path: str) -> str:
-    """A path with its numbers taken out."""
+    """A path with ``#`` in place of its numbers."""
     return _NUMBER.sub("#", path)
 
 

@@ -1,7 +1,8 @@
-"""A report as one HTML file: no network, no fonts, no second file; what it shows is in it as JSON.
+"""A report as one HTML file that needs no network, fonts or other files.
 
-The page itself lies beside this file: ``page.html`` is its frame, ``page.css`` its look, and
-``page*.js`` draw what the JSON says. They put every text in as text, never as markup.
+The file contains the report as JSON. The templates lie in this folder: ``page.html`` is the frame,
+``page.css`` the style, and ``page*.js`` draw the JSON. They insert every text as text, never as
+markup.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ _PLACE = re.compile(r"\{\{(\w+)\}\}")
 
 
 def html(report: Facts) -> str:
-    """The whole page."""
+    """The HTML of the whole page."""
     filled = {
         "title": markup.escape(_title(report)),
         "style": _file("page.css"),
@@ -37,12 +38,12 @@ def html(report: Facts) -> str:
         "folded": _json(_folded(report)),
         "script": "\n".join(_file(name) for name in _SCRIPTS),
     }
-    # One pass: what is filled in may itself look like a place to fill.
+    # Fill all places in one pass: a text that is filled in may itself look like a place.
     return _PLACE.sub(lambda found: filled[found[1]], _file("page.html"))
 
 
 def write(report: Facts, path: Path) -> Path:
-    """Write the page to ``path``, whole or not at all, and return ``path``. A link stays one."""
+    """Write the page to ``path``, whole or not at all, and return ``path``. A link stays a link."""
     write_whole(path, html(report))
     return path
 
@@ -56,13 +57,13 @@ def _file(name: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
+    """``value`` as JSON that cannot end the script element around it."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
 
 
 def _folded(report: Facts) -> dict[str, Any]:
-    """Runs of alike blocks, folded pairs and outputs, and the blocks that each pair joins."""
+    """Runs of equal blocks, folded pairs and outputs, and the blocks that each pair joins."""
     sides = next(iter(couples(report)), ("student", "teacher"))  # the page draws one couple
     students, teachers = (blocks_of(report, side) for side in sides)
     ends = [

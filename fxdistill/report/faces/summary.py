@@ -1,4 +1,4 @@
-"""The compile-time summary: pairs, and what each pass did to the program."""
+"""The compile-time summary: the terms, and what each pass did to the program."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ def summary(
     mode: str,
     notes: Iterable[str],
 ) -> Group:
-    """Tables for 80 columns. Without a program (eager, or not called yet): only the pairs."""
+    """Tables for 80 columns; without a program (eager mode, or no call yet), only the terms."""
     parts: list[Table | Text] = [_terms(objective, projections)]
     if program is None:
         eager = "all runs as it is, no graph is made"
@@ -58,12 +58,12 @@ def _ends(term: Term) -> list[str]:
 
 
 def of_model(tower: Tower, value: str) -> str:
-    """A value as tables show it: of which model, unless that is the one of the column."""
+    """A value as tables show it, with its model unless that is "student" or "teacher"."""
     return value if tower in ("student", "teacher") else f"{tower}/{value}"
 
 
 def between(term: Term, projections: nn.ModuleList) -> str:
-    """What is done to the student's value, then to the teacher's, before they are compared."""
+    """The layout and the projection of the student's value, then the teacher's layout."""
     ours, theirs = (
         "; ".join(f"{pattern} {reduction}".strip() for pattern, reduction in layout)
         for layout in term.layouts
@@ -73,7 +73,7 @@ def between(term: Term, projections: nn.ModuleList) -> str:
 
 
 def projection_of(term: Term, projections: nn.ModuleList) -> str:
-    """Class and widths of what projects the student's value; empty where nothing does."""
+    """The class and widths of the student's projection; empty if there is none."""
     if term.projection is None:
         return ""
     module = projections[term.projection]
@@ -95,7 +95,7 @@ def _passes(program: Program) -> Table:
 
 
 def _sections(program: Program) -> Text:
-    """How many nodes of the one graph come from where."""
+    """The number of graph nodes in each section."""
     if program.title == "terms":
         nodes = len(program.gm.graph.nodes)
         return Text(f"The models run as they are; one graph of the terms: {nodes} nodes")

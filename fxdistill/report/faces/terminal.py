@@ -1,4 +1,4 @@
-"""A report in a terminal of 80 columns: what it costs first, then what it is made of."""
+"""A report in a terminal of 80 columns: first the main costs, then the details."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -17,7 +17,7 @@ from fxdistill.report.faces.terminal_tables import Cell, Part, row, table
 
 
 def terminal(report: Facts) -> Group:
-    """The whole report, for ``rich.print`` or a console of any width from 80 columns on."""
+    """The whole report, for ``rich.print`` or a console at least 80 columns wide."""
     parts: list[Part] = [*_head(report), _models(report), *_inputs(report)]
     parts += [*sketch(report), *_pairs(report), *_terms(report)]
     parts += [*costs(report), *_passes(report), *_graph(report)]
@@ -25,7 +25,7 @@ def terminal(report: Facts) -> Group:
     return Group(*apart, *_told(report))
 
 
-# ---- what matters first
+# ---- the main facts
 
 
 def _head(report: Facts) -> list[Part]:
@@ -57,7 +57,7 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-# ---- what a step is made of
+# ---- the parts of a step
 
 
 def _models(report: Facts) -> Table:
@@ -137,7 +137,7 @@ def _passes(report: Facts) -> list[Part]:
 
 
 def _pass(line: PassLine) -> Iterable[Cell]:
-    """Name with remarks below; numbers before, and below them those after where they differ."""
+    """The cells of a pass: name over remarks; a number that changed is shown before and after."""
     exposed = (
         _plural(len(line.exposed), "output") + " exposed: " + ", ".join(gathered(line.exposed))
     )
@@ -175,7 +175,7 @@ def _graph(report: Facts) -> list[Part]:
 
 
 def _told(report: Facts) -> list[Part]:
-    """Events, warnings and notes: a line each."""
+    """The events, warnings and notes, a line for each."""
     lines = [(f"{event.kind}: ", "bold", event.reason) for event in report.events]
     lines += [("warning: ", "bold yellow", warning) for warning in report.warnings]
     lines += [("note: ", "dim", note) for note in report.notes]

@@ -1,4 +1,4 @@
-"""What a step costs, in a terminal: operations, memory by part and over time."""
+"""The costs of a step in a terminal: FLOPs, and memory by part and over time."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ _LINE = 64
 
 
 def costs(report: Facts) -> list[Part]:
-    """Tables and bars of what is known."""
+    """Tables and bars of the costs that are known."""
     parts: list[Part] = []
     if report.flops is not None:
         parts.append(_flops(report.flops))
@@ -61,14 +61,14 @@ def _memory(memory: Memory) -> list[Part]:
 
 
 def _at_peak(memory: Memory) -> Text:
-    """What the peak is the sum of; the parts above have their own moments."""
+    """The owners whose sum is the peak; the parts in the table each have a moment of their own."""
     moment = max(memory.timeline, key=lambda moment: moment.total)
     held = ", ".join(f"{owner} {size(count)}" for owner, count in moment.held.items() if count > 0)
     return Text(f"at the peak: {held}", overflow="fold")
 
 
 def _timeline(moments: tuple[Moment, ...]) -> Text:
-    """The total over the step; below it, where the backward begins and where the peak is."""
+    """The total over the step; below it, where the backward begins, and the range of totals."""
     totals = [moment.total for moment in moments]
     line = sparkline(totals, _LINE)
     turn = next((i for i, m in enumerate(moments) if m.phase == "backward"), len(moments))
@@ -81,7 +81,7 @@ def _timeline(moments: tuple[Moment, ...]) -> Text:
 
 
 def _beside(report: Facts, plain: Plain) -> list[Part]:
-    """The step with distillation beside that without."""
+    """A table that compares the step with one on labels alone."""
     rows = []
     if report.flops is not None:
         rows.append(("FLOPs", operations, report.flops.total, plain.flops))

@@ -1,4 +1,4 @@
-"""Both towers beside each other in a terminal, repeated blocks folded."""
+"""Two models side by side in a terminal, with repeated blocks folded."""
 
 from collections import Counter
 
@@ -10,7 +10,7 @@ from fxdistill.report.faces.terminal_tables import Part, row, table
 
 
 def sketch(report: Facts) -> list[Part]:
-    """A line for each run of alike blocks; between them, how many pairs join the two models."""
+    """A line for each run of equal blocks; between the models, how many pairs join them."""
     return [part for couple in couples(report) for part in _of_couple(report, *couple)]
 
 
@@ -35,7 +35,7 @@ def _told(of: tuple[Row, ...], at: int | None) -> Text:
 
 
 def _joined(report: Facts, student: str, teacher: str) -> Counter[tuple[int, int]]:
-    """How many pairs go from a row of the student to a row of the teacher."""
+    """The number of pairs that join a row of the student with a row of the teacher."""
     counts: Counter[tuple[int, int]] = Counter()
     students, teachers = blocks_of(report, student), blocks_of(report, teacher)
     ours, theirs = rows(students), rows(teachers)
@@ -54,12 +54,12 @@ def _row_of(of: tuple[Row, ...], block: int) -> int:
 def _lines(
     ours: int, theirs: int, joined: Counter[tuple[int, int]]
 ) -> list[tuple[int | None, int | None]]:
-    """Rows of both, in order, joined ones on one line where that keeps the order."""
+    """The rows of both models, in order; joined rows share a line where the order allows it."""
     lines: list[tuple[int | None, int | None]] = []
     right = 0
     for left in range(ours):
         ends = [t for s, t in joined if s == left and t >= right]
-        # The last of each tower are on one line too: heads face heads.
+        # Without pairs, align the ends of both models, so that their heads share a line.
         goal = min(ends) if ends else theirs - ours + left if not joined else right
         goal = min(max(goal, right), theirs - 1) if right < theirs else theirs
         lines += [(None, between) for between in range(right, goal)]

@@ -1,7 +1,7 @@
-"""Tables of the terminal.
+"""Tables in a terminal.
 
-Every text of a report is put into ``rich.text.Text``: as plain strings, brackets in the name of a
-model would be read as markup.
+Every text of a report becomes a ``rich.text.Text``: rich would read brackets in a plain string (the
+name of a model, say) as markup.
 """
 
 from collections.abc import Sequence
@@ -29,5 +29,5 @@ def table(title: str, *columns: str, right: Sequence[str] = ()) -> Table:
 
 
 def row(made: Table, *cells: Cell) -> None:
-    """Add a row, in which nothing is markup."""
+    """Add a row; no cell is read as markup."""
     made.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))

@@ -1,1 +1,1 @@
-"""Reading models and captured graphs: each file answers one question of the report."""
+"""Read models and captured graphs: each file answers one question of the report."""

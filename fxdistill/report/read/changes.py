@@ -1,4 +1,4 @@
-"""What passes did, in numbers: nodes, FLOPs and bytes before and after."""
+"""What each pass changed, in numbers: nodes, FLOPs and bytes before and after."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,7 +17,7 @@ from fxdistill.report.data import Change, PassLine
 
 
 def pass_lines(history: Iterable[PassRecord]) -> tuple[PassLine, ...]:
-    """One line for every record."""
+    """One line for each pass record."""
     costs = Costs()
     return tuple(_line(record, costs) for record in history)
 
@@ -49,7 +49,7 @@ def _or_unknown(count: Callable[..., int | None], *args: Any) -> int | None:
 
 
 def depends_on_values(graph: fx.Graph) -> str:
-    """The first line of the user's whose value has a size that is only known when it runs."""
+    """The first line of the user's code whose value has a size that is unknown until it runs."""
     for node in graph.nodes:
         if any(free_unbacked_symbols(x) for x in tree_leaves(node.meta.get("val"))):
             trace = str(node.meta.get("stack_trace") or "").rstrip()
@@ -64,7 +64,7 @@ def _change(values: list[int | None]) -> Change | None:
 
 
 def _flops(gm: fx.GraphModule | None, costs: Costs | None) -> int | None:
-    """Of all nodes; ``None`` where one of them could not be costed."""
+    """The FLOPs of all nodes; ``None`` if those of one node are unknown."""
     if gm is None:
         return None
     if costs is None:
@@ -80,7 +80,7 @@ def _bytes(gm: fx.GraphModule | None) -> int | None:
 
 
 def bytes_of(node: fx.Node) -> int:
-    """Bytes of what ``node`` returns; views count as what they show."""
+    """The bytes of the tensors that ``node`` returns; a view counts with its own size."""
     value = node.meta.get("val", node.meta.get("example_value"))
     tensors = [x for x in tree_leaves(value) if isinstance(x, Tensor)]
     return sum(int(x.numel()) * x.element_size() for x in tensors)

@@ -1,4 +1,4 @@
-"""What the two halves of a step cost: FLOPs by part and block, traffic between ranks, casts."""
+"""The costs of a step's two halves: FLOPs by part and block, traffic between ranks, casts."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
@@ -22,7 +22,7 @@ from fxdistill.report.data import Cast, Collective, Flops
 
 
 def both(halves: Halves) -> Iterator[tuple[str, fx.Node]]:
-    """All nodes of the step with their half."""
+    """Every node of the step, with its half: "forward" or "backward"."""
     for phase, gm in (("forward", halves.forward), ("backward", halves.backward)):
         for node in gm.graph.nodes:
             yield phase, node
@@ -31,8 +31,8 @@ def both(halves: Halves) -> Iterator[tuple[str, fx.Node]]:
 # ---------------------------------------------------------------------- floating point operations
 
 
-def flops(halves: Halves, frozen: Collection[Tower]) -> Flops:
-    """By what they are for; models that learn nothing are teachers."""
+def flops(halves: Halves, teachers: Collection[Tower]) -> Flops:
+    """The FLOPs of a step by purpose; models that terms only compare with are ``teachers``."""
     found: Counter[str] = Counter()
     forward = {node.name for node in halves.forward.graph.nodes if node.op == "call_function"}
     for phase, node in both(halves):
@@ -40,20 +40,20 @@ def flops(halves: Halves, frozen: Collection[Tower]) -> Flops:
         if count:
             repeated = node.name in forward or node.target in WITH_RANDOM_STATE
             again = phase == "backward" and repeated
-            found["again" if again else _purpose(phase, node, frozen)] += count
+            found["again" if again else _purpose(phase, node, teachers)] += count
     parts = ("teacher", "forward", "backward", "losses", "projections", "again")
     return Flops(**{part: found[part] for part in parts}, total=sum(found.values()))
 
 
-def _purpose(phase: str, node: fx.Node, frozen: Collection[Tower]) -> str:
+def _purpose(phase: str, node: fx.Node, teachers: Collection[Tower]) -> str:
     part = part_of(node)
     if part == OBJECTIVE:
         return "projections" if module_of(node)[0] == PROJECTIONS else "losses"
-    return "teacher" if part in frozen else phase
+    return "teacher" if part in teachers else phase
 
 
 def notes_of(halves: Halves) -> Iterator[str]:
-    """What is not known of loops and branches."""
+    """Notes on what is unknown about loops and branches."""
     names = {str(node.target) for _, node in both(halves) if any(True for _ in bodies_of(node))}
     if names:
         yield f"what {', '.join(sorted(names))} holds while it runs is not in the memory"
@@ -64,8 +64,8 @@ def notes_of(halves: Halves) -> Iterator[str]:
 def by_block(halves: Halves, paths: Paths) -> dict[tuple[str, str, str], int]:
     """FLOPs by model, block and half, for the blocks of every model in ``paths``.
 
-    What a model does in none of its modules is no block's. All of it would be, if torch named the
-    modules of a graph in another way: an assertion says so.
+    An operator that a model calls outside its modules belongs to no block. If torch changed how a
+    graph names modules, this would hold for all operators: an assertion catches that.
     """
     found: Counter[tuple[str, str, str]] = Counter()
     placed: set[Tower] = set()
@@ -87,7 +87,7 @@ def by_block(halves: Halves, paths: Paths) -> dict[tuple[str, str, str], int]:
 
 
 def traffic(halves: Halves, main: Tower) -> tuple[Collective, ...]:
-    """What crosses ranks in both halves; what is nobody's is the main model's."""
+    """The collectives of both halves; those of no section count for the main model."""
     found: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for gm in (halves.forward, halves.backward):
         for (section, kind), (times, size) in collectives(gm.graph).items():
@@ -102,7 +102,7 @@ _CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.
 
 
 def casts(halves: Halves) -> tuple[Cast, ...]:
-    """Floating point values that change their type in the forward."""
+    """The casts between floating point dtypes in the forward."""
     found: Counter[tuple[str, str, str]] = Counter()
     for node in halves.forward.graph.nodes:
         if node.target in _CASTS:

@@ -1,7 +1,7 @@
-"""Models without weights: what lies on the meta device stands in as fake tensors for a while.
+"""Models without weights: fake tensors replace their meta tensors for a while.
 
-On the meta device operators have no kind: attention falls back to products that no real device
-makes. A fake tensor has the device that it stands for.
+Operators on the meta device do not say where they would run: attention falls back to matrix
+products that no real device computes. A fake tensor knows the device that it stands for.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ STANDS_FOR = torch.device("cpu")
 
 @contextlib.contextmanager
 def standing_in(models: Iterable[nn.Module]) -> Iterator[FakeTensorMode | None]:
-    """What models hold on the meta device is fake while this lasts.
+    """Replace the models' meta tensors by fake tensors within the context.
 
-    Yields the mode they are fake in; ``None`` where all are real (then nothing is done). Models
-    that are fake already keep the mode they have.
+    Yields their fake tensor mode, or ``None`` if all tensors are real, and nothing is replaced.
+    Models whose tensors are fake already keep their mode.
     """
     modules = {id(m): m for model in models for m in model.modules()}.values()
     held = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
@@ -49,7 +49,7 @@ def standing_in(models: Iterable[nn.Module]) -> Iterator[FakeTensorMode | None]:
 
 
 def _tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    """Parameters, buffers, and what a module keeps as a plain attribute."""
+    """A module's tables of parameters, buffers and plain attributes."""
     return module._parameters, module._buffers, vars(module)
 
 
@@ -70,7 +70,7 @@ def _empty(value: Tensor, mode: FakeTensorMode) -> Tensor:
     with mode:
         if is_placed(value):
             return torch.empty_like(value, device=device)
-        # Not like a value: a mode may refuse those that are not fake.
+        # No empty_like: a fake tensor mode may refuse a tensor that is not fake.
         sizes = value.shape, value.stride()
         return torch.empty_strided(*sizes, dtype=value.dtype, device=device)
 

@@ -1,8 +1,7 @@
-"""What a step reaches by gradients, and what it writes to, by name.
+"""Which parameters get a gradient in a step, and which tensors it writes to, by name.
 
-AOTAutograd keeps the order of what a graph is called with: the backward returns a gradient, or
-nothing, for each of them, and what is written in place is copied back to its own at the end of the
-forward.
+AOTAutograd keeps the order of a graph's inputs: the backward returns a gradient or ``None`` for
+each of them, and the forward ends by copying into those that the step writes in place.
 """
 
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from fxdistill.report.subject import Subject
 
 
 def warnings_of(subject: Subject, call: Call, halves: Halves) -> list[str]:
-    """What of that is likely a mistake."""
+    """Warnings about parameters without gradients and about writes that are likely mistakes."""
     if not _in_order(halves):
         return []
     return [
@@ -31,7 +30,7 @@ def warnings_of(subject: Subject, call: Call, halves: Halves) -> list[str]:
 
 
 def notes_of(subject: Subject, halves: Halves) -> list[str]:
-    """What of that works and may surprise."""
+    """Notes on writes that work and may surprise."""
     if _in_order(halves):
         return list(_writes_to_learning(subject, halves))
     return [
@@ -52,7 +51,7 @@ def _given(halves: Halves) -> list[fx.Node]:
 
 
 def learning(subject: Subject, halves: Halves) -> dict[str, Tensor]:
-    """The parameters that get a gradient, by name; all that are trained where it is not known."""
+    """The parameters that get a gradient, by name; all trainable ones where that is unknown."""
     trained = dict(_trained(subject))
     if not _in_order(halves):
         return trained
@@ -62,7 +61,7 @@ def learning(subject: Subject, halves: Halves) -> dict[str, Tensor]:
 
 
 def _unreached(subject: Subject, halves: Halves) -> Iterator[str]:
-    """Trainable parameters that no term reaches."""
+    """A warning about trainable parameters that no term reaches."""
     trained, reached = dict(_trained(subject)), learning(subject, halves)
     missing = [name for name in trained if name not in reached]
     if missing:
@@ -73,7 +72,7 @@ def _unreached(subject: Subject, halves: Halves) -> Iterator[str]:
 
 
 def _writes_to_frozen(subject: Subject, halves: Halves) -> Iterator[str]:
-    """Buffers of a frozen model that its forward writes to."""
+    """Warnings about buffers of a frozen model that its forward writes to."""
     for tower in subject.models:
         if tower in subject.frozen and (names := _written(subject.models[tower], halves)):
             yield (
@@ -83,7 +82,7 @@ def _writes_to_frozen(subject: Subject, halves: Halves) -> Iterator[str]:
 
 
 def _writes_to_inputs(subject: Subject, call: Call, halves: Halves) -> Iterator[str]:
-    """Tensors of the caller that a model writes to."""
+    """A warning about the caller's tensors that a model writes to."""
     written = _written_here(halves)
     tensors = tensors_of(call, subject.main)
     if names := [name for name, value in tensors.items() if id(value) in written]:
@@ -94,7 +93,7 @@ def _writes_to_inputs(subject: Subject, call: Call, halves: Halves) -> Iterator[
 
 
 def _writes_to_learning(subject: Subject, halves: Halves) -> Iterator[str]:
-    """Buffers of what learns that a step writes to, as batch norm does."""
+    """A note on buffers of trained models that a step writes to, as batch norm does."""
     learning = [name for name in subject.learning if name in subject.models]
     names = [
         f"{tower} {name}" for tower in learning for name in _written(subject.models[tower], halves)
@@ -117,7 +116,7 @@ def _written(model: torch.nn.Module, halves: Halves) -> list[str]:
 
 
 def _written_here(halves: Halves) -> set[int]:
-    """What is copied back to, by identity."""
+    """The ids of the tensors that the forward copies into at its end."""
     graph = halves.forward.graph
     given: dict[Any, Any] = dict(zip(_given(halves), halves.inputs, strict=True))
     copies = graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default)

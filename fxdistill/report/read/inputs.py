@@ -13,9 +13,9 @@ _OF_TERMS = (*TOKEN_FIELDS, "num_items", "num_feature_items")
 
 
 def tensors_of(call: Call, main: Tower) -> dict[str, Tensor]:
-    """Those of the main model, of the terms, and what only another gets (``teacher_inputs``).
+    """The tensors of the main model, of the terms, and of other models only (``teacher_inputs``).
 
-    A tensor within a mapping or a list is named by the way to it: ``batch.input_ids``.
+    The name of a tensor in a mapping or a list is its path there: ``batch.input_ids``.
     """
     ours = dict(_named(call.inputs[main]))
     terms = {name: getattr(call.batch, name) for name in _OF_TERMS}

@@ -1,4 +1,4 @@
-"""What a step holds at each moment, by owner, and its worst moment."""
+"""The memory that a step holds at each moment, by owner, and its worst moment."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ from fxdistill.losses.fused.sizes import size_of_chunks, sizes_on
 from fxdistill.report.data import Memory, Moment
 from fxdistill.report.read.owners import Heads, owners
 
-MOMENTS = 200  # of a timeline, at most
+MOMENTS = 200  # about how many a timeline keeps
 
 
 def memory(
@@ -26,7 +26,7 @@ def memory(
     heads: Heads,
     paths: Paths,
 ) -> Memory:
-    """Everything that is alive at each moment, and its worst."""
+    """The memory of a step over time and at its worst moment, in bytes."""
     instants = list(timeline(halves, owners(halves, heads), own_bytes))
     worst = max(range(len(instants)), key=lambda i: instants[i].total)
     peak = instants[worst]
@@ -53,7 +53,7 @@ def _of_head(instant: Instant) -> int:
 
 
 def own_bytes(node: fx.Node) -> int:
-    """What the fused head needs for itself: logits of a chunk, and what is made of some tokens."""
+    """Bytes that the fused head allocates within: a chunk's logits, and values of some tokens."""
     if node.target is not HEAD:
         return 0
     call = HeadCall.of(node)
@@ -61,7 +61,7 @@ def own_bytes(node: fx.Node) -> int:
     columns = w.shape[0] + (0 if call.t_weight is None else call.t_weight.shape[0])
     chunk = size_of_chunks(call.chunk, h) * columns * h.element_size()
     kind = 8 if h.dtype == torch.float64 else 4
-    # Run one by one, the operators of the body keep this many values of its tokens alive at once.
+    # Uncompiled, the body's operators keep BODY values alive for each token and vocabulary entry.
     body = 0 if call.compiled else BODY * sizes_on(h.device).rows * w.shape[0] * kind
     wide = w.numel() * kind if "w" in call.needs and kind != w.element_size() else 0
     return int(chunk + body + wide)
@@ -71,7 +71,7 @@ BODY = 7
 
 
 def _saved(halves: Halves) -> int:
-    """What the forward leaves for the backward."""
+    """The bytes that the forward saves for the backward, without its inputs."""
     inputs = {s for n in halves.forward.graph.find_nodes(op="placeholder") for s in storages(n)}
     sizes: dict[int, int] = {}
     for value in output_values(halves.forward.graph)[halves.outputs :]:
@@ -81,7 +81,7 @@ def _saved(halves: Halves) -> int:
 
 
 def _moments(instants: list[Instant], worst: int, base: int, paths: Paths) -> Iterator[Moment]:
-    """Of each stretch of the step the instant that holds most."""
+    """The instant that holds most in each stretch of the step."""
     width = max(1, len(instants) // MOMENTS)
     for start in range(0, len(instants), width):
         some = range(start, min(start + width, len(instants)))
@@ -95,7 +95,7 @@ def _moments(instants: list[Instant], worst: int, base: int, paths: Paths) -> It
 
 
 def _lender(instant: Instant) -> str:
-    """Whose memory a kernel writes over: who holds most."""
+    """The owner whose memory an in-place kernel reuses: assumed to be the one that holds most."""
     return max(instant.held, key=lambda name: instant.held[name])
 
 

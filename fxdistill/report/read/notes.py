@@ -1,4 +1,4 @@
-"""What works and may surprise."""
+"""Notes: things that work and may surprise."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from fxdistill.objective.objective import Objective
 
 
 def notes_of(objective: Objective, settings: Mapping[str, float | Tensor]) -> list[str]:
-    """Of an objective and its weights."""
+    """The notes on an objective and its weights."""
     weightless = [
         term.name
         for term in objective.features
@@ -26,5 +26,5 @@ def notes_of(objective: Objective, settings: Mapping[str, float | Tensor]) -> li
 
 
 def settled(tower: Tower, count: int) -> list[str]:
-    """Of a frozen model of which ``count`` modules were in training mode."""
+    """The note on a frozen model of which ``count`` modules were in training mode."""
     return [f"{count} modules of the {tower} were in training mode: eval now"] if count > 0 else []

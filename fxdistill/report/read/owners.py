@@ -1,4 +1,4 @@
-"""Whose the values of a step are: teacher, student, matched values, head, losses."""
+"""The owners of a step's memory: teacher, student, matched values, head, losses."""
 
 from collections.abc import Collection, Mapping
 
@@ -10,14 +10,14 @@ from fxdistill.graph.liveness import Label, Storage, storages
 from fxdistill.graph.sections import OBJECTIVE, holding, module_of, part_of
 from fxdistill.losses.fused.operator import HEAD
 
-Heads = Mapping[str, tuple[str, int]]  # by tower: the path of the head, and how wide logits are
+Heads = Mapping[str, tuple[str, int]]  # by tower: the path of the head, and the width of its logits
 
 
 def owners(halves: Halves, heads: Heads) -> Label:
     """A function that names the owner of what an operator allocates.
 
-    "taps" are the forward's matched values, "head" are logits with what the losses make of them
-    that is as large, and what the fused head returns.
+    "taps" owns the matched values of the forward. "head" owns the logits, values of the losses that
+    are as wide as logits, and the results of the fused head.
     """
     head, taps = _logits(halves, heads), _tapped(halves.forward.graph)
 
@@ -33,7 +33,7 @@ def owners(halves: Halves, heads: Heads) -> Label:
 
 
 def _tapped(forward: fx.Graph) -> set[Storage]:
-    """What the objective reads of the towers, but for what only the fused head does."""
+    """The storages of model values that the objective reads other than through the fused head."""
     found: set[Storage] = set()
     for node in forward.nodes:
         if node.op == "call_function" and part_of(node) != OBJECTIVE and _is_compared(node):
@@ -48,7 +48,7 @@ def _is_compared(node: fx.Node) -> bool:
 
 
 def _logits(halves: Halves, heads: Heads) -> set[str]:
-    """The names of logits, and of what the objective makes of them that has as many columns."""
+    """The names of logits, and of values as wide that the objective computes from them."""
     widths = {width for _, width in heads.values()}
     found: set[str] = set()
     for gm in (halves.forward, halves.backward):

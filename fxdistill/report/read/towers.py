@@ -1,4 +1,4 @@
-"""What the models of a distiller are made of, by their structure alone."""
+"""The models of a distiller: their parameters and blocks, from their structure alone."""
 
 from collections.abc import Iterable, Iterator
 
@@ -11,7 +11,7 @@ from fxdistill.report.subject import Subject
 
 
 def towers_of(subject: Subject) -> tuple[TowerFacts, ...]:
-    """The models in the order in which they run and, where there are any, the projections."""
+    """The models in the order in which they run, and the projections, if there are any."""
     found = [
         tower(name, model, trains=name not in subject.frozen)
         for name, model in subject.models.items()
@@ -22,7 +22,7 @@ def towers_of(subject: Subject) -> tuple[TowerFacts, ...]:
 
 
 def tower(name: str, model: nn.Module, *, trains: bool) -> TowerFacts:
-    """Count ``model``; what is shared within it is counted once."""
+    """Count the parameters of ``model``; those that its modules share are counted once."""
     parameters = list(model.parameters())
     return TowerFacts(
         name,
@@ -38,7 +38,7 @@ def tower(name: str, model: nn.Module, *, trains: bool) -> TowerFacts:
 
 
 def bytes_here(values: Iterable[Tensor]) -> int:
-    """Bytes on this device: of a DTensor its own shard; what is there twice counts once."""
+    """The bytes of ``values`` on this rank; a DTensor counts its shard, a repeated value once."""
     sizes = {}
     for value in values:
         local = value.to_local() if is_placed(value) else value
@@ -52,11 +52,11 @@ def dtype_name(value: Tensor) -> str:
 
 
 def blocks_of(model: nn.Module) -> Iterator[BlockLine]:
-    """Repeated blocks, modules beside them, and for themselves the modules that hold those.
+    """The repeated blocks, the modules outside them, and the modules that contain blocks.
 
-    Of a module that holds others only what is directly its own counts, which may be nothing.
+    A module that contains blocks counts only the parameters that are directly its own, if any.
     """
-    if isinstance(model, nn.ModuleList):  # the projections, which have nothing in common
+    if isinstance(model, nn.ModuleList):  # the projections: each is a part of its own
         for name, module in model.named_children():
             yield BlockLine(name, (), sum(p.numel() for p in module.parameters()))
         return

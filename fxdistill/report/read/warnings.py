@@ -1,4 +1,4 @@
-"""What is likely to be a mistake, told before the first step."""
+"""Warnings: things that are likely mistakes, found before the first step."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from fxdistill.report.subject import Subject
 
 
 def warnings_of(subject: Subject, call: Call | None) -> tuple[str, ...]:
-    """Those that models and inputs show, then those that calls have given."""
+    """The warnings from models and inputs, then those that earlier calls gave."""
     batch = () if call is None else _batch(subject, call)
     return (*_models(subject), *batch, *subject.warnings)
 
@@ -63,6 +63,6 @@ def _padding(model: nn.Module) -> int | None:
 
 
 def few(names: list[str]) -> str:
-    """Three names, and how many more there are."""
+    """Up to three of the names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
