@@ -1,8 +1,9 @@
 """What a model says about itself: its task, its inputs, its logits, its encoder."""
 
+import functools
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -59,16 +60,46 @@ def _wrapped(model: nn.Module) -> list[nn.Module]:
     return [m for m in inner if isinstance(m, nn.Module)]
 
 
+def _parameters(model: nn.Module) -> tuple[inspect.Parameter, ...]:
+    """The parameters of ``forward``, without ``self``."""
+    if "forward" in vars(model):  # replaced on the instance
+        return tuple(inspect.signature(model.forward).parameters.values())
+    return _parameters_of(type(model).forward)[1:]
+
+
+@functools.cache
+def _parameters_of(forward: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
+    """Read once for a class: a step must not read signatures."""
+    return tuple(inspect.signature(forward).parameters.values())
+
+
 def input_names(model: nn.Module) -> tuple[str, ...]:
     """The names of the positional parameters of ``forward``, looking through wrappers."""
     for m in (model, *_wrapped(model)):
-        parameters = inspect.signature(m.forward).parameters.values()
+        parameters = _parameters(m)
         names = tuple(p.name for p in parameters if p.kind in _POSITIONAL)
         if names:
             return names
     return ()
 
 
+def accepted_keywords(model: nn.Module) -> frozenset[str] | None:
+    """The keywords that ``forward`` takes, looking through wrappers; ``None`` where it takes any.
+
+    A forward of ``*args`` and ``**kwargs`` alone is a wrapper's, which hands them on.
+    """
+    for m in (model, *_wrapped(model)):
+        parameters = _parameters(m)
+        named = [p for p in parameters if p.kind in _BY_NAME]
+        anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        if anything and named:
+            return None
+        if not anything:
+            return frozenset(p.name for p in named)
+    return None
+
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fxdistill.base.tensors import scalar
-from fxdistill.errors import BatchError, MatchWarning
-from fxdistill.models.conventions import decoder_inputs, input_names
+from fxdistill.errors import BatchError, MatchWarning, did_you_mean
+from fxdistill.models.conventions import accepted_keywords, decoder_inputs, input_names
 from fxdistill.models.devices import device_of
 from fxdistill.models.tap import Tower
 from fxdistill.objective.tokens import TOKEN_FIELDS, Batch
@@ -60,14 +60,35 @@ def sort_call(
     _require_tensors(own)
     shared = Inputs(args, {key: value for key, value in kwargs.items() if key not in kept})
     inputs = {
-        tower: _laid_over(models[tower], shared, own.get(keyword, {}))
-        for keyword, tower in of_one.items()
+        tower: _laid_over(models[tower], taken, own.get(f"{tower}_inputs", {}))
+        for tower, taken in _by_signature(models, shared).items()
     }
     labels = own.get("labels")
     if task == "seq2seq" and labels is not None:
         for tower, model in models.items():
             _give_decoder(model, inputs[tower], labels)
     return Call(inputs, _batch(models[main], inputs[main], own, task))
+
+
+def _by_signature(models: Mapping[Tower, nn.Module], shared: Inputs) -> dict[Tower, Inputs]:
+    """Give each model the keywords that its ``forward`` takes; BatchError for one of no model."""
+    takes = {tower: accepted_keywords(model) for tower, model in models.items()}
+    lists = [names for names in takes.values() if names is not None]
+    if len(lists) == len(takes):
+        known = sorted({*CALL_KEYWORDS, *(f"{t}_inputs" for t in models)}.union(*lists))
+        for name in shared.kwargs:
+            if name not in known:
+                raise BatchError(
+                    f"no model takes {name!r}, and it is no keyword of the distiller's own. "
+                    f"Nearest: {did_you_mean(name, known)}."
+                )
+    return {
+        tower: Inputs(
+            shared.args,
+            {k: v for k, v in shared.kwargs.items() if names is None or k in names},
+        )
+        for tower, names in takes.items()
+    }
 
 
 def _batch(model: nn.Module, inputs: Inputs, own: Mapping[str, Any], task: str | None) -> Batch:

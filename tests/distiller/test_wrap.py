@@ -415,3 +415,16 @@ def test_a_student_equal_to_its_teacher_loses_nothing(loss, logit_loss, mode):
     assert all(value.abs() <= limit for value in out.losses.values())
     if loss != "l2" or exact:  # compiled, the towers may round apart, and l2 has a slope of one
         assert all(g is None or g.abs().max() <= limit for g in gradients(student).values())
+
+
+@pytest.mark.slow
+def test_the_second_step_compiles_nothing():
+    """Dynamo guards on dispatch keys: those of the fused head's body are alike in every step."""
+    distiller = fxdistill.wrap(*toy_pair(), task="causal_lm")
+    counts = []
+    for _ in range(3):
+        ids = tokens()
+        distiller(ids, labels=ids).loss.backward()
+        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert counts[0] == counts[1] == counts[2]
+    assert any(r.name == "FuseHead" and r.changed for r in distiller.program.history)

@@ -6,6 +6,9 @@ compiled separately, for one number of tokens; the last chunk is padded with tok
 count. The body takes a few tokens of the chunk at a time, so that its intermediates are small (on a
 CPU they stay in the cache). The projections take as many tokens as the memory allows, because each
 reads the whole weight.
+
+Private to torch and used here only: ``_AutoDispatchBelowADInplaceOrView``. If it moves, the first
+call of the operator fails.
 """
 
 import functools
@@ -110,7 +113,9 @@ class _Loop:
     def run(self, body: Body) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Run all chunks; return total, terms and gradients."""
         settings = self.call.settings
-        with torch.no_grad():
+        # Autograd calls the operator below its own dispatch keys, a compiled step above them.
+        # Dynamo guards on these keys: the second step would compile the body of a chunk again.
+        with torch.no_grad(), torch._C._AutoDispatchBelowADInplaceOrView():
             terms = settings.new_zeros(2)
             for start in range(0, self.h.shape[0], self.size):
                 terms += self._step(body, start)

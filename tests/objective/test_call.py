@@ -1,0 +1,120 @@
+"""Arguments of a call: each model gets what its ``forward`` takes, and nothing else."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel
+
+import fxdistill
+from fxdistill import errors
+
+MODES = [False, "regional", {"backend": "aot_eager"}]
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+DOMAIN = torch.tensor([0, 1, 2, 0])
+
+
+class WithDomain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.domains = nn.Linear(6, 3), nn.Embedding(5, 3)
+
+    def forward(self, x, domain):
+        return self.linear(x) + self.domains(domain)
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+class TakesAll(Plain):
+    def __init__(self):
+        super().__init__()
+        self.seen = None
+
+    def forward(self, x, **others):
+        self.seen = set(others)
+        return self.linear(x)
+
+
+class Wrapper(nn.Module):
+    """Hands everything on, as wrappers of models do."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+def towers(student=WithDomain, teacher=Plain):
+    torch.manual_seed(0)
+    return student(), teacher()
+
+
+@pytest.mark.parametrize("compile", MODES)
+def test_an_input_of_the_student_alone_stays_from_the_teacher(compile):
+    student, teacher = towers()
+    out = fxdistill.wrap(student, teacher, compile=compile)(x=X, domain=DOMAIN, labels=DOMAIN)
+    z, t = student(X, DOMAIN), teacher(X)
+    want = (t.softmax(-1) * (t.log_softmax(-1) - z.log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(out.losses["logits"], want.detach())
+    want = want + nn.functional.cross_entropy(z, DOMAIN)
+    torch.testing.assert_close(out.loss, want)
+    out.loss.backward()
+    assert student.domains.weight.grad is not None
+
+
+@pytest.mark.parametrize("compile", MODES[:1])
+def test_an_input_of_the_teacher_alone_stays_from_the_student(compile):
+    student, teacher = towers(Plain, WithDomain)
+    out = fxdistill.wrap(student, teacher, compile=compile)(x=X, domain=DOMAIN)
+    z, t = student(X), teacher(X, DOMAIN)
+    want = (t.softmax(-1) * (t.log_softmax(-1) - z.log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(out.loss, want)
+
+
+def test_own_inputs_of_either_side():
+    student, teacher = towers(WithDomain, WithDomain)
+    other = DOMAIN.flip(0)
+    distiller = fxdistill.wrap(student, teacher, compile=False)
+    out = distiller(x=X, student_inputs={"domain": DOMAIN}, teacher_inputs={"domain": other})
+    z, t = student(X, DOMAIN), teacher(X, other)
+    want = (t.softmax(-1) * (t.log_softmax(-1) - z.log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(out.loss, want)
+
+
+def test_a_keyword_that_no_model_takes_is_named():
+    distiller = fxdistill.wrap(*towers(), compile=False)
+    with pytest.raises(errors.BatchError, match=r"no model takes 'domian'.*Nearest: 'domain'"):
+        distiller(x=X, domian=DOMAIN)
+    with pytest.raises(errors.BatchError, match=r"no model takes 'loss_masks'.*'loss_mask'"):
+        distiller(x=X, domain=DOMAIN, loss_masks=DOMAIN)
+
+
+def test_a_model_that_takes_any_keyword_gets_them_all():
+    student, teacher = towers(WithDomain, TakesAll)
+    fxdistill.wrap(student, teacher, compile=False)(x=X, domain=DOMAIN)
+    assert teacher.seen == {"domain"}
+
+
+@pytest.mark.parametrize("wrapper", [Wrapper, DataParallel])
+def test_a_wrapper_takes_what_its_model_takes(wrapper):
+    student, teacher = towers()
+    distiller = fxdistill.wrap(student, wrapper(teacher), compile=False)
+    assert torch.isfinite(distiller(x=X, domain=DOMAIN).loss)
+
+
+def test_a_forward_that_was_replaced_on_the_instance_is_read():
+    student, teacher = towers()
+    plain = teacher.forward
+    teacher.forward = lambda x, domain: plain(x) + domain.unsqueeze(-1)
+    out = fxdistill.wrap(student, teacher, compile=False)(x=X, domain=DOMAIN)
+    z, t = student(X, DOMAIN), teacher(X, domain=DOMAIN)
+    want = (t.softmax(-1) * (t.log_softmax(-1) - z.log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(out.loss, want)
