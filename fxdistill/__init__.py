@@ -15,7 +15,7 @@ if (_root / "pyproject.toml").is_file():
 __version__ = "0.1.0"
 
 # The public names and their homes. Each is imported when it is first asked for: the command line
-# answers --help without torch. Two lists, one for readers of types; a test compares them.
+# answers --help without torch. Readers of types are told below; a test compares the lists.
 _HOMES = {
     "DistillOutput": "distiller.output",
     "Distiller": "distiller.distiller",

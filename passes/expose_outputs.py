@@ -12,7 +12,7 @@ from torch._ops import HigherOrderOperator
 
 from fxdistill.base.transforms import steps_of
 from fxdistill.graph.effects import CHECKPOINT, Effects, effects_of
-from fxdistill.graph.program import Level, P, fork_module, output_values
+from fxdistill.graph.program import Level, P, all_nodes, fork_module, output_values
 from fxdistill.models.tap import Tap
 from fxdistill.taps.markers import LOCAL, is_tap
 
@@ -40,7 +40,7 @@ class ExposeOutputs:
 
     def __call__(self, program: P) -> P:
         """Expose the tapped values; a program without markers is returned as it is."""
-        if not any(is_tap(node) for node in _all_nodes(program.gm)):
+        if not any(is_tap(node) for node in all_nodes(program.gm)):
             return program
         gm = fork_module(program.gm)
         effects = effects_of(gm)
@@ -53,11 +53,6 @@ class ExposeOutputs:
 
     def _wants(self, tap: Tap) -> bool:
         return self.only is None or any(fnmatch.fnmatchcase(str(tap), p) for p in self.only)
-
-
-def _all_nodes(gm: fx.GraphModule) -> list[fx.Node]:
-    inner = [n for m in gm.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes]
-    return inner
 
 
 @dataclass
@@ -105,7 +100,7 @@ def _erase_within(gm: fx.GraphModule, loop: fx.Node) -> set[tuple[str, str]]:
     found = set()
     for given in loop.all_input_nodes:
         body = getattr(gm, str(given.target), None) if given.op == "get_attr" else None
-        for node in _all_nodes(body) if isinstance(body, fx.GraphModule) else []:
+        for node in all_nodes(body) if isinstance(body, fx.GraphModule) else []:
             if is_tap(node):
                 value, _, path, port = node.args
                 found.add((str(path), str(port)))

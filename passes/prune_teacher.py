@@ -19,11 +19,11 @@ class PruneTeacher:
     2. A node that writes a parameter, a buffer or a value that is read stays.
     3. A node without a value (grad mode, autocast, assertions) stays.
 
-    The placeholders stay, because they are the calling convention. ``teachers`` names the models to
+    The placeholders stay, because they are the calling convention. ``towers`` names the models to
     prune.
     """
 
-    teachers: tuple[Tower, ...] = ("teacher",)
+    towers: tuple[Tower, ...] = ("teacher",)
     level: ClassVar[Level] = "captured"
 
     def __call__(self, program: P) -> P:
@@ -42,4 +42,4 @@ class PruneTeacher:
         return replace(program, gm=gm)
 
     def _is_ours(self, node: fx.Node) -> bool:
-        return section_of(node) in self.teachers
+        return section_of(node) in self.towers

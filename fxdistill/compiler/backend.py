@@ -60,7 +60,7 @@ def backend(
     recipe: Recipe | None = None,
     **unknown: Any,
 ) -> Callable[..., Any]:
-    """The ``torch.compile`` backend: split, expose, compose, user passes, prune, lower.
+    """The ``torch.compile`` backend: split, expose, compose, user passes, fuse, prune, lower.
 
     A graph without our markers holds the terms of regional mode, which only need the fused head. Or
     it is a user's function compiled with ``backend="fxdistill"``: then it is lowered as it is.

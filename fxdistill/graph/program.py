@@ -117,6 +117,11 @@ def output_values(graph: fx.Graph) -> tuple[fx.node.Argument, ...]:
     return tuple(values) if isinstance(values, (tuple, list)) else (values,)
 
 
+def all_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """The nodes of ``gm`` and of the regions inside it (checkpoint bodies, branches, loops)."""
+    return [n for m in gm.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes]
+
+
 def fork_module(gm: fx.GraphModule) -> fx.GraphModule:
     """Copy the graph of ``gm`` and of the regions inside it (checkpoint bodies); share the rest."""
     graph = copy_graph(gm.graph)

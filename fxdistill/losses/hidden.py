@@ -21,7 +21,11 @@ from fxdistill.losses.reduce import Values, Whole, counted, weighted_mean, width
 def _loss(
     values: Values, student: Tensor, teacher: Tensor, weights: Tensor | None, *, additive: bool
 ) -> Tensor:
-    """Σ w·value / Σ w; in an ``additive`` loss, values are sums over the width."""
+    """Σ w·value / Σ w; in an ``additive`` loss, values are sums over the width.
+
+    ``values`` sees one token at a time: on a mesh it is given this rank's tokens only. A loss that
+    compares tokens or samples with one another must gather both sides itself.
+    """
     if is_placed(student) or is_placed(teacher):
         options = {"additive": additive}
         of_shards: Tensor = sharded.hidden.loss(values, student, teacher, weights, **options)

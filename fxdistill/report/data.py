@@ -1,4 +1,4 @@
-"""The data of a report: every face of it (terminal, JSON, HTML) shows these values.
+"""The data of a report: JSON has all of it, the terminal and the HTML page show most.
 
 Sizes are in bytes, costs in floating point operations (a multiplication and an addition are two).
 They are those of one step (forward and backward of one batch) on one device; on a mesh, on one

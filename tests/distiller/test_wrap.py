@@ -1,6 +1,7 @@
 """The public face: errors, life cycle, outputs."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 import fxdistill
 from fxdistill import errors
+from fxdistill.losses.names import FEATURE_LOSSES
 from toys import MAPPING, WIDTH, Toy, gradients, tokens, toy_pair
 
 AOT = {"backend": "aot_eager"}
@@ -392,12 +394,12 @@ def same_towers():
     return student, teacher
 
 
-FEATURES, LOGITS = ("mse", "l1", "l2", "smooth_l1", "cosine"), ("forward_kl", "reverse_kl", "jsd")
+FEATURES, LOGITS = tuple(FEATURE_LOSSES), ("forward_kl", "reverse_kl", "jsd")
 EAGERLY = [(False, f, g) for f in FEATURES for g in LOGITS]
 COMPILED = [  # regional terms go through Inductor
     pytest.param(m, f, g, marks=[pytest.mark.slow] if m == "regional" else [])
     for m in (AOT, "regional")
-    for f, g in zip(FEATURES, LOGITS * 2, strict=False)
+    for f, g in zip(FEATURES, itertools.cycle(LOGITS), strict=False)
 ]
 
 

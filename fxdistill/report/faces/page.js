@@ -3,7 +3,7 @@
 const report = JSON.parse(document.getElementById("report").textContent);
 const folded = JSON.parse(document.getElementById("folded").textContent);
 
-// ---- numbers: the rules of fxdistill/report/figures.py
+// ---- numbers: the rules of fxdistill/base/figures.py
 
 function scaled(count, base, units) {
   let number = count;

@@ -1,0 +1,17 @@
+"""Every loss that has a name is compared with an oracle, and on meshes: no list forgets one."""
+
+import matrix
+import oracle
+from fxdistill import losses
+from fxdistill.losses.names import FEATURE_LOSSES, LABEL_LOSSES, LOGIT_LOSSES
+
+
+def test_every_feature_loss_is_in_the_oracle_and_in_the_matrix_of_placements():
+    assert set(oracle.FEATURE_LOSSES) == set(FEATURE_LOSSES)
+    assert {name.partition("/")[0] for name in matrix.FEATURES} == set(FEATURE_LOSSES)
+
+
+def test_every_loss_by_name_is_public():
+    names = {*FEATURE_LOSSES, *LOGIT_LOSSES, *LABEL_LOSSES}
+    assert names <= set(losses.__all__)
+    assert all(getattr(losses, name).__doc__ for name in names)
