@@ -31,6 +31,8 @@ from fxdistill.losses.fused.sizes import chunk_tokens_for
 if TYPE_CHECKING:
     from fxdistill.losses.fused.sharded_heads import ShardedHeads
 
+MANY_CLASSES = 4096  # logits [B, C] with as many are worth fusing
+
 
 @dataclass(frozen=True)
 class FuseHead:
@@ -42,7 +44,7 @@ class FuseHead:
     2. Where something else reads the logits (an output, a match of the head), or they are made in
        another way, the pass changes nothing, and its remark says why.
     3. Dead code derived from the logits is removed.
-    4. Logits ``[B, C]`` are left alone, because classes are few.
+    4. Logits ``[B, C]`` of fewer than 4096 classes are left alone: they cost little.
     5. A divergence and the label loss on the same logits become one node. Every further divergence
        (another teacher's) and every further student gets a node of its own.
 
@@ -242,7 +244,7 @@ def _heads(
         _require_readers("student", cut, losses)
         readers.add(cut)
     _require_readers("student", logits, readers)
-    if value_of(logits).ndim < 3:
+    if value_of(logits).ndim < 3 and value_of(logits).shape[-1] < MANY_CLASSES:
         raise Unreadable(f"{[*value_of(logits).shape]} is classes, not a vocabulary")
     student = _of("student", read_head, logits)
     if value_of(student.linear).dtype == torch.float16:

@@ -21,7 +21,7 @@ from torch._functorch import config as functorch_config
 
 from fxdistill.base.nodes import own_code
 from fxdistill.compiler.backend import Captured, Recipe, backend
-from fxdistill.compiler.explain import explained
+from fxdistill.compiler.explain import explained, is_of_compiling
 from fxdistill.compiler.journal import Journal
 from fxdistill.compiler.split import split
 from fxdistill.errors import FxDistillError
@@ -61,6 +61,11 @@ def _call(compiled: Traced, table: TapTable, *args: Any) -> Any:
         if isinstance(inner, (FxDistillError, Captured)):
             raise inner from None
         raise explained(error) from error
+    except Exception as error:
+        # Some errors of torch's own (sizes that depend on data, say) leave dynamo as they are.
+        if not is_of_compiling(error):
+            raise
+        raise (table.failure or explained(error)) from error
 
 
 @contextlib.contextmanager

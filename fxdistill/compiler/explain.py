@@ -53,6 +53,19 @@ def explained(error: Exception) -> FxDistillError:
     )
 
 
+def is_of_compiling(error: BaseException) -> bool:
+    """Whether dynamo was compiling when ``error`` was raised, and not running what it had made."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename.endswith(_COMPILING):
+            return True
+        trace = trace.tb_next
+    return False
+
+
+_COMPILING = os.path.join("_dynamo", "convert_frame.py")
+
+
 def _where(error: Exception) -> str:
     """The innermost line of the user's code in the stack of the failure."""
     stack = list(getattr(error, "real_stack", None) or ())
@@ -60,7 +73,7 @@ def _where(error: Exception) -> str:
     # A line inside torch says less than the line that called it.
     outside = [f for f in frames if not f.filename.startswith(_TORCH)]
     if not frames:
-        return ""
+        return _in_trace(str(error))  # errors of symbolic sizes hold the stack as text
     last = (outside or frames)[-1]
     return f"\n  at {last.filename}:{last.lineno} in {last.name}\n    {last.line or ''}"
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from rich.console import Group
 from torch import Tensor, nn
 
 from fxdistill import parallel
@@ -14,7 +13,7 @@ from fxdistill.base.ranks import Ranks
 from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.journal import Journal
 from fxdistill.distiller import dry
-from fxdistill.distiller.guard import check_call, settle
+from fxdistill.distiller.guard import check_call, check_not_crossed, freezes, settle
 from fxdistill.distiller.modes import Request, Result, Steps, eager, in_one_graph, regional
 from fxdistill.distiller.options import Options
 from fxdistill.distiller.output import DistillOutput
@@ -29,7 +28,7 @@ from fxdistill.models.tap import Tower
 from fxdistill.objective.call import Call, sort_call
 from fxdistill.objective.objective import Objective
 from fxdistill.report.build import build
-from fxdistill.report.faces.summary import summary
+from fxdistill.report.faces.summary import Summary, summary
 from fxdistill.report.read import notes
 from fxdistill.report.report import Report
 from fxdistill.report.subject import CapturedStep, Subject
@@ -67,6 +66,7 @@ class Distiller(nn.Module):
         self._settings = Settings(settings, [term.name for term in objective.features])
         self._steps = Steps()
         self._warnings: dict[str, bool] = {}  # by text: whether it has been given
+        freezes(self, (models[tower].module for tower in self._towers.frozen))
         # Not self.train(): parts of the student may have been put in another mode on purpose.
         self.training = models[main].module.training
         self.projections.train(self.training)
@@ -124,7 +124,9 @@ class Distiller(nn.Module):
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DistillOutput:
         self.journal.called(args, kwargs)
+        check_not_crossed(self, self._towers)
         request = self._request(self._sorted(args, kwargs))
+        self._warn_without_terms(request)
         try:
             losses, logits = self._run(request)
         except CaptureError as error:
@@ -137,6 +139,15 @@ class Distiller(nn.Module):
         if logits is not None:
             out["logits"] = logits
         return out
+
+    def _warn_without_terms(self, request: Request) -> None:
+        objective = request.objective
+        if not (objective.features or objective.logits or objective.labels):
+            text = (
+                "no term is in the loss, so it is 0 and teaches nothing: pass labels, give a "
+                "mapping, or a logit_loss"
+            )
+            self._warnings = {text: False, **self._warnings}
 
     def _sorted(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """Sort and check the arguments of a call."""
@@ -258,10 +269,20 @@ class Distiller(nn.Module):
 
     # ------------------------------------------------------------------ looking
 
-    def check(self, *args: Any, **kwargs: Any) -> JointProgram:
-        """Capture the step on these inputs' shapes and raise its errors, without running it."""
+    def check(self, *args: Any, **kwargs: Any) -> JointProgram | None:
+        """Capture the step on these inputs' shapes, raising what would go wrong; runs nothing.
+
+        Where models run as they are (regional, eager, or with a fallback) and cannot be captured,
+        the step may well run: a warning says what stopped the check, and there is no program.
+        """
         request = self._request(self._sorted(args, kwargs))
-        program, *_ = dry.captured(request, self._steps, self._recipe(), cut=False)
+        try:
+            program, *_ = dry.captured(request, self._steps, self._recipe(), cut=False)
+        except CaptureError as error:
+            if self.options.mode == "one_graph" and not self.options.fallback:
+                raise
+            warnings.warn(f"these inputs could not be checked: {error}", stacklevel=2)
+            return None
         self._note_warnings(request)
         self._announce()
         return program
@@ -305,7 +326,7 @@ class Distiller(nn.Module):
             warnings=tuple(self._warnings),
         )
 
-    def summary(self) -> Group:
+    def summary(self) -> Summary:
         """Tables for ``rich.print``: the terms, and what each pass did to the last program."""
         told = (*self.matches.notes, *self._notes, *self._warnings)
         return summary(self.objective, self.projections, self.program, self.options.mode, told)

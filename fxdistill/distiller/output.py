@@ -24,7 +24,10 @@ class DistillOutput(OrderedDict[str, Any]):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"no output {name!r}; there are {', '.join(self)}") from None
+            there = f"no output {name!r}; there are {', '.join(self)}"
+            if name == "logits":
+                there += '. wrap(..., outputs=("logits",)) adds the student\'s logits'
+            raise AttributeError(there) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value

@@ -23,6 +23,7 @@ from fxdistill.errors import (
     CaptureError,
     FrozenStudentError,
     FxDistillError,
+    MatchWarning,
     OptionError,
     gather,
     raise_together,
@@ -132,6 +133,7 @@ def wrap(
     Raises:
         FxDistillError: A subclass for each kind of mistake; see ``fxdistill.errors``.
     """
+    _check_models(student=student, teacher=teacher)
     check_trainable(student)
     options = read_options(compile, tuple(outputs), tuple(passes))
     examples = _as_inputs(example_inputs)
@@ -157,6 +159,8 @@ def wrap(
     }
     check_settings(settings)
     warn_of_zero_weights(objective.features)
+    if freeze_teacher:
+        _warn_of_moving_targets(student, teacher)
     models = {"teacher": Model(teacher, not freeze_teacher), "student": Model(student)}
     losses = [loss_name(loss) for loss in (logit_loss, label_loss, feature_loss) if loss]
     asked = f"{matches}\n{losses} {settings}\n{options.mode} {options.outputs} {found_task}"
@@ -190,6 +194,20 @@ class Parts(NamedTuple):
     options: Options
 
 
+def _check_models(**models: Any) -> None:
+    """Raise OptionError where a model is none."""
+    for name, model in models.items():
+        if not isinstance(model, nn.Module):
+            raise OptionError(
+                f"{name} is a {type(model).__name__}{_shown(model)}, and an nn.Module is needed: a "
+                "model that from_pretrained(...) or a constructor of yours has made"
+            )
+
+
+def _shown(value: Any) -> str:
+    return f" {value!r}" if isinstance(value, str) else ""
+
+
 def check_trainable(student: nn.Module) -> None:
     """Raise FrozenStudentError if no parameter of the student requires a gradient."""
     parameters = list(student.parameters())
@@ -197,6 +215,20 @@ def check_trainable(student: nn.Module) -> None:
         raise FrozenStudentError(
             f"none of the student's {len(parameters)} parameters requires a gradient: there is "
             "nothing to train. student.requires_grad_(True), or unfreeze the part to train."
+        )
+
+
+def _warn_of_moving_targets(student: nn.Module, teacher: nn.Module) -> None:
+    """Warn of a frozen teacher that holds parameters that the student learns."""
+    learning = {id(p): name for name, p in student.named_parameters() if p.requires_grad}
+    shared = [learning[id(p)] for p in teacher.parameters() if id(p) in learning]
+    if shared and teacher is not student:
+        warnings.warn(
+            f"the frozen teacher holds {len(shared)} parameters that the student learns "
+            f"({shared[0]}, ...): its targets change with every step. Switch them off in the "
+            "teacher if they are adapters; else give it a copy.",
+            MatchWarning,
+            stacklevel=3,
         )
 
 
@@ -283,12 +315,7 @@ def _tried(parts: Parts, examples: Inputs | None) -> Distiller:
     if problems:  # report the errors of the check together with them
         gather(problems, check)
         raise_together(problems)
-    try:
-        check()
-    except CaptureError as error:
-        if parts.options.mode == "one_graph" and not parts.options.fallback:
-            raise
-        warnings.warn(f"the example inputs could not be checked: {error}", stacklevel=4)
+    check()
     return distiller
 
 

@@ -38,7 +38,9 @@ def run(program: P, passes: Sequence[Pass], between: Sequence[Observer] = ()) ->
             raise
         except Exception as error:
             done = ", ".join(record.name for record in before.history) or "none"
-            raise PassError(f"pass {name} failed after passes: {done}: {error}") from error
+            raise PassError(
+                f"pass {name} failed after passes: {done}: {_first_lines(error)}"
+            ) from error
         record = PassRecord(
             name,
             len(before.gm.graph.nodes),
@@ -56,6 +58,12 @@ def run(program: P, passes: Sequence[Pass], between: Sequence[Observer] = ()) ->
         for observer in between:
             observer(record, program)
     return program
+
+
+def _first_lines(error: Exception) -> str:
+    """What an exception says, without the graph that torch.fx prints behind it."""
+    told = f"{type(error).__name__}: {error}".splitlines()
+    return "\n".join(told[:3])
 
 
 def _require_level(p: Pass, program: Program) -> None:

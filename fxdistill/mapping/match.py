@@ -37,6 +37,8 @@ class Match:
         student_port: ``"output"`` (the first tensor of a tuple, dict or dataclass),
             ``"output[i]"``, ``"output.field"``, ``"input"``, ``"input[i]"`` or ``"input.name"``.
         teacher_port: The same for the teacher.
+        shapes: ``"any"``: the loss, a callable of your own, compares values of different shapes and
+            gets them as they are. A callable may say it: ``loss.compares_shapes = "any"``.
         reason: Why ``fxdistill.match`` proposed the pair; it changes nothing.
     """
 
@@ -51,6 +53,7 @@ class Match:
     )
     student_port: str = field(default="output", kw_only=True)
     teacher_port: str = field(default="output", kw_only=True)
+    shapes: Literal["equal", "any"] = field(default="equal", kw_only=True)
     reason: str = field(default="", kw_only=True, compare=False)
 
     def __repr__(self) -> str:
@@ -68,5 +71,6 @@ class Match:
             is_name = isinstance(self.project, str)
             parts.append(f"project {self.project if is_name else type(self.project).__name__}")
         parts += [] if self.rearrange is None else [f"rearrange {self.rearrange}"]
+        parts += [] if self.shapes == "equal" else [f"shapes {self.shapes}"]
         parts += [] if self.reduce is None else [f"reduce {self.reduce}"]
         return ", ".join(parts)

@@ -148,6 +148,8 @@ def _shapes(
         t: Sequence[int] = arranged_shape(teacher, theirs, student, ours)
     except LayoutError as error:
         return [LayoutError(f"{' and '.join(_named(term))}: {error}")]
+    if term.any_shapes:
+        return []
     if term.projection is not None:
         projection = projections[term.projection]
         if (wrong := _dtype_problem(s_name, student, projection)) is not None:

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from fxdistill.errors import FxDistillError, LayoutError, gather, raise_together
-from fxdistill.losses.names import FEATURE_LOSSES, Loss, loss_of
+from fxdistill.errors import FxDistillError, LayoutError, OptionError, gather, raise_together
+from fxdistill.losses.names import FEATURE_LOSSES, Loss, is_named, loss_name, loss_of
 from fxdistill.mapping import projections
 from fxdistill.mapping.layout import Layout, keeps_tokens, layouts, pools_tokens
 from fxdistill.mapping.match import Match
@@ -54,6 +54,7 @@ def make_terms(
                     layouts=both,
                     keeps_tokens=keeps_tokens(both[0], _token_axis(student, tap)),
                     pools_tokens=(pools_tokens(both[0]), pools_tokens(both[1])),
+                    any_shapes=_compares_any(match, loss),
                 )
             )
     raise_together(problems)
@@ -70,7 +71,23 @@ def check_options(
     """The loss and the layouts of a match; errors in its options are added to ``problems``."""
     gather(problems, projections.check_option, match, student)
     loss = gather(problems, loss_of, match.loss or default, FEATURE_LOSSES, "loss")
+    gather(problems, _check_shapes, match, loss)
     return loss, gather(problems, layouts, match.rearrange, match.reduce, name)
+
+
+def _check_shapes(match: Match, loss: Loss | None) -> None:
+    """Raise OptionError where ``shapes`` is no option, or one that the loss does not have."""
+    if match.shapes not in ("equal", "any"):
+        raise OptionError(f"shapes={match.shapes!r} for {match.student!r}: 'equal' or 'any'")
+    if match.shapes == "any" and loss is not None and is_named(loss):
+        raise OptionError(
+            f"shapes='any' for {match.student!r}: {loss_name(loss)} compares values of equal "
+            "shapes. Give a loss of your own, project=, rearrange= or reduce=."
+        )
+
+
+def _compares_any(match: Match, loss: Loss) -> bool:
+    return "any" in (match.shapes, getattr(getattr(loss, "func", loss), "compares_shapes", "equal"))
 
 
 def _token_axis(model: nn.Module, tap: Tap) -> int:

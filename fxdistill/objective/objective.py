@@ -231,7 +231,8 @@ class Objective:
             s, t = _laid_out(term, s, t, batch, task)
             if term.projection is not None:
                 s = projected(projections[term.projection], s, self.ranks)
-            require_same_shape(s, t, term.student.name, term.teacher.name)
+            if not term.any_shapes:
+                require_same_shape(s, t, term.student.name, term.teacher.name)
             weights = None
             if task == "classification" or term.keeps_tokens:
                 weights = feature_weights(batch, task, term.stream, s)

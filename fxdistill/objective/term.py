@@ -33,6 +33,7 @@ class Term:
     keeps_tokens: bool = True
     pools_tokens: tuple[bool, bool] = (False, False)
     of: tuple[Tower, Tower] = ("student", "teacher")
+    any_shapes: bool = False  # the loss compares values of different shapes
 
     @property
     def taps(self) -> tuple[tuple[Tower, Tap], tuple[Tower, Tap]]:

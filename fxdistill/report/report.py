@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import RenderableType
 
+from fxdistill.base.text import text
 from fxdistill.report.data import Facts
 from fxdistill.report.faces import html
 from fxdistill.report.faces.terminal import terminal
@@ -31,3 +32,7 @@ class Report(Facts):
     def __rich__(self) -> RenderableType:
         """The report for a terminal: ``rich.print(report)``."""
         return terminal(self)
+
+    def __str__(self) -> str:
+        """The same as plain text, in 80 columns: ``print(report)``."""
+        return text(self, 80)

@@ -285,6 +285,7 @@ def test_backward_hooks_see_their_gradients() -> None:
         assert len(calls) == 2  # regional and eager
 
 
+@pytest.mark.filterwarnings("ignore:the frozen teacher holds:fxdistill.errors.MatchWarning")
 def test_a_head_that_both_towers_share() -> None:
     student, teacher = Model(0), Model(1)
     teacher.lm_head = student.lm_head

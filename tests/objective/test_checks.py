@@ -213,6 +213,7 @@ class Jittery(nn.Linear):
         self.jitter_noise = noise
 
 
+@pytest.mark.filterwarnings("ignore:the frozen teacher holds:fxdistill.errors.MatchWarning")
 @pytest.mark.parametrize(
     ("module", "conflict"),
     [

@@ -150,6 +150,7 @@ def compare(
 # ---- which terms
 
 
+@pytest.mark.filterwarnings("ignore:no term is in the loss:fxdistill.errors.MatchWarning")
 @pytest.mark.parametrize(("logits", "labelled", "features"), ALL_TERMS)
 def test_any_subset_of_terms(llamas: Any, logits: bool, labelled: bool, features: bool) -> None:
     batch = batch_of("left")

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from fxdistill.base.text import text
 from fxdistill.graph.program import Program
 from fxdistill.graph.sections import section_of
 from fxdistill.losses.names import loss_name
@@ -17,13 +18,20 @@ from fxdistill.objective.objective import Objective
 from fxdistill.objective.term import Term
 
 
+class Summary(Group):
+    """What ``distiller.summary()`` returns: for ``rich.print``, and for ``print``."""
+
+    def __str__(self) -> str:
+        return text(self, 80)
+
+
 def summary(
     objective: Objective,
     projections: nn.ModuleList,
     program: Program | None,
     mode: str,
     notes: Iterable[str],
-) -> Group:
+) -> "Summary":
     """Tables for 80 columns; without a program (eager mode, or no call yet), only the terms."""
     parts: list[Table | Text] = [_terms(objective, projections)]
     if program is None:
@@ -32,7 +40,7 @@ def summary(
         parts.append(Text(f"mode {mode}: {eager if mode == 'eager' else later}"))
     else:
         parts += [_passes(program), _sections(program)]
-    return Group(*parts, *(Text(f"note: {note}", overflow="fold") for note in notes))
+    return Summary(*parts, *(Text(f"note: {note}", overflow="fold") for note in notes))
 
 
 def _terms(objective: Objective, projections: nn.ModuleList) -> Table:

@@ -311,7 +311,7 @@ def test_sizes_that_depend_on_values_name_their_line_and_leave_the_rest():
     assert report.stopped.splitlines()[-1].strip() == (
         "rows = torch.nonzero(x[:, 0] > 0).squeeze(1)"
     )
-    assert "test_numbers.py" in report.stopped
+    assert "test_memory.py" in report.stopped
     assert report.pairs[0].student_value.shape == (5, 8)
     assert report.passes
     assert report.nodes["student"] > 0
