@@ -17,7 +17,7 @@ from fxdistill.compiler.backend import Recipe
 from fxdistill.distiller.step import lookup_marker, run_towers, step
 from fxdistill.distiller.towers import Towers
 from fxdistill.heads.curve import logits_from
-from fxdistill.heads.find import Found, deferrable, mesh_sizes, sharded_vocabularies
+from fxdistill.heads.find import Found, Meshes, deferrable, meshes_of, sharded_vocabularies
 from fxdistill.heads.unmade import HeadInputs, as_loss_input, deferring
 from fxdistill.models.landmarks import head_path
 from fxdistill.models.modes import buffers_kept_on_error
@@ -52,15 +52,16 @@ class Steps:
     def __init__(self) -> None:
         self._compiled: dict[str, Callable[..., Any]] = {}
         self._head_paths: dict[Tower, str | None] | None = None
+        self._meshes: dict[Tower, tuple[int, Meshes]] = {}
         self.passed = False  # whether a step outside one-graph mode has passed its checks
 
     def compiled(
-        self, function: Callable[..., Any], recipe: Recipe, dynamic: bool | None
+        self, function: Callable[..., Any], recipe: Recipe, dynamic: Callable[[], bool | None]
     ) -> Callable[..., Any]:
         """``function`` compiled as one graph; created once, compiled at its first call."""
         name = function.__name__
         if name not in self._compiled:
-            self._compiled[name] = capture.one_graph(function, recipe, dynamic)
+            self._compiled[name] = capture.one_graph(function, recipe, dynamic())
         return self._compiled[name]
 
     def head_paths(self, towers: Towers) -> dict[Tower, str | None]:
@@ -68,6 +69,14 @@ class Steps:
         if self._head_paths is None:
             self._head_paths = {t: head_path(model) for t, model in towers.modules.items()}
         return self._head_paths
+
+    def meshes(self, towers: Towers) -> dict[Tower, Meshes]:
+        """Where the parameters of each model lie; looked for again when a model has other ones."""
+        for tower, model in towers.modules.items():
+            first = id(next(model.parameters(), None))
+            if self._meshes.get(tower, (None,))[0] != first:
+                self._meshes[tower] = first, meshes_of(model)
+        return {tower: self._meshes[tower][1] for tower in towers.modules}
 
     def __getstate__(self) -> dict[str, Any]:
         """The state of new ``Steps``: a copy has compiled nothing."""
@@ -77,7 +86,7 @@ class Steps:
 def in_one_graph(request: Request, steps: Steps, recipe: Recipe, dynamic: bool | None) -> Result:
     """Run models and terms as one compiled graph."""
     towers, call = request.towers, request.call
-    run = steps.compiled(step, recipe, towers.dynamic(dynamic))
+    run = steps.compiled(step, recipe, lambda: towers.dynamic(dynamic))
     with tapping(request, steps, capturing=True) as table:
         given = (towers, request.objective, call.inputs, call.batch, request.settings)
         result: Result = run(table, *given)
@@ -99,7 +108,7 @@ def regional(
         anchor = run_towers(towers, objective, call.inputs)
         values = collect(objective)
     steps.passed = True
-    terms = steps.compiled(terms_of, recipe, towers.dynamic(dynamic))
+    terms = steps.compiled(terms_of, recipe, lambda: towers.dynamic(dynamic))
     with recording(TapTable(capturing=True)) as table:
         given = (objective, values, call.batch, request.settings, towers.projections, anchor)
         losses, logits = terms(table, *given)
@@ -139,10 +148,12 @@ def _heads(request: Request, steps: Steps) -> Found:
 def tapping(request: Request, steps: Steps, *, capturing: bool) -> Iterator[TapTable]:
     """Put hooks on all models for one call, and yield the table that they fill."""
     towers, objective = request.towers, request.objective
+    meshes = steps.meshes(towers)
+    placed = {tower: model for tower, model in towers.modules.items() if meshes[tower].placed}
     expected = Expectations(
         frozen=towers.frozen,
-        vocabularies=sharded_vocabularies(towers.modules, steps.head_paths(towers)),
-        ranks={tower: mesh_sizes(model) for tower, model in towers.modules.items()},
+        vocabularies=sharded_vocabularies(placed, steps.head_paths(towers)),
+        ranks={tower: meshes[tower].sizes for tower in towers.modules},
         grids=request.call.batch.grids,
         verify=functools.partial(
             verify,
@@ -155,7 +166,8 @@ def tapping(request: Request, steps: Steps, *, capturing: bool) -> Iterator[TapT
     with contextlib.ExitStack() as hooks:
         hooks.enter_context(recording(table))
         for tower, model in towers.modules.items():
-            hooks.enter_context(hooked(model, tower, objective.taps_of(tower)))
+            taps = objective.taps_of(tower)
+            hooks.enter_context(hooked(model, tower, taps, styles=meshes[tower].placed))
         try:
             yield table
             request.warned.extend(table.warnings)

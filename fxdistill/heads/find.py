@@ -7,7 +7,7 @@ fails in the first call.
 import functools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -98,20 +98,28 @@ def sharded_vocabularies(
     return found
 
 
-def mesh_sizes(model: nn.Module) -> frozenset[int]:
-    """The sizes of the mesh dimensions that may shard a sequence, so not those that split samples.
+class Meshes(NamedTuple):
+    """Whether parameters of a model are DTensors, and the sizes of the dimensions they lie on.
 
-    A mesh dimension that splits samples is called "dp" or "replicate". None in a wrapped model.
+    ``sizes`` are those of dimensions that may shard a sequence, not those that shard samples.
     """
+
+    placed: bool = False
+    sizes: frozenset[int] = frozenset()
+
+
+def meshes_of(model: nn.Module) -> Meshes:
+    """Where the parameters of ``model`` lie; a wrapper's dimensions shard no sequence."""
     meshes = {p.device_mesh for p in model.parameters() if is_placed(p)}
     if not meshes or any(_is_wrapper(type(module).__mro__) for module in model.modules()):
-        return frozenset()
-    return frozenset(
+        return Meshes(bool(meshes))
+    sizes = (
         size
         for mesh in meshes
         for name, size in zip(mesh.mesh_dim_names or ("",) * mesh.ndim, mesh.shape, strict=True)
         if name not in ("dp", "replicate")
     )
+    return Meshes(True, frozenset(sizes))
 
 
 @functools.cache

@@ -21,6 +21,8 @@ def settle_modes(learning: Iterable[nn.Module], frozen: nn.Module, name: str = "
     Raises ModeError if such a module is in train mode and computes something else in that mode.
     ``name`` is the name of the frozen model.
     """
+    if not any(module.training for module in frozen.modules()):  # as in every step but the first
+        return
     shared = {id(m) for model in learning for m in model.modules()}
     for path, module in frozen.named_modules():
         if id(module) in shared and module.training and (reason := _mode_matters(module)):

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxdistill.base.tensors import is_placed
 from fxdistill.errors import TapError
 from fxdistill.models.tap import Tap, Tower
 from fxdistill.taps.markers import note_localised, raw, reject, tap
@@ -76,16 +75,22 @@ def _no_port(value: Any, tower: Tower, path: str, port: str) -> str:
 
 @contextlib.contextmanager
 def hooked(
-    model: nn.Module, tower: Tower, taps: Iterable[Tap], *, required: bool = True
+    model: nn.Module,
+    tower: Tower,
+    taps: Iterable[Tap],
+    *,
+    required: bool = True,
+    styles: bool = False,
 ) -> Iterator[None]:
     """Put a hook on every tapped module of ``model`` for as long as the context lasts.
 
-    Unless ``required``, a module that has no tensor at its port is skipped.
+    Unless ``required``, a module that has no tensor at its port is skipped. ``styles``: the model
+    has parameters on a mesh, so hooks of parallel styles are looked for.
     """
     handles: list[Any] = []
     traced = capturing()
     try:
-        handles += _watch_styles(model)
+        handles += _watch_styles(model) if styles else []
         for path, port in dict.fromkeys((tap.path, tap.port) for tap in taps):
             module = model.get_submodule(path)
             if not traced:
@@ -109,8 +114,6 @@ def _watch_styles(model: nn.Module) -> list[Any]:
 
     A style is a hook on a module: a hook before it sees the DTensor, one after it the local tensor.
     """
-    if not any(is_placed(parameter) for parameter in model.parameters()):
-        return []
     handles: list[Any] = []
     for module in model.modules():
         if module._forward_hooks:
