@@ -13,6 +13,7 @@ from fxdistill.compiler.compose import compose
 from fxdistill.compiler.journal import Journal
 from fxdistill.compiler.lower import Lowering, lower
 from fxdistill.compiler.split import split
+from fxdistill.compiler.waiting import waiting
 from fxdistill.errors import OptionError
 from fxdistill.graph import pipeline
 from fxdistill.graph.halves import Halves
@@ -79,12 +80,15 @@ def _step(gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: Recipe) -> 
     """Compile a graph that holds the models and the objective."""
     dump, journal = Dump(), recipe.journal
     journal.made_graph(_why_again())
-    joint = joint_program(gm, recipe, dump)
+    with waiting("running passes"):
+        joint = joint_program(gm, recipe, dump)
     journal.program = joint
     if recipe.dry and (recipe.watch is None or not _learns(joint)):  # no halves wanted, or none
         raise Captured
     passes, observers = recipe.passes("step"), (dump, _note(journal, joint))
-    compiled = lower(joint.gm, example_inputs, recipe.lowering, passes, observers, recipe.watch)
+    lowering = (recipe.lowering, passes, observers, recipe.watch)
+    with waiting("compiling the step"):
+        compiled = lower(joint.gm, example_inputs, *lowering)
     if recipe.dry:  # AOTAutograd made no backward: no output depends on a trainable parameter
         raise Captured
     return compiled
@@ -104,7 +108,8 @@ def _terms(
     terms = pipeline.run(terms, recipe.passes("terms"), [dump])
     recipe.journal.program = terms
     passes, observers = recipe.passes("terms step"), (dump, _note(recipe.journal, terms))
-    return lower(terms.gm, example_inputs, recipe.lowering, passes, observers)
+    with waiting("compiling the terms"):
+        return lower(terms.gm, example_inputs, recipe.lowering, passes, observers)
 
 
 def _learns(joint: JointProgram) -> bool:

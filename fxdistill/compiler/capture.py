@@ -24,6 +24,7 @@ from fxdistill.compiler.backend import Captured, Recipe, backend
 from fxdistill.compiler.explain import explained, is_of_compiling
 from fxdistill.compiler.journal import Journal
 from fxdistill.compiler.split import split
+from fxdistill.compiler.waiting import waiting
 from fxdistill.errors import FxDistillError
 from fxdistill.graph.halves import Halves
 from fxdistill.graph.joint import JointProgram
@@ -43,7 +44,23 @@ def one_graph(step: Traced, recipe: Recipe, dynamic: bool | None = None) -> Trac
     compiled = torch.compile(
         own, backend=functools.partial(backend, recipe=recipe), fullgraph=True, dynamic=dynamic
     )
-    return functools.partial(_call, compiled)
+    return _OneGraph(compiled)
+
+
+class _OneGraph:
+    """A compiled step; the first call, which makes the graph, says that it takes its time."""
+
+    def __init__(self, compiled: Traced) -> None:
+        self.compiled = compiled
+        self.made = False
+
+    def __call__(self, table: TapTable, *args: Any) -> Any:
+        if self.made:
+            return _call(self.compiled, table, *args)
+        with waiting("capturing the step"):
+            result = _call(self.compiled, table, *args)
+        self.made = True
+        return result
 
 
 def _call(compiled: Traced, table: TapTable, *args: Any) -> Any:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxdistill.compiler import capture
 from fxdistill.compiler.backend import Recipe
-from fxdistill.distiller.modes import Request, Steps, tapping
+from fxdistill.distiller.modes import Request, Steps, captured_warm, tapping
 from fxdistill.distiller.step import run_towers, step
 from fxdistill.graph.halves import Halves
 from fxdistill.graph.joint import JointProgram
@@ -24,7 +24,8 @@ def captured(
     given = (request.towers, request.objective, call.inputs, call.batch, request.settings)
     run = capture.dry_halves if cut else capture.dry_run
     with tapping(request, steps, capturing=True) as table:
-        return *run(step, recipe, table, *given), table
+        found = captured_warm(request.towers, lambda: run(step, recipe, table, *given))
+        return *found, table
 
 
 def tapped_shapes(request: Request, steps: Steps) -> Mapping[tuple[Tower, Tap], Tensor]:
@@ -32,7 +33,8 @@ def tapped_shapes(request: Request, steps: Steps) -> Mapping[tuple[Tower, Tap], 
     objective = replace(request.objective, logits=(), labels=(), returns=None)
     request = replace(request, objective=objective)
     with tapping(request, steps, capturing=True) as table:
-        capture.dry_values(run_towers, table, request.towers, objective, request.call.inputs)
+        given = (request.towers, objective, request.call.inputs)
+        captured_warm(request.towers, lambda: capture.dry_values(run_towers, table, *given))
     return {
         end: torch.empty([int(size) for size in value.shape], device="meta")
         for end, value in table.values.items()

@@ -8,7 +8,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -16,11 +16,13 @@ from fxdistill.compiler import capture
 from fxdistill.compiler.backend import Recipe
 from fxdistill.distiller.step import lookup_marker, run_towers, step
 from fxdistill.distiller.towers import Towers
+from fxdistill.errors import CaptureError
 from fxdistill.heads.curve import logits_from
 from fxdistill.heads.find import Found, Meshes, deferrable, meshes_of, sharded_vocabularies
 from fxdistill.heads.unmade import HeadInputs, as_loss_input, deferring
 from fxdistill.models.landmarks import head_path
 from fxdistill.models.modes import buffers_kept_on_error
+from fxdistill.models.recorders import install_recorders, is_of_cold_model
 from fxdistill.models.tap import Tap, Tower
 from fxdistill.objective.call import Call
 from fxdistill.objective.checks import verify
@@ -31,6 +33,7 @@ from fxdistill.taps.hooks import hooked
 from fxdistill.taps.markers import verified
 from fxdistill.taps.table import Expectations, TapTable, recording
 
+T = TypeVar("T")
 Result = tuple[Losses, Tensor | None]
 Collected = Mapping[tuple[Tower, Tap], Tensor | HeadInputs]
 
@@ -89,8 +92,18 @@ def in_one_graph(request: Request, steps: Steps, recipe: Recipe, dynamic: bool |
     run = steps.compiled(step, recipe, lambda: towers.dynamic(dynamic))
     with tapping(request, steps, capturing=True) as table:
         given = (towers, request.objective, call.inputs, call.batch, request.settings)
-        result: Result = run(table, *given)
+        result: Result = captured_warm(towers, lambda: run(table, *given))
         return result
+
+
+def captured_warm(towers: Towers, run: Callable[[], T]) -> T:
+    """Call ``run``, and again once transformers' hooks are in models that have never run."""
+    try:
+        return run()
+    except CaptureError as error:
+        if not is_of_cold_model(error) or not install_recorders(towers.modules.values()):
+            raise
+    return run()
 
 
 def regional(

@@ -1,0 +1,80 @@
+"""One line while a step compiles: which stage, and for how long. Nothing for what takes no time.
+
+On a terminal the line is updated in place; elsewhere the logger ``fxdistill`` is told at level INFO
+when a stage has begun to take long.
+"""
+
+import contextlib
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+SILENT = 2.0  # seconds before anything is said
+_LOG = logging.getLogger("fxdistill")
+
+
+class _Stage(threading.local):
+    watcher: "_Watcher | None" = None
+
+
+_current = _Stage()
+
+
+@contextlib.contextmanager
+def waiting(stage: str) -> Iterator[None]:
+    """Say that this takes its time, if it does; within another one, name its next stage."""
+    if (outer := _current.watcher) is not None:
+        before, outer.stage = outer.stage, stage
+        try:
+            yield
+        finally:
+            outer.stage = before
+        return
+    watcher = _current.watcher = _Watcher(stage)
+    watcher.start()
+    try:
+        yield
+    finally:
+        _current.watcher = None
+        watcher.end()
+
+
+class _Watcher(threading.Thread):
+    """Looks once a second at how long it has taken."""
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(name="fxdistill-waiting", daemon=True)
+        self.stage = stage
+        self.over = threading.Event()
+        self.begun = time.monotonic()
+        self.shown = ""  # what stands on the terminal's line
+        self.logged = ""  # the stage that was logged last
+
+    def run(self) -> None:
+        """Wait in silence, then tell until it is over."""
+        if self.over.wait(SILENT):
+            return
+        self._tell()
+        while not self.over.wait(1.0):
+            self._tell()
+
+    def end(self) -> None:
+        """Stop, and take the line off the terminal."""
+        self.over.set()
+        self.join()
+        if self.shown:
+            sys.stderr.write("\r" + " " * len(self.shown) + "\r")
+            sys.stderr.flush()
+
+    def _tell(self) -> None:
+        seconds = time.monotonic() - self.begun
+        text = f"fxdistill: {self.stage} ... {seconds:.0f} s"
+        if sys.stderr.isatty():
+            sys.stderr.write("\r" + text.ljust(len(self.shown)))
+            sys.stderr.flush()
+            self.shown = text
+        elif self.stage != self.logged:
+            _LOG.info("%s ... %.0f s", self.stage, seconds)
+            self.logged = self.stage
