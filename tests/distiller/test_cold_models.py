@@ -2,13 +2,22 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, ViTConfig
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    ViTConfig,
+)
 from transformers import ViTForImageClassification as ViT
 
 import fxdistill
 
 AOT = {"backend": "aot_eager"}
-IDS = torch.randint(4, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(4, 50, (2, 8), generator=torch.Generator().manual_seed(0))
 PIXELS = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 
@@ -32,7 +41,18 @@ def vit(layers, **options):
     return ViT(ViTConfig(**sizes, **options))
 
 
+def llava(layers):
+    """Its vision tower always records: it is asked for the hidden states of one layer."""
+    torch.manual_seed(layers)
+    vision = CLIPVisionConfig(**SIZES, num_hidden_layers=2, image_size=8, patch_size=4)
+    text = LlamaConfig(**SIZES, vocab_size=64, num_hidden_layers=layers, use_cache=False)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=60)
+    return LlavaForConditionalGeneration(config)
+
+
+WITH_IMAGE = torch.cat([IDS[:, :2], torch.full((2, 4), 60), IDS[:, 2:]], 1)  # four patches
 CASES = {
+    "llava": (llava, {"input_ids": WITH_IMAGE, "pixel_values": PIXELS}, {}),
     "llama hidden states": (llama, {"input_ids": IDS}, {"output_hidden_states": True}),
     "llama attentions": (
         llama,

@@ -300,3 +300,30 @@ def test_under_autocast_with_a_bias(name: str) -> None:
         out.loss.backward()
         losses.append(out.loss.detach())
     torch.testing.assert_close(*losses, rtol=2e-2, atol=0)
+
+
+class Classifier(torch.nn.Module):
+    """Flattened tokens, or extreme classification: logits [N, C] with many columns."""
+
+    def __init__(self, classes: int, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, classes, bias=False)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.body(x).tanh())
+
+
+@pytest.mark.parametrize(("classes", "said"), [(5000, "logits fused"), (50, "logits are made")])
+def test_two_axes_with_many_columns_are_fused(classes: int, said: str) -> None:
+    x, y = torch.randn(12, 8), torch.arange(12)
+    results = []
+    for compile in (False, {"backend": "aot_eager"}):
+        student, teacher = Classifier(classes, 0), Classifier(classes, 1)
+        distiller = fxdistill.wrap(student, teacher, task="classification", compile=compile)
+        out = distiller(x, labels=y)
+        out.loss.backward()
+        results.append([out.loss.detach(), *(p.grad for p in student.parameters())])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert remarks(distiller).startswith(said)
