@@ -37,6 +37,8 @@ class Match:
         student_port: ``"output"`` (the first tensor of a tuple, dict or dataclass),
             ``"output[i]"``, ``"output.field"``, ``"input"``, ``"input[i]"`` or ``"input.name"``.
         teacher_port: The same for the teacher.
+        tokens: Whose tokens index the values: ``"input"``, ``"encoder"``, ``"decoder"``; ``None``:
+            they have none, and nothing of the text weighs them. ``"auto"``: by their axes.
         shapes: ``"any"``: the loss, a callable of your own, compares values of different shapes and
             gets them as they are. A callable may say it: ``loss.compares_shapes = "any"``.
         reason: Why ``fxdistill.match`` proposed the pair; it changes nothing.
@@ -53,6 +55,9 @@ class Match:
     )
     student_port: str = field(default="output", kw_only=True)
     teacher_port: str = field(default="output", kw_only=True)
+    tokens: Literal["auto", "input", "encoder", "decoder"] | None = field(
+        default="auto", kw_only=True
+    )
     shapes: Literal["equal", "any"] = field(default="equal", kw_only=True)
     reason: str = field(default="", kw_only=True, compare=False)
 
@@ -71,6 +76,7 @@ class Match:
             is_name = isinstance(self.project, str)
             parts.append(f"project {self.project if is_name else type(self.project).__name__}")
         parts += [] if self.rearrange is None else [f"rearrange {self.rearrange}"]
+        parts += [] if self.tokens == "auto" else [f"tokens {self.tokens or 'none'}"]
         parts += [] if self.shapes == "equal" else [f"shapes {self.shapes}"]
         parts += [] if self.reduce is None else [f"reduce {self.reduce}"]
         return ", ".join(parts)

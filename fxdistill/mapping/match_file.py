@@ -149,6 +149,8 @@ def _read(entry: Any, where: str) -> Match:
         if not isinstance(value, kinds) or isinstance(value, bool):
             wanted = " or ".join(kind.__name__ for kind in kinds)
             raise MappingFileError(f"{where}: {name} = {value!r} is not a {wanted}")
+    if values.get("tokens") == "":
+        values["tokens"] = None
     if "loss" in entry:
         values["loss"] = _known_loss(entry["loss"], where)
     return Match(**values)

@@ -13,7 +13,7 @@ from fxdistill.mapping.match import Match
 from fxdistill.mapping.matches import Matches
 from fxdistill.mapping.projections import Width, structural_widths
 from fxdistill.mapping.resolve import tap_of
-from fxdistill.models.conventions import Task, stream_of
+from fxdistill.models.conventions import Stream, Task, stream_of
 from fxdistill.models.tap import Tap, Tower
 from fxdistill.objective.arrange import arranged_shape
 from fxdistill.objective.term import GLOBAL_SETTINGS, Term
@@ -50,10 +50,12 @@ def make_terms(
                     tap,
                     tap_of(match, "teacher"),
                     match.weight,
-                    stream_of(student, tap, task),
+                    _stream(match, student, tap, task),
                     layouts=both,
                     keeps_tokens=keeps_tokens(both[0], _token_axis(student, tap)),
-                    pools_tokens=(pools_tokens(both[0]), pools_tokens(both[1])),
+                    pools_tokens=_pools(match, both),
+                    has_tokens=match.tokens is not None,
+                    said_tokens=match.tokens not in ("auto", None),
                     any_shapes=_compares_any(match, loss),
                 )
             )
@@ -72,7 +74,37 @@ def check_options(
     gather(problems, projections.check_option, match, student)
     loss = gather(problems, loss_of, match.loss or default, FEATURE_LOSSES, "loss")
     gather(problems, _check_shapes, match, loss)
+    gather(problems, _check_tokens, match)
     return loss, gather(problems, layouts, match.rearrange, match.reduce, name)
+
+
+_STREAMS: dict[str | None, Stream] = {
+    "input": "tokens",
+    "encoder": "encoder",
+    "decoder": "decoder",
+    None: "tokens",
+}
+
+
+def _check_tokens(match: Match) -> None:
+    """Raise OptionError where ``tokens`` is no option."""
+    if match.tokens != "auto" and match.tokens not in _STREAMS:
+        raise OptionError(
+            f"tokens={match.tokens!r} for {match.student!r}: 'auto', 'input', 'encoder', "
+            "'decoder', or None for a value without tokens"
+        )
+
+
+def _stream(match: Match, student: nn.Module, tap: Tap, task: Task | None) -> Stream:
+    known = match.tokens if match.tokens in _STREAMS else "auto"
+    return stream_of(student, tap, task) if known == "auto" else _STREAMS[known]
+
+
+def _pools(match: Match, both: tuple[Layout, Layout]) -> tuple[bool, bool]:
+    """Whether each side's layout pools tokens; a value without tokens is pooled as it is."""
+    if match.tokens is None:
+        return False, False
+    return pools_tokens(both[0]), pools_tokens(both[1])
 
 
 def _check_shapes(match: Match, loss: Loss | None) -> None:

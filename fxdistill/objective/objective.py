@@ -234,8 +234,11 @@ class Objective:
             if not term.any_shapes:
                 require_same_shape(s, t, term.student.name, term.teacher.name)
             weights = None
-            if task == "classification" or term.keeps_tokens:
-                weights = feature_weights(batch, task, term.stream, s)
+            if not term.has_tokens:
+                batch_of = batch._replace(tokens=None, attention_mask=None)
+                weights = feature_weights(batch_of, task, "tokens", s)
+            elif task == "classification" or term.keeps_tokens:
+                weights = feature_weights(batch, task, term.stream, s, said=term.said_tokens)
             if (is_placed(s) or is_placed(t)) and not is_named(term.loss):
                 s, t = on_every_rank(s), on_every_rank(t)
             loss = ordinary(term.loss(s, t, weights), term.name)
@@ -275,7 +278,9 @@ def _laid_out(
         batch = batch._replace(loss_mask=None, token_weights=None, labels=None)
     weights: list[Tensor | None] = []
     for value, pools in zip((s, t), term.pools_tokens, strict=True):
-        w = feature_weights(batch, task, term.stream, value) if pools else None
+        w = None
+        if pools:
+            w = feature_weights(batch, task, term.stream, value, said=term.said_tokens)
         weights.append(w if w is not None and w.ndim == 2 else None)
     return arrange(s, ours, t, theirs, weights[0]), arrange(t, theirs, s, ours, weights[1])
 

@@ -33,6 +33,8 @@ class Term:
     keeps_tokens: bool = True
     pools_tokens: tuple[bool, bool] = (False, False)
     of: tuple[Tower, Tower] = ("student", "teacher")
+    has_tokens: bool = True  # unless the match says that it has none
+    said_tokens: bool = False  # the match says whose tokens the values have
     any_shapes: bool = False  # the loss compares values of different shapes
 
     @property

@@ -142,19 +142,20 @@ def require_tokens(weights: Tensor, tokens: Tensor) -> None:
 
 
 def feature_weights(
-    batch: Batch, task: Task | None, stream: Stream, feature: Tensor
+    batch: Batch, task: Task | None, stream: Stream, feature: Tensor, *, said: bool = False
 ) -> Tensor | None:
     """The weights of a feature's leading axes; ``None`` where these are not tokens or samples.
 
-    The leading axes tell whether a feature has tokens: ``[B, L, ...]``, or flattened ``[B·L, D]``.
-    In classification, loss_mask × token_weights is per sample, and scales all positions of the
-    sample.
+    A feature has tokens if it is ``[B, L, D]``, or flattened ``[B·L, D]``. One of more axes (a map
+    ``[B, C, H, W]``, heads) has none, however its sizes agree with the tokens': unless that was
+    ``said`` by ``Match(tokens=...)``; then a feature without their axes is an error. In
+    classification, loss_mask × token_weights is per sample, and scales all positions of the sample.
     """
     tokens = batch.decoder_tokens if stream == "decoder" else batch.tokens
     chosen = None if stream == "encoder" else chosen_weights(batch)
     mask = decoder_attended(batch) if stream == "decoder" else attended(batch)
     if task == "classification":
-        return _sample_feature_weights(chosen, mask, tokens, feature)
+        return _sample_feature_weights(chosen, mask, tokens, feature, said)
     if tokens is None:
         return None
     grid = tokens.shape[:2]
@@ -163,30 +164,48 @@ def feature_weights(
         weights = torch.ones(grid, device=feature.device)
     else:
         require_tokens(weights, tokens)
-    return _lay_over(weights, feature)
+    laid = _lay_over(weights, feature, said)
+    if laid is None and said:
+        require_axes_of_tokens(feature, weights)
+    return laid
 
 
-def _lay_over(weights: Tensor, feature: Tensor) -> Tensor | None:
+def _lay_over(weights: Tensor, feature: Tensor, said: bool) -> Tensor | None:
     """Weights ``[B, L]`` in the shape of the feature's leading axes, if these are the tokens."""
-    if feature.ndim >= 3 and feature.shape[:2] == weights.shape:
+    axes = feature.ndim
+    if (axes == 3 or (said and axes > 3)) and feature.shape[:2] == weights.shape:
         return weights
-    if feature.ndim >= 2 and feature.shape[0] == weights.shape[0] * weights.shape[1]:
+    if (axes == 2 or (said and axes > 2)) and feature.shape[0] == weights.numel():
         return weights.reshape(-1)
     return None
 
 
+@check
+def require_axes_of_tokens(feature: Tensor, weights: Tensor) -> None:
+    """Raise BatchError: the feature was said to have tokens, and its axes are not theirs."""
+    batch, length = weights.shape
+    raise BatchError(
+        f"Match(tokens=...) says that a value has tokens, and it is {list(feature.shape)}: neither "
+        f"[{batch}, {length}, ...] nor [{batch * length}, ...]. tokens=None says that it has none."
+    )
+
+
 def _sample_feature_weights(
-    sample: Tensor | None, mask: Tensor | None, tokens: Tensor | None, feature: Tensor
+    sample: Tensor | None,
+    mask: Tensor | None,
+    tokens: Tensor | None,
+    feature: Tensor,
+    said: bool,
 ) -> Tensor | None:
     if tokens is not None:
         grid = tokens.shape[:2]
         of_token = torch.ones(grid, device=feature.device) if mask is None else mask
         of_token = of_token if sample is None else of_token * sample.unsqueeze(1)
-        if (laid := _lay_over(of_token, feature)) is not None:
+        if (laid := _lay_over(of_token, feature, said)) is not None:
             return laid
     if sample is None or sample.shape[0] != feature.shape[0]:
         return None
-    if feature.ndim == 3:  # [B, N, D]: the sample's weight is spread over its N positions
+    if feature.ndim == 3:  # [B, N, D]: the sample's weight, spread over its N positions
         return (sample.unsqueeze(1) / feature.shape[1]).expand(feature.shape[:2])
     return sample
 
