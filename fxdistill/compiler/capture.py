@@ -55,7 +55,7 @@ class _OneGraph:
         self.made = False
 
     def __call__(self, table: TapTable, *args: Any) -> Any:
-        if self.made:
+        if self.made or torch.compiler.is_compiling():  # a user may compile the distiller itself
             return _call(self.compiled, table, *args)
         with waiting("capturing the step"):
             result = _call(self.compiled, table, *args)

@@ -1,6 +1,5 @@
 """What a model says about itself: its task, its inputs, its logits, its encoder."""
 
-import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -64,13 +63,15 @@ def _parameters(model: nn.Module) -> tuple[inspect.Parameter, ...]:
     """The parameters of ``forward``, without ``self``."""
     if "forward" in vars(model):  # replaced on the instance
         return tuple(inspect.signature(model.forward).parameters.values())
-    return _parameters_of(type(model).forward)[1:]
+    forward = type(model).forward
+    if forward not in _read:
+        _read[forward] = tuple(inspect.signature(forward).parameters.values())[1:]
+    return _read[forward]
 
 
-@functools.cache
-def _parameters_of(forward: Callable[..., Any]) -> tuple[inspect.Parameter, ...]:
-    """Read once for a class: a step must not read signatures."""
-    return tuple(inspect.signature(forward).parameters.values())
+# Read once for a class, because a step must not read signatures. No functools.cache: dynamo warns
+# of it where a user compiles the distiller.
+_read: dict[Callable[..., Any], tuple[inspect.Parameter, ...]] = {}
 
 
 def input_names(model: nn.Module) -> tuple[str, ...]:
