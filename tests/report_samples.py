@@ -176,7 +176,7 @@ PASSES = (
         0.008,
     ),
     PassLine(
-        "ShareFrozen", "joint", "captured", False, Change(389, 389), None, None, (), (), 0.004
+        "KeepTeacher", "backward", "joint", False, Change(912, 912), None, None, (), (), 0.004
     ),
 )
 

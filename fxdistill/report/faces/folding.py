@@ -165,7 +165,7 @@ def mesh_of(report: Facts) -> str:
     return ", ".join(f"{name}={count}" for name, count in report.mesh.items())
 
 
-def blocks_of(report: Facts, tower: str) -> tuple[BlockLine, ...]:
+def blocks_in(report: Facts, tower: str) -> tuple[BlockLine, ...]:
     """The blocks of the model called ``tower``."""
     return next((t.blocks for t in report.towers if t.name == tower), ())
 

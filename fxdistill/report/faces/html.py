@@ -17,7 +17,7 @@ from fxdistill.base.files import write_whole
 from fxdistill.report.data import Facts, as_json
 from fxdistill.report.faces.folding import (
     block_index,
-    blocks_of,
+    blocks_in,
     couples,
     folds,
     gathered,
@@ -65,7 +65,7 @@ def _json(value: Any) -> str:
 def _folded(report: Facts) -> dict[str, Any]:
     """Runs of equal blocks, folded pairs and outputs, and the blocks that each pair joins."""
     sides = next(iter(couples(report)), ("student", "teacher"))  # the page draws one couple
-    students, teachers = (blocks_of(report, side) for side in sides)
+    students, teachers = (blocks_in(report, side) for side in sides)
     ends = [
         (block_index(students, pair.student), block_index(teachers, pair.teacher))
         if (pair.student_model, pair.teacher_model) == sides

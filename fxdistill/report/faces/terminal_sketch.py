@@ -5,7 +5,7 @@ from collections import Counter
 from rich.text import Text
 
 from fxdistill.report.data import Facts
-from fxdistill.report.faces.folding import Row, block_index, blocks_of, couples, rows
+from fxdistill.report.faces.folding import Row, block_index, blocks_in, couples, rows
 from fxdistill.report.faces.terminal_tables import Part, row, table
 
 
@@ -15,7 +15,7 @@ def sketch(report: Facts) -> list[Part]:
 
 
 def _of_couple(report: Facts, student: str, teacher: str) -> list[Part]:
-    ours, theirs = rows(blocks_of(report, student)), rows(blocks_of(report, teacher))
+    ours, theirs = rows(blocks_in(report, student)), rows(blocks_in(report, teacher))
     if not ours or not theirs:
         return []
     joined = _joined(report, student, teacher)
@@ -37,7 +37,7 @@ def _told(of: tuple[Row, ...], at: int | None) -> Text:
 def _joined(report: Facts, student: str, teacher: str) -> Counter[tuple[int, int]]:
     """The number of pairs that join a row of the student with a row of the teacher."""
     counts: Counter[tuple[int, int]] = Counter()
-    students, teachers = blocks_of(report, student), blocks_of(report, teacher)
+    students, teachers = blocks_in(report, student), blocks_in(report, teacher)
     ours, theirs = rows(students), rows(teachers)
     for pair in report.pairs:
         if (pair.student_model, pair.teacher_model) == (student, teacher):
