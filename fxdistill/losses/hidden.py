@@ -39,21 +39,6 @@ def _all_here(sums: Tensor) -> Tensor:
     return sums
 
 
-def _by_channel(
-    student: Tensor, teacher: Tensor, weights: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Maps ``[B, C, ...]`` as one vector of channels a place, ``[places, C]``; others as they are.
-
-    Weights of samples, ``[B]``, become those of all their places.
-    """
-    if student.ndim < 4 or (weights is not None and weights.ndim > 1):
-        return student, teacher, weights
-    s, t = (x.movedim(1, -1).flatten(0, -2) for x in (student, teacher))
-    if weights is not None:
-        weights = weights.unsqueeze(1).expand(-1, student.shape[2:].numel()).flatten()
-    return s, t, weights
-
-
 def _distance(student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
     return counted(wide(student) - wide(teacher), weights)
 
@@ -90,10 +75,9 @@ def _l2(
 def l2(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     """‖s - t‖₂, unsquared, the mean over tokens (the activation loss of Fast-LLM).
 
-    The vector of a map ``[B, C, ...]`` is its channels, and the mean is over places. The gradient
-    by s has length 1 however close s and t are, and is 0 where they are equal.
+    Its gradient by s has length 1 however close s and t are, and is 0 where they are equal.
     """
-    return _loss(_l2, *_by_channel(student, teacher, weights), additive=False)
+    return _loss(_l2, student, teacher, weights, additive=False)
 
 
 def _l1(
@@ -146,8 +130,7 @@ def _cosine(
 def cosine(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     """1 - s·t / (‖s‖ ‖t‖), the mean over tokens (DistilBERT, Sanh et al., 2019).
 
-    The vector of a map ``[B, C, ...]`` is its channels, and the mean is over places.
     ``F.cosine_embedding_loss`` is not used: its value is wrong on a DTensor sharded along the
     width.
     """
-    return _loss(_cosine, *_by_channel(student, teacher, weights), additive=False)
+    return _loss(_cosine, student, teacher, weights, additive=False)
