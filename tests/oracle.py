@@ -134,10 +134,10 @@ class Tokens:
         """The compared units, one a row, and their weights."""
         per_token = self.token_grid(encoder)
         if per_token is not None:
-            if value.shape[:2] == (len(per_token), len(per_token[0])):
-                value = value.flatten(0, 1)
             flat = [w for row in per_token for w in row]
-            if value.shape[0] == len(flat):
+            if value.dim() == 3 and value.shape[:2] == (len(per_token), len(per_token[0])):
+                value = value.flatten(0, 1)
+            if value.dim() == 2 and value.shape[0] == len(flat):
                 return value, flat
         if self.task == "classification":
             return value, [self.asked(b) for b in range(value.shape[0])]

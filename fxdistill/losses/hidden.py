@@ -2,7 +2,9 @@
 
 Each takes ``student`` and ``teacher`` of one shape, and ``weights`` shaped like their leading axes
 (``[B, L]`` for ``[B, L, D]``), or ``None`` to count all tokens alike. The value of a token is
-formed over its width D; the result is Σ w·value / Σ w, a scalar in float32 (float64 stays).
+formed over its width D; the result is Σ w·value / Σ w, a scalar in float32 (float64 stays). A map
+``[B, C, ...]``, of 4 axes or more, has one value a sample, unless weights are given: then its width
+is all that follows their axes.
 
 DTensors give the same value and gradients as one device; see ``losses.sharded.hidden``.
 """

@@ -96,8 +96,8 @@ def _check_tokens(match: Match) -> None:
 
 
 def _stream(match: Match, student: nn.Module, tap: Tap, task: Task | None) -> Stream:
-    known = match.tokens if match.tokens in _STREAMS else "auto"
-    return stream_of(student, tap, task) if known == "auto" else _STREAMS[known]
+    said = match.tokens
+    return stream_of(student, tap, task) if said == "auto" else _STREAMS.get(said, "tokens")
 
 
 def _pools(match: Match, both: tuple[Layout, Layout]) -> tuple[bool, bool]:

@@ -154,20 +154,18 @@ def feature_weights(
     tokens = batch.decoder_tokens if stream == "decoder" else batch.tokens
     chosen = None if stream == "encoder" else chosen_weights(batch)
     mask = decoder_attended(batch) if stream == "decoder" else attended(batch)
+    if said:
+        require_axes_of_tokens(feature, tokens)
     if task == "classification":
         return _sample_feature_weights(chosen, mask, tokens, feature, said)
     if tokens is None:
         return None
-    grid = tokens.shape[:2]
     weights = _times(chosen, mask)
     if weights is None:
-        weights = torch.ones(grid, device=feature.device)
+        weights = torch.ones(tokens.shape[:2], device=feature.device)
     else:
         require_tokens(weights, tokens)
-    laid = _lay_over(weights, feature, said)
-    if laid is None and said:
-        require_axes_of_tokens(feature, weights)
-    return laid
+    return _lay_over(weights, feature, said)
 
 
 def _lay_over(weights: Tensor, feature: Tensor, said: bool) -> Tensor | None:
@@ -181,13 +179,20 @@ def _lay_over(weights: Tensor, feature: Tensor, said: bool) -> Tensor | None:
 
 
 @check
-def require_axes_of_tokens(feature: Tensor, weights: Tensor) -> None:
-    """Raise BatchError: the feature was said to have tokens, and its axes are not theirs."""
-    batch, length = weights.shape
-    raise BatchError(
-        f"Match(tokens=...) says that a value has tokens, and it is {list(feature.shape)}: neither "
-        f"[{batch}, {length}, ...] nor [{batch * length}, ...]. tokens=None says that it has none."
-    )
+def require_axes_of_tokens(feature: Tensor, tokens: Tensor | None) -> None:
+    """Raise BatchError where a feature that was said to have tokens does not have their axes."""
+    if tokens is None:
+        raise BatchError(
+            f"Match(tokens=...) says that a value {list(feature.shape)} has tokens, and the call "
+            "has none. Pass them (input_ids, or labels for a decoder), or say tokens=None."
+        )
+    batch, length = tokens.shape[:2]
+    if tuple(feature.shape[:2]) != (batch, length) and feature.shape[0] != batch * length:
+        raise BatchError(
+            f"Match(tokens=...) says that a value has tokens, and it is {list(feature.shape)}: "
+            f"neither [{batch}, {length}, ...] nor [{batch * length}, ...]. tokens=None says that "
+            "it has none."
+        )
 
 
 def _sample_feature_weights(

@@ -119,24 +119,41 @@ class Heads(nn.Module):
         return self.head(self.split(self.text(input_ids)).flatten(-2))
 
 
-def test_tokens_that_are_said_are_taken():
+@MODES
+def test_tokens_that_are_said_are_taken(compile):
     student, teacher = towers(Heads)
     ids = torch.arange(10).reshape(2, 5)
     mask = torch.ones_like(ids)
     mask[1, 3:] = 0
     match = {"split": Match(teacher="split", tokens="input")}
-    options = {"task": "masked_lm", "logit_loss": None, "compile": False}
+    options = {"task": "masked_lm", "logit_loss": None, "compile": compile}
     out = fxdistill.wrap(student, teacher, match, **options)(input_ids=ids, attention_mask=mask)
+    out.loss.backward()
+    found, student.text.weight.grad = student.text.weight.grad, None
     s, t = (model.text(ids) for model in (student, teacher))
     want = (s - t).square().mean(-1)[mask.bool()].mean()
+    want.backward()
     torch.testing.assert_close(out.loss, want)
+    torch.testing.assert_close(found, student.text.weight.grad)
 
 
-def test_a_value_without_the_axes_that_were_said_is_an_error():
+@MODES
+@pytest.mark.parametrize("task", ["auto", "classification"])
+def test_a_value_without_the_axes_that_were_said_is_an_error(task, compile):
     student, teacher = towers(Maps)
     match = {"kept": Match(teacher="kept", tokens="input")}
-    distiller = fxdistill.wrap(student, teacher, match, logit_loss=None, compile=False)
+    options = {"task": task, "logit_loss": None, "compile": compile}
+    distiller = fxdistill.wrap(student, teacher, match, **options)
     with pytest.raises(errors.BatchError, match=r"is \[2, 8, 4, 4\]: neither \[2, 7, ...\] nor"):
+        distiller(**call(7))
+
+
+@MODES
+def test_tokens_that_a_call_does_not_have_are_an_error(compile):
+    student, teacher = towers(Maps)
+    match = {"kept": Match(teacher="kept", tokens="decoder")}
+    distiller = fxdistill.wrap(student, teacher, match, logit_loss=None, compile=compile)
+    with pytest.raises(errors.BatchError, match="the call has none"):
         distiller(**call(7))
 
 
