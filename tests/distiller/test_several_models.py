@@ -64,6 +64,13 @@ def fused(made):
     return sum(text.startswith("logits fused") for text in said)
 
 
+def assert_losses(out, total, want):
+    torch.testing.assert_close(out.loss, total)
+    assert set(out.losses) == set(want)
+    for name, value in want.items():
+        torch.testing.assert_close(out.losses[name], value.detach(), msg=name)
+
+
 def next_token(logits, ids):
     return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
 
@@ -117,10 +124,7 @@ def test_two_teachers(mode):
     of_logits = 0.75 * want["big/logits"] + 0.25 * want["small/logits"]
     total = 0.7 * of_logits + 0.3 * want["features"]
     total.backward()
-    torch.testing.assert_close(out.loss, total)
-    assert set(out.losses) == set(want)
-    for name, value in want.items():
-        torch.testing.assert_close(out.losses[name], value.detach(), msg=name)
+    assert_losses(out, total, want)
     assert_same_gradients(gradients(student), gradients(plain))
     assert all(p.grad is None for model in (big, small) for p in model.parameters())
     assert {name.split(".")[0] for name, _ in made.named_parameters()} == {"student"}
@@ -177,10 +181,7 @@ def test_two_students(mode):
     labels = want["a/labels"] + want["b/labels"]
     total = 0.7 * of_logits + 0.5 * labels + 0.3 * want["features"]
     total.backward()
-    torch.testing.assert_close(out.loss, total)
-    assert set(out.losses) == set(want)
-    for name, value in want.items():
-        torch.testing.assert_close(out.losses[name], value.detach(), msg=name)
+    assert_losses(out, total, want)
     assert_same_gradients(gradients(a), gradients(plain_a))
     assert_same_gradients(gradients(b), gradients(plain_b))
     assert {name.split(".")[0] for name, _ in made.named_parameters()} == {"a", "b"}
