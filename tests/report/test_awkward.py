@@ -33,6 +33,7 @@ def test_a_model_without_repeated_blocks_is_one_block():
     assert block.forward > 0
 
 
+@pytest.mark.slow
 def test_sizes_may_be_symbols():
     inputs = batch(2, 16)
     wanted = pair().report(**inputs)
@@ -44,6 +45,7 @@ def test_sizes_may_be_symbols():
     assert found.memory.peak == pytest.approx(wanted.memory.peak, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_report_is_of_a_step_that_trains_wherever_it_is_asked_for():
     distiller, inputs = pair(), batch(2, 16)
     wanted = distiller.report(**inputs).memory
@@ -101,7 +103,7 @@ def test_weights_may_be_tensors_where_models_have_no_values():
     assert report.terms[-1].weight == 0.5
 
 
-@pytest.mark.parametrize("allow", [True, False])
+@pytest.mark.parametrize("allow", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_fake_models_take_real_inputs(allow):
     with FakeTensorMode(allow_non_fake_inputs=allow):
         models = llama(64, 2), llama(64, 4)
@@ -179,6 +181,7 @@ def graphs():
     return sum(issubclass(type(value), fx.GraphModule) for value in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_reports_leave_nothing_behind():
     distiller, inputs = pair(), batch(2, 16)
     distiller.report(**inputs)

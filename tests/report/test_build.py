@@ -67,7 +67,14 @@ def run(distiller, inputs):
 # ---------------------------------------------------------------------- against what happens
 
 
-@pytest.mark.parametrize("kind", ["fused", "logits made", "checkpoints", "labels only", "bf16"])
+def only_slow(*values):
+    """Cases that are run in ``make test`` only."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.mark.parametrize(
+    "kind", ["fused", *only_slow("logits made", "checkpoints", "labels only", "bf16")]
+)
 def test_the_peak_is_what_the_allocator_hands_out(kind):
     options = {"outputs": ("logits",)} if kind == "logits made" else {}
     options |= {"logit_loss": None} if kind == "labels only" else {}
@@ -96,7 +103,7 @@ def test_the_peak_of_fused_kernels(fuse_head):
     assert predicted == pytest.approx(measured, rel=0.15)
 
 
-FAMILIES = ("llama", "gpt2", "bamba", "bert_mlm", "t5", "vit", "resnet", "mixtral")
+FAMILIES = ("llama", "gpt2", "bert_mlm", "vit", "resnet", *only_slow("bamba", "t5", "mixtral"))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
