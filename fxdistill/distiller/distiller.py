@@ -18,6 +18,8 @@ from fxdistill.distiller.modes import Request, Result, Steps, eager, in_one_grap
 from fxdistill.distiller.options import Options
 from fxdistill.distiller.output import DistillOutput
 from fxdistill.distiller.settings import Setting, Settings
+from fxdistill.distiller.student_face import StudentFace, StudentForward
+from fxdistill.distiller.tied import save_each_tensor_once
 from fxdistill.distiller.towers import Model, Towers
 from fxdistill.errors import CaptureError, MatchWarning
 from fxdistill.graph.joint import JointProgram
@@ -25,7 +27,7 @@ from fxdistill.mapping.matches import Matches
 from fxdistill.models.devices import device_of
 from fxdistill.models.modes import modes_kept_on_error
 from fxdistill.models.tap import Tower
-from fxdistill.objective.call import Call, sort_call
+from fxdistill.objective.call import CALL_KEYWORDS, Call, sort_call
 from fxdistill.objective.objective import Objective
 from fxdistill.report.build import build
 from fxdistill.report.faces.summary import Summary, summary
@@ -34,7 +36,7 @@ from fxdistill.report.report import Report
 from fxdistill.report.subject import CapturedStep, Subject
 
 
-class Distiller(nn.Module):
+class Distiller(StudentFace):
     """The module that ``fxdistill.wrap`` returns: call it like the student.
 
     Call ``backward()`` on the ``loss`` of its output. ``parameters()`` and ``state_dict()`` cover
@@ -59,6 +61,7 @@ class Distiller(nn.Module):
             if models[tower].trains:
                 self._modules[tower] = models[tower].module
         self.projections = projections
+        save_each_tensor_once(self)
         self.objective = dataclasses.replace(objective, frozen=self._towers.frozen)
         self.matches = matches
         self.options = options
@@ -93,6 +96,11 @@ class Distiller(nn.Module):
         return dict(self._towers.modules)
 
     @property
+    def main(self) -> Tower:
+        """The name of the model that the distiller is called like."""
+        return self._towers.main
+
+    @property
     def teacher(self) -> nn.Module:
         """The teacher."""
         return self._towers.modules["teacher"]
@@ -109,13 +117,35 @@ class Distiller(nn.Module):
 
     # ------------------------------------------------------------------ calling
 
-    def forward(self, *args: Any, **kwargs: Any) -> DistillOutput:
+    @StudentForward
+    def forward(
+        self,
+        *args: Any,
+        labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        token_weights: Tensor | None = None,
+        num_items: Tensor | float | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        num_feature_items: Tensor | float | None = None,
+        **kwargs: Any,
+    ) -> DistillOutput:
         """Run all models on the inputs and return the loss.
 
-        The distiller itself reads ``labels``, ``loss_mask``, ``token_weights``, ``num_items`` (or
-        ``num_items_in_batch``) and ``num_feature_items``. ``student_inputs`` and
-        ``teacher_inputs`` are for one model; every model gets all other arguments.
+        Args:
+            args: Positional inputs of the models.
+            labels: The targets, ``[B, L]`` like ``input_ids`` (``[B]`` in classification).
+            loss_mask: Which tokens count; indexed like the labels.
+            token_weights: How much each of them counts.
+            num_items: The denominator of label and logit terms, where gradients are accumulated
+                over several batches. Feature terms weigh by this batch's share of it.
+            num_items_in_batch: The same, as trainers call it.
+            num_feature_items: The denominator of feature terms.
+            kwargs: Inputs of the models whose ``forward`` takes them. ``student_inputs`` and
+                ``teacher_inputs`` are dicts, laid over the others for one model.
         """
+        own = (labels, loss_mask, token_weights, num_items, num_items_in_batch, num_feature_items)
+        named = zip(CALL_KEYWORDS, own, strict=True)
+        kwargs.update({name: value for name, value in named if value is not None})
         one_graph = self.options.mode == "one_graph"
         run = self._forward if one_graph else torch.compiler.disable(self._forward)
         out: DistillOutput = run(args, kwargs)
@@ -160,8 +190,15 @@ class Distiller(nn.Module):
         objective = self.objective.on(_averaging_ranks(self))
         if call.batch.labels is None:
             objective = objective.without_labels()
+        if self._evaluates():
+            objective = objective.returning(self.main)
         settings = self._settings.on(device_of(self._towers.main_module))
         return Request(self._towers, objective, call, settings)
+
+    def _evaluates(self) -> bool:
+        """Whether this is a step of an evaluation, which gives predictions unasked."""
+        asked = self.options.outputs is not None
+        return asked and not self.training and not torch.is_grad_enabled()
 
     def _run(self, request: Request) -> Result:
         options = self.options

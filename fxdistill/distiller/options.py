@@ -28,7 +28,7 @@ class Options:
     passes: tuple[Pass, ...] = ()
     fuse_head: bool = True
     gathers: bool = False  # whether the graph gathers parameters
-    outputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] | None = ()  # None: no logits in evaluation either
     notes: tuple[str, ...] = ()
 
     def recipe(self, towers: Towers) -> Recipe:
@@ -44,10 +44,10 @@ class Options:
 
 
 def read_options(
-    compile: CompileLike, outputs: tuple[str, ...], passes: tuple[Pass, ...]
+    compile: CompileLike, outputs: tuple[str, ...] | None, passes: tuple[Pass, ...]
 ) -> Options:
     """Read the options of ``wrap``; raises OptionError for one that does not exist."""
-    for name in outputs:
+    for name in outputs or ():
         if name != "logits":
             raise OptionError(f"outputs={outputs!r}: only 'logits' can be asked for")
     options: Mapping[str, Any] = compile if isinstance(compile, Mapping) else {}

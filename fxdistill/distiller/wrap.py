@@ -70,7 +70,7 @@ def wrap(
     freeze_teacher: bool = True,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     compile: CompileLike = True,
-    outputs: Iterable[str] = (),
+    outputs: Iterable[str] | None = (),
     passes: Iterable[Pass] = (),
     mesh: Any = None,
     student_plan: Mapping[str, Any] | None = None,
@@ -117,7 +117,9 @@ def wrap(
             ``torch.compile``; ``fallback="regional"`` switches to that mode, with a warning, when
             the models cannot be captured; ``fuse_head=False`` makes the logits even if only losses
             read them.
-        outputs: ``("logits",)`` adds the student's logits, detached, to the output.
+        outputs: ``("logits",)`` adds the student's logits, detached, to the output. In eval mode
+            under ``no_grad`` they are there unasked, where a term reads them; ``None`` leaves them
+            out there too.
         passes: Your own passes; they run on the joint program, after compose.
         mesh: A DeviceMesh with dimensions named "dp" (each rank has its own samples, and parameters
             are sharded), "tp" (tensor and sequence parallel) or "replicate" (each rank has its own
@@ -135,7 +137,7 @@ def wrap(
     """
     _check_models(student=student, teacher=teacher)
     check_trainable(student)
-    options = read_options(compile, tuple(outputs), tuple(passes))
+    options = read_options(compile, None if outputs is None else tuple(outputs), tuple(passes))
     examples = _as_inputs(example_inputs)
     matches = _resolved(student, teacher, mapping, feature_loss)
     found_task = find_task(student, task)

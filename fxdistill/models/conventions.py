@@ -74,6 +74,15 @@ def _parameters(model: nn.Module) -> tuple[inspect.Parameter, ...]:
 _read: dict[Callable[..., Any], tuple[inspect.Parameter, ...]] = {}
 
 
+def forward_parameters(model: nn.Module) -> tuple[inspect.Parameter, ...]:
+    """The parameters of ``forward``; of the model inside, where a wrapper's names none."""
+    for m in (model, *_wrapped(model)):
+        parameters = _parameters(m)
+        if any(p.kind in _POSITIONAL or p.kind in _BY_NAME for p in parameters):
+            return parameters
+    return ()
+
+
 def input_names(model: nn.Module) -> tuple[str, ...]:
     """The names of the positional parameters of ``forward``, looking through wrappers."""
     for m in (model, *_wrapped(model)):

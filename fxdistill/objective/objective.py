@@ -28,6 +28,7 @@ from fxdistill.objective.tokens import (
     Batch,
     align_labels,
     feature_weights,
+    over_items,
     prediction_weights,
     rescaled,
 )
@@ -139,6 +140,10 @@ class Objective:
         """The objective of a call without labels."""
         return replace(self, labels=())
 
+    def returning(self, tower: Tower) -> "Objective":
+        """The objective of a step that also returns the logits of ``tower``, if terms read them."""
+        return replace(self, returns=tower) if tower in self._predicting else self
+
     def taps_of(self, tower: Tower) -> list[Tap]:
         """The values of one model that matches read."""
         return [tap for term in self.features for name, tap in term.taps if name == tower]
@@ -161,15 +166,15 @@ class Objective:
         weights = StepWeights.of(settings)
         parts: list[Tensor] = []
         terms: dict[str, Tensor] = {}
-        task = self.task
+        task, counted = self.task, None
         for tower in self._predicting:
             made = self._predictions(tower, lookup, batch)
-            task = task or made.task
+            task, counted = task or made.task, made.weights if counted is None else counted
             for name, weight, loss in self._of_logits(tower, made, lookup, batch, weights):
                 parts.append(weight * loss)
                 terms[name] = loss.detach()
         if self.features:
-            named = self._feature_terms(lookup, batch, task, projections)
+            named = self._feature_terms(lookup, batch, task, projections, counted)
             weighted = [w * loss for w, loss in zip(weights.matches, named.values(), strict=True)]
             mean = torch.stack(weighted).sum() / len(self.features)
             parts.append(weights.features * mean)
@@ -223,9 +228,16 @@ class Objective:
         return rescaled(loss, made.weights, 0, made.items)
 
     def _feature_terms(
-        self, lookup: Lookup, batch: Batch, task: Task | None, projections: nn.ModuleList
+        self,
+        lookup: Lookup,
+        batch: Batch,
+        task: Task | None,
+        projections: nn.ModuleList,
+        counted: Tensor | None,
     ) -> dict[str, Tensor]:
+        """The value of each match; ``counted`` are the weights of the predictions, if any."""
         losses = {}
+        given, share = self._denominator(batch, task, counted)
         for term in self.features:
             s, t = (lookup(tower, tap) for tower, tap in term.taps)
             s, t = _laid_out(term, s, t, batch, task)
@@ -242,9 +254,30 @@ class Objective:
             if (is_placed(s) or is_placed(t)) and not is_named(term.loss):
                 s, t = on_every_rank(s), on_every_rank(t)
             loss = ordinary(term.loss(s, t, weights), term.name)
-            items = self._items(batch.num_feature_items, weights, s.shape[0], loss)
-            losses[term.name] = rescaled(loss, weights, s.shape[0], items)
+            items = self._items(given, weights, s.shape[0], loss)
+            loss = rescaled(loss, weights, s.shape[0], items)
+            losses[term.name] = loss if share is None else loss * share
         return losses
+
+    def _denominator(
+        self, batch: Batch, task: Task | None, counted: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The given denominator of feature terms, or else this batch's share of all items.
+
+        Trainers that accumulate gradients give ``num_items`` alone, which counts predictions. The
+        mean of a feature over its own batch, times the share of the batch in these, sums up to the
+        mean over all batches, each weighed by its predictions.
+        """
+        items = batch.num_feature_items
+        if items is not None or batch.num_items is None:
+            return items, None
+        if counted is None and batch.labels is not None:
+            counted = prediction_weights(batch, task, batch.labels.unsqueeze(-1))
+        if counted is None:
+            return batch.num_items, None
+        here = self._items(None, counted, 0, counted)
+        here = counted.sum() if here is None else here
+        return None, over_items(here, None, 1, batch.num_items)
 
     def _items(
         self, given: Tensor | None, weights: Tensor | None, count: int, like: Tensor

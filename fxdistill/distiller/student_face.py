@@ -1,0 +1,147 @@
+"""What trainers ask a model about itself: a distiller answers for its student.
+
+Hugging Face's ``Trainer`` chooses the columns of a data set by the signature of ``forward``, counts
+items by ``loss_type``, leaves out of predictions what ``config`` names, and calls methods such as
+``gradient_checkpointing_enable``. Plain modules have none of these, and then a distiller has none
+either: ``hasattr`` tells the truth.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from fxdistill.distiller.towers import Towers
+from fxdistill.models.conventions import forward_parameters
+from fxdistill.models.tap import Tower
+from fxdistill.objective.call import CALL_KEYWORDS
+from fxdistill.objective.objective import Objective
+
+# Attributes of the student that are read through the distiller. Not among them: what says that the
+# model is quantized or has adapters, because trainers then expect the methods of those classes.
+OF_STUDENT = frozenset(
+    (
+        "activation_checkpointing_disable",
+        "activation_checkpointing_enable",
+        "can_generate",
+        "device",
+        "disable_input_require_grads",
+        "dtype",
+        "enable_input_require_grads",
+        "generate",
+        "generation_config",
+        "get_input_embeddings",
+        "get_output_embeddings",
+        "gradient_checkpointing_disable",
+        "gradient_checkpointing_enable",
+        "is_activation_checkpointing",
+        "is_gradient_checkpointing",
+        "main_input_name",
+        "name_or_path",
+        "num_parameters",
+        "prepare_decoder_input_ids_from_labels",
+        "supports_gradient_checkpointing",
+        "tie_weights",
+    )
+)
+
+
+class StudentFace(nn.Module):
+    """What a distiller tells trainers, of its student and of itself."""
+
+    _towers: Towers
+    objective: Objective
+
+    # Trainer passes the number of items of all accumulated batches, and leaves the division to us.
+    accepts_loss_kwargs = True
+    # Trainer reads it where a checkpoint lacks keys; a distiller saves all of its keys.
+    _keys_to_ignore_on_save = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_STUDENT:
+            return getattr(self._towers.main_module, name)
+        return super().__getattr__(name)
+
+    @property
+    def config(self) -> Any:
+        """The student's config; what is set there is set in the student."""
+        return config_of(self._towers.main_module)
+
+    @property
+    def loss_type(self) -> str | None:
+        """The name by which Trainer knows that the first token of a text is not predicted."""
+        return "ForCausalLM" if self.objective.task == "causal_lm" else None
+
+
+class StudentForward:
+    """The ``forward`` of a distiller, whose signature names what this distiller's models take.
+
+    On the class it is the plain function; on a distiller it is called like a bound method.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __get__(self, distiller: Any, owner: Any = None) -> Callable[..., Any]:
+        return self.function if distiller is None else BoundForward(self.function, distiller)
+
+
+class BoundForward:
+    """``forward`` of one distiller. It keeps the distiller alive only while it is held itself."""
+
+    def __init__(self, function: Callable[..., Any], distiller: Any) -> None:
+        self.__func__, self.__self__ = function, distiller
+        self.__name__, self.__doc__ = function.__name__, function.__doc__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call ``forward`` on the distiller."""
+        return self.__func__(self.__self__, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return signature_of(self.__self__.models, self.__self__.main)
+
+
+def signature_of(models: Mapping[Tower, nn.Module], main: Tower) -> inspect.Signature:
+    """The parameters of ``main``, then the distiller's own keywords and those of other models."""
+    empty = inspect.Parameter.empty
+    given = [p.replace(annotation=empty) for p in forward_parameters(models[main])]
+    first = [p for p in given if p.kind in _POSITIONAL]
+    by_name = {p.name: p for p in given if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    others = [p for m in models.values() for p in forward_parameters(m) if p.kind in _BY_NAME]
+    own = (*CALL_KEYWORDS, *(f"{tower}_inputs" for tower in models), *(p.name for p in others))
+    for name in own:
+        if name not in (p.name for p in first):
+            by_name.setdefault(
+                name, inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+            )
+    rest = [p for p in given if p.kind is inspect.Parameter.VAR_POSITIONAL]
+    anything = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+    return inspect.Signature([*first, *rest, *by_name.values(), anything])
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def config_of(student: nn.Module) -> Any:
+    """The student's config, which also names ``losses`` as no prediction.
+
+    It shares all its values with the student's: what a trainer sets there is set in the student.
+    Raises AttributeError where the student has none.
+    """
+    config: Any = student.config
+    kind: Any = type(config)
+    if not hasattr(kind, "keys_to_ignore_at_inference"):
+        return config  # not one of transformers'
+    view: Any = object.__new__(_without_losses(kind))
+    object.__setattr__(view, "__dict__", config.__dict__)
+    return view
+
+
+@functools.cache
+def _without_losses(kind: Any) -> type:
+    keys: Any = kind.keys_to_ignore_at_inference
+    return type(kind.__name__, (kind,), {"keys_to_ignore_at_inference": [*keys, "losses"]})
