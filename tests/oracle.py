@@ -333,6 +333,10 @@ def reference(
             s, weights = tokens.features(values[ours].float(), ours in encoder_paths)
             t, _ = tokens.features(teacher_values[theirs].float(), ours in encoder_paths)
             losses[ours] = feature_term(feature_loss, s, t, weights, num_feature_items)
+            if num_items is not None and num_feature_items is None:
+                # This batch is one of several, and weighs by its share of the predictions.
+                share = sum(w for _, _, w in tokens.predictions(logits)) / num_items
+                losses[ours] = losses[ours] * share
             summed = summed + (weight[0] if weight else 1.0) * losses[ours]
         losses["features"] = summed / len(pairs)
         total = total + feature_weight * losses["features"]
