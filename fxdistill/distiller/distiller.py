@@ -66,7 +66,7 @@ class Distiller(StudentFace):
         self.matches = matches
         self.options = options
         self.journal = Journal()
-        self._settings = Settings(settings, [term.name for term in objective.features])
+        self._settings = Settings(settings, objective.weighed)
         self._steps = Steps()
         self._warnings: dict[str, bool] = {}  # by text: whether it has been given
         freezes(self, (models[tower].module for tower in self._towers.frozen))

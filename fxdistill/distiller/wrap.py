@@ -46,7 +46,7 @@ from fxdistill.objective.make_terms import (
     with_projections,
 )
 from fxdistill.objective.objective import Objective
-from fxdistill.objective.term import LabelTerm, LogitTerm
+from fxdistill.objective.term import PAIRS, LabelTerm, LogitTerm
 from fxdistill.objective.vocabulary import require_padding_only
 
 FeatureLoss = str | Callable[..., Tensor]
@@ -59,6 +59,7 @@ def wrap(
     mapping: Mapped = None,
     *,
     feature_loss: FeatureLoss = "mse",
+    pairs_loss: Callable[..., Tensor] | None = None,
     feature_weight: float = 1.0,
     logit_loss: LossLike = "forward_kl",
     logit_weight: float = 1.0,
@@ -94,7 +95,10 @@ def wrap(
             or a callable ``(student, teacher, weights) -> scalar``. A callable must return
             Σ w·value / Σ w over the weights it gets: the losses of ranks with different samples are
             combined on that assumption.
-        feature_weight: The weight of the mean over all N matches.
+        pairs_loss: A callable ``(students, teachers, weights) -> scalar`` that takes the place of
+            ``feature_loss``: it gets lists with an entry for each match that names no loss, after
+            ``rearrange``, ``reduce`` and ``project``. Its value is one term, named "pairs".
+        feature_weight: The weight of the mean over all N matches ("pairs" counts as one).
         logit_loss: "forward_kl", "reverse_kl", "jsd", "soft_cross_entropy", or a callable
             ``(student_logits, teacher_logits, *, temperature, weights) -> scalar``; ``None`` for
             none.
@@ -142,7 +146,7 @@ def wrap(
     matches = _resolved(student, teacher, mapping, feature_loss)
     found_task = find_task(student, task)
     objective = Objective(
-        features=make_terms(student, matches, feature_loss, found_task),
+        features=make_terms(student, matches, feature_loss, found_task, pairs_loss),
         logits=tuple(map(LogitTerm, _named(logit_loss, LOGIT_LOSSES, "logit_loss"))),
         labels=tuple(map(LabelTerm, _named(label_loss, LABEL_LOSSES, "label_loss"))),
         task=found_task,
@@ -157,14 +161,17 @@ def wrap(
         "feature_weight": feature_weight,
         "label_weight": label_weight,
         "temperature": temperature,
-        **{term.name: term.weight for term in objective.features},
+        **{term.name: term.weight for term in objective.features if not term.in_pairs},
+        **({PAIRS: 1.0} if PAIRS in objective.weighed else {}),
     }
     check_settings(settings)
     warn_of_zero_weights(objective.features)
     if freeze_teacher:
         _warn_of_moving_targets(student, teacher)
     models = {"teacher": Model(teacher, not freeze_teacher), "student": Model(student)}
-    losses = [loss_name(loss) for loss in (logit_loss, label_loss, feature_loss) if loss]
+    losses = [
+        loss_name(loss) for loss in (logit_loss, label_loss, feature_loss, pairs_loss) if loss
+    ]
     asked = f"{matches}\n{losses} {settings}\n{options.mode} {options.outputs} {found_task}"
     plans = {"student": student_plan, "teacher": teacher_plan}
     with modes_kept_on_error(teacher), _placed(models, objective, mesh, plans, asked) as placed:
@@ -343,8 +350,7 @@ def _shapes(parts: Parts, examples: Inputs | None) -> Shapes:
     towers, objective = Towers(parts.models, nn.ModuleList(), "student"), parts.objective
     call = sort_call(towers.modules, towers.main, objective.task, *examples)
     check_call(towers, objective, call)
-    names = [term.name for term in objective.features]
-    settings = Settings(parts.settings, names).made(device_of(towers.main_module))
+    settings = Settings(parts.settings, objective.weighed).made(device_of(towers.main_module))
     # The check that follows reports a step that cannot be captured, with advice.
     with contextlib.suppress(CaptureError):
         return dry.tapped_shapes(Request(towers, objective, call, settings), Steps())

@@ -17,7 +17,7 @@ from fxdistill.heads.read_head import target_name
 from fxdistill.losses import cross_entropy
 from fxdistill.losses.fused.chunk import DIVERGENCES, Divergence
 from fxdistill.losses.names import LOGIT_LOSSES
-from fxdistill.objective.tokens import over_items
+from fxdistill.objective.denominators import over_items
 
 NAMES: dict[Any, str] = {LOGIT_LOSSES[name]: name for name in DIVERGENCES}
 ON_LOGITS = (*NAMES, cross_entropy)

@@ -16,9 +16,9 @@ from fxdistill.mapping.resolve import tap_of
 from fxdistill.models.conventions import Stream, Task, stream_of
 from fxdistill.models.tap import Tap, Tower
 from fxdistill.objective.arrange import arranged_shape
-from fxdistill.objective.term import GLOBAL_SETTINGS, Term
+from fxdistill.objective.term import GLOBAL_SETTINGS, PAIRS, Term
 
-RESERVED = ("loss", "logits", "labels", "features", *GLOBAL_SETTINGS)
+RESERVED = ("loss", "logits", "labels", "features", PAIRS, *GLOBAL_SETTINGS)
 Shapes = Mapping[tuple[Tower, Tap], Tensor]  # meta tensors with the shapes seen at the taps
 
 
@@ -27,11 +27,18 @@ def make_terms(
     matches: Matches,
     default: str | Callable[..., Tensor],
     task: Task | None,
+    pairs_loss: Callable[..., Tensor] | None = None,
 ) -> tuple[Term, ...]:
     """Make one term for each match, named by the student's tap, with ``#2`` at its second match.
 
-    Raises all errors in the matches' options together.
+    Matches without a loss of their own go to ``pairs_loss``, if there is one. Raises all errors in
+    the matches' options together.
     """
+    if pairs_loss is not None and not callable(pairs_loss):
+        raise OptionError(
+            f"pairs_loss={pairs_loss!r}: a callable (students, teachers, weights) -> scalar, each "
+            "argument a list with an entry for every match"
+        )
     seen: dict[str, int] = {}
     terms, problems = [], list[FxDistillError]()
     for match in matches:
@@ -41,7 +48,10 @@ def make_terms(
             base += ":output"
         seen[base] = seen.get(base, 0) + 1
         name = base if seen[base] == 1 else f"{base}#{seen[base]}"
-        loss, both = check_options(match, name, student, default, problems)
+        in_pairs = pairs_loss is not None and match.loss is None
+        loss, both = check_options(match, name, student, pairs_loss or default, problems)
+        if in_pairs:
+            gather(problems, _check_pair, match)
         if loss is not None and both is not None:
             terms.append(
                 Term(
@@ -57,10 +67,20 @@ def make_terms(
                     has_tokens=match.tokens is not None,
                     said_tokens=match.tokens not in ("auto", None),
                     any_shapes=_compares_any(match, loss),
+                    in_pairs=in_pairs,
                 )
             )
     raise_together(problems)
     return tuple(terms)
+
+
+def _check_pair(match: Match) -> None:
+    """Raise OptionError where one pair of a loss over all pairs has a weight of its own."""
+    if isinstance(match.weight, Tensor) or match.weight != 1.0:
+        raise OptionError(
+            f"weight={match.weight!r} for {match.student!r}: pairs_loss takes all pairs and weighs "
+            "them itself. distiller.set(weights={'pairs': ...}) weighs the whole term."
+        )
 
 
 def check_options(

@@ -7,40 +7,26 @@ same lines. ``heads.read_total`` reads that trace backwards, so this is the one 
 the form of the total: the sum of a stack of ``weight · loss``, where a loss may carry a factor.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fxdistill import base
-from fxdistill.base.ranks import Ranks, items_of, over_ranks, shared, total_over_ranks
-from fxdistill.base.tensors import is_placed
-from fxdistill.errors import ShapeError
-from fxdistill.losses.names import is_named
+from fxdistill.base.ranks import Ranks, over_ranks, total_over_ranks
 from fxdistill.models.conventions import Task
 from fxdistill.models.tap import Tap, Tower
-from fxdistill.objective.arrange import arrange
-from fxdistill.objective.checks import shape_problem
-from fxdistill.objective.term import LOGITS, LabelTerm, LogitTerm, Term
-from fxdistill.objective.tokens import (
-    Batch,
-    align_labels,
-    feature_weights,
-    over_items,
-    prediction_weights,
-    rescaled,
-)
+from fxdistill.objective.denominators import denominator, rescaled
+from fxdistill.objective.feature_terms import Lookup, Step, feature_terms
+from fxdistill.objective.term import LOGITS, PAIRS, LabelTerm, LogitTerm, Term
+from fxdistill.objective.tokens import Batch, align_labels, prediction_weights
+from fxdistill.objective.values import on_every_rank, ordinary
 from fxdistill.objective.vocabulary import (
     require_numbers_of_classes,
     require_task,
     require_vocabulary_last,
     shared_vocabulary,
 )
-from fxdistill.taps.markers import check
-
-Lookup = Callable[[Tower, Tap], Tensor]
 
 
 class Losses(NamedTuple):
@@ -89,6 +75,12 @@ class Objective:
     ranks: Ranks | None = None  # the ranks, where they hold different samples
     own_losses: bool = True  # the library's logit and label losses: it knows the shapes they take
     returns: Tower | None = None  # the model whose logits the step returns besides its losses
+
+    @property
+    def weighed(self) -> tuple[str, ...]:
+        """The names of the feature terms: each has a weight of its own, in this order."""
+        alone = tuple(term.name for term in self.features if not term.in_pairs)
+        return alone if len(alone) == len(self.features) else (*alone, PAIRS)
 
     @property
     def compared(self) -> frozenset[Tower]:
@@ -174,9 +166,10 @@ class Objective:
                 parts.append(weight * loss)
                 terms[name] = loss.detach()
         if self.features:
-            named = self._feature_terms(lookup, batch, task, projections, counted)
+            step = Step(batch, task, projections, self.ranks, counted)
+            named = feature_terms(self.features, lookup, step)
             weighted = [w * loss for w, loss in zip(weights.matches, named.values(), strict=True)]
-            mean = torch.stack(weighted).sum() / len(self.features)
+            mean = torch.stack(weighted).sum() / len(weighted)
             parts.append(weights.features * mean)
             terms["features"] = mean.detach()
             terms.update({name: loss.detach() for name, loss in named.items()})
@@ -192,7 +185,7 @@ class Objective:
             require_numbers_of_classes(batch.labels)
         require_task(task, logits, batch)
         weights = prediction_weights(batch, task, logits)
-        items = self._items(batch.num_items, weights, 0, logits)
+        items = denominator(batch.num_items, weights, 0, self.ranks, logits)
         return Predictions(logits, task, weights, items)
 
     def _of_logits(
@@ -227,66 +220,6 @@ class Objective:
         loss = ordinary(term.loss(logits, aligned, weights=made.weights), term.name)
         return rescaled(loss, made.weights, 0, made.items)
 
-    def _feature_terms(
-        self,
-        lookup: Lookup,
-        batch: Batch,
-        task: Task | None,
-        projections: nn.ModuleList,
-        counted: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """The value of each match; ``counted`` are the weights of the predictions, if any."""
-        losses = {}
-        given, share = self._denominator(batch, task, counted)
-        for term in self.features:
-            s, t = (lookup(tower, tap) for tower, tap in term.taps)
-            s, t = _laid_out(term, s, t, batch, task)
-            if term.projection is not None:
-                s = projected(projections[term.projection], s, self.ranks)
-            if not term.any_shapes:
-                require_same_shape(s, t, term.student.name, term.teacher.name)
-            weights = None
-            if not term.has_tokens:
-                batch_of = batch._replace(tokens=None, attention_mask=None)
-                weights = feature_weights(batch_of, task, "tokens", s)
-            elif task == "classification" or term.keeps_tokens:
-                weights = feature_weights(batch, task, term.stream, s, said=term.said_tokens)
-            if (is_placed(s) or is_placed(t)) and not is_named(term.loss):
-                s, t = on_every_rank(s), on_every_rank(t)
-            loss = ordinary(term.loss(s, t, weights), term.name)
-            items = self._items(given, weights, s.shape[0], loss)
-            loss = rescaled(loss, weights, s.shape[0], items)
-            losses[term.name] = loss if share is None else loss * share
-        return losses
-
-    def _denominator(
-        self, batch: Batch, task: Task | None, counted: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The given denominator of feature terms, or else this batch's share of all items.
-
-        Trainers that accumulate gradients give ``num_items`` alone, which counts predictions. The
-        mean of a feature over its own batch, times the share of the batch in these, sums up to the
-        mean over all batches, each weighed by its predictions.
-        """
-        items = batch.num_feature_items
-        if items is not None or batch.num_items is None:
-            return items, None
-        if counted is None and batch.labels is not None:
-            counted = prediction_weights(batch, task, batch.labels.unsqueeze(-1))
-        if counted is None:
-            return batch.num_items, None
-        here = self._items(None, counted, 0, counted)
-        here = counted.sum() if here is None else here
-        return None, over_items(here, None, 1, batch.num_items)
-
-    def _items(
-        self, given: Tensor | None, weights: Tensor | None, count: int, like: Tensor
-    ) -> Tensor | None:
-        """The denominator of a term, where it is not the term's own Σ w."""
-        if given is not None or self.ranks is None:
-            return given
-        return items_of(weights, count, self.ranks, like)
-
 
 def of_share(weight: Tensor, share: float) -> Tensor:
     """A term's share of a global weight; a share of 1 adds no node to the graph."""
@@ -297,59 +230,6 @@ def together(total: Tensor, terms: dict[str, Tensor], ranks: Ranks) -> Losses:
     """Sum the total and the terms over ranks."""
     summed = {name: over_ranks(value, ranks.groups) for name, value in terms.items()}
     return Losses(total_over_ranks(total, ranks.groups, ranks.scale), summed)
-
-
-def _laid_out(
-    term: Term, s: Tensor, t: Tensor, batch: Batch, task: Task | None
-) -> tuple[Tensor, Tensor]:
-    """Apply the layouts of a match to both values; pooling weighs the tokens."""
-    ours, theirs = term.layouts
-    if not ours and not theirs:
-        return s, t
-    if task == "classification":
-        # Pooling leaves padding out; the loss applies the weight of the sample.
-        batch = batch._replace(loss_mask=None, token_weights=None, labels=None)
-    weights: list[Tensor | None] = []
-    for value, pools in zip((s, t), term.pools_tokens, strict=True):
-        w = None
-        if pools:
-            w = feature_weights(batch, task, term.stream, value, said=term.said_tokens)
-        weights.append(w if w is not None and w.ndim == 2 else None)
-    return arrange(s, ours, t, theirs, weights[0]), arrange(t, theirs, s, ours, weights[1])
-
-
-# ---- values that may be DTensors
-
-
-def on_every_rank(value: Tensor) -> Tensor:
-    """Gather ``value`` into a plain tensor, for a loss that the user wrote.
-
-    There the loss is as right as on one device. On shards it often would not be: the gradient of
-    torch's own mean of squares is too large by the number of ranks.
-    """
-    return value.full_tensor() if is_placed(value) else value
-
-
-def projected(projection: nn.Module, value: Tensor, ranks: Ranks | None) -> Tensor:
-    """``projection(value)``; the parameters stay plain tensors, equal on every rank."""
-    summed = ranks is not None and ranks.projections
-    if not is_placed(value) and not summed:
-        return projection(value)  # type: ignore[no-any-return]
-    weights: dict[str, Tensor] = dict(projection.named_parameters())
-    if ranks is not None and summed:
-        groups, scale = ranks.groups, ranks.scale
-        weights = {name: shared(weight, groups, scale) for name, weight in weights.items()}
-    if is_placed(value):
-        everywhere, dense = base.placement.everywhere, base.placement.dense
-        weights = {name: everywhere(weight, value) for name, weight in weights.items()}
-        value = dense(value)
-    return torch.func.functional_call(projection, weights, (value,))  # type: ignore[no-any-return]
-
-
-def ordinary(loss: Tensor, name: str) -> Tensor:
-    """The loss as a plain scalar: a DTensor is gathered, and a partial sum is summed."""
-    require_scalar(loss, name)
-    return loss.full_tensor() if is_placed(loss) else loss
 
 
 def with_constants(lookup: Lookup, frozen: frozenset[Tower]) -> Lookup:
@@ -364,21 +244,3 @@ def with_constants(lookup: Lookup, frozen: frozenset[Tower]) -> Lookup:
         return found[tower, tap]
 
     return detached
-
-
-@check
-def require_same_shape(student: Tensor, teacher: Tensor, s_name: str, t_name: str) -> None:
-    """Raise ShapeError where the two values of a match have different shapes."""
-    if (problem := shape_problem(student.shape, teacher.shape, s_name, t_name)) is not None:
-        raise problem
-
-
-@check
-def require_scalar(loss: Tensor, name: str) -> None:
-    """Raise ShapeError where a loss is not one number: summing its entries would be a guess."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise ShapeError(
-            f"the loss of {name!r} returned {what}: a loss returns a scalar. Average over the "
-            "tokens, by the weights it is given: (weights * value).sum() / weights.sum()."
-        )

@@ -10,6 +10,7 @@ from fxdistill.mapping.layout import Layout
 from fxdistill.models.conventions import Stream
 from fxdistill.models.tap import Tap, Tower
 
+PAIRS = "pairs"  # the name of the term of a loss that takes all pairs
 LOGITS = Tap("", "logits")  # the logits that a model returns
 GLOBAL_SETTINGS = ("logit_weight", "feature_weight", "label_weight", "temperature")
 
@@ -36,6 +37,7 @@ class Term:
     has_tokens: bool = True  # unless the match says that it has none
     said_tokens: bool = False  # the match says whose tokens the values have
     any_shapes: bool = False  # the loss compares values of different shapes
+    in_pairs: bool = False  # the loss takes this pair of values together with all others
 
     @property
     def taps(self) -> tuple[tuple[Tower, Tap], tuple[Tower, Tap]]:

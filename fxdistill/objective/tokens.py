@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fxdistill.base.nodes import one_node
 from fxdistill.errors import BatchError
 from fxdistill.losses.reduce import IGNORE
 from fxdistill.models.conventions import Stream, Task
@@ -213,19 +212,3 @@ def _sample_feature_weights(
     if feature.ndim == 3:  # [B, N, D]: the sample's weight, spread over its N positions
         return (sample.unsqueeze(1) / feature.shape[1]).expand(feature.shape[:2])
     return sample
-
-
-def rescaled(value: Tensor, weights: Tensor | None, count: int, items: Tensor | None) -> Tensor:
-    """``value`` over ``items``, if they are given; otherwise ``value`` as it is."""
-    return value if items is None else over_items(value, weights, count, items)
-
-
-@one_node
-def over_items(value: Tensor, weights: Tensor | None, count: int, items: Tensor) -> Tensor:
-    """Turn a mean, Σ w·v / Σ w, into Σ w·v / items: gradient accumulation sets the denominator.
-
-    Without weights, the mean is over ``count`` values.
-    """
-    total: Tensor | int = count if weights is None else weights.sum()
-    # Without any items nothing counts, and the value is 0 already.
-    return value * (total / torch.where(items == 0, torch.ones_like(items), items))

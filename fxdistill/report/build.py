@@ -22,6 +22,7 @@ from fxdistill.losses.names import loss_name
 from fxdistill.models.landmarks import head_path, roles_in
 from fxdistill.objective.call import Call
 from fxdistill.objective.objective import Objective
+from fxdistill.objective.term import PAIRS
 from fxdistill.report.data import (
     SCHEMA,
     BlockLine,
@@ -208,7 +209,7 @@ def _pairs(subject: Subject, table: TapTable | None) -> Iterator[Pair]:
             str(term.student),
             str(term.teacher),
             loss_name(term.loss),
-            _number(subject.settings[term.name]),
+            _number(subject.settings[PAIRS if term.in_pairs else term.name]),
             between(term, subject.projections),
             _value_of(student),
             _value_of(teacher),

@@ -1,0 +1,55 @@
+"""What a term is divided by: its own Σ w, Σ w over ranks, or a given number of items."""
+
+import torch
+from torch import Tensor
+
+from fxdistill.base.nodes import one_node
+from fxdistill.base.ranks import Ranks, items_of
+from fxdistill.models.conventions import Task
+from fxdistill.objective.tokens import Batch, prediction_weights
+
+
+def denominator(
+    given: Tensor | None, weights: Tensor | None, count: int, ranks: Ranks | None, like: Tensor
+) -> Tensor | None:
+    """The denominator of a term, where it is not the term's own Σ w."""
+    if given is not None or ranks is None:
+        return given
+    return items_of(weights, count, ranks, like)
+
+
+def of_features(
+    batch: Batch, task: Task | None, counted: Tensor | None, ranks: Ranks | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The given denominator of feature terms, or else this batch's share of all items.
+
+    Trainers that accumulate gradients give ``num_items`` alone, which counts predictions. The
+    mean of a feature over its own batch, times the share of the batch in these, sums up to the
+    mean over all batches, each weighed by its predictions.
+    """
+    items = batch.num_feature_items
+    if items is not None or batch.num_items is None:
+        return items, None
+    if counted is None and batch.labels is not None:
+        counted = prediction_weights(batch, task, batch.labels.unsqueeze(-1))
+    if counted is None:
+        return batch.num_items, None
+    here = denominator(None, counted, 0, ranks, counted)
+    here = counted.sum() if here is None else here
+    return None, over_items(here, None, 1, batch.num_items)
+
+
+def rescaled(value: Tensor, weights: Tensor | None, count: int, items: Tensor | None) -> Tensor:
+    """``value`` over ``items``, if they are given; otherwise ``value`` as it is."""
+    return value if items is None else over_items(value, weights, count, items)
+
+
+@one_node
+def over_items(value: Tensor, weights: Tensor | None, count: int, items: Tensor) -> Tensor:
+    """Turn a mean, Σ w·v / Σ w, into Σ w·v / items: gradient accumulation sets the denominator.
+
+    Without weights, the mean is over ``count`` values.
+    """
+    total: Tensor | int = count if weights is None else weights.sum()
+    # Without any items nothing counts, and the value is 0 already.
+    return value * (total / torch.where(items == 0, torch.ones_like(items), items))

@@ -1,0 +1,60 @@
+"""Values that a loss takes or returns, which may be DTensors."""
+
+import torch
+from torch import Tensor, nn
+
+from fxdistill import base
+from fxdistill.base.ranks import Ranks, shared
+from fxdistill.base.tensors import is_placed
+from fxdistill.errors import ShapeError
+from fxdistill.objective.checks import shape_problem
+from fxdistill.taps.markers import check
+
+
+def on_every_rank(value: Tensor) -> Tensor:
+    """Gather ``value`` into a plain tensor, for a loss that the user wrote.
+
+    There the loss is as right as on one device. On shards it often would not be: the gradient of
+    torch's own mean of squares is too large by the number of ranks.
+    """
+    return value.full_tensor() if is_placed(value) else value
+
+
+def projected(projection: nn.Module, value: Tensor, ranks: Ranks | None) -> Tensor:
+    """``projection(value)``; the parameters stay plain tensors, equal on every rank."""
+    summed = ranks is not None and ranks.projections
+    if not is_placed(value) and not summed:
+        return projection(value)  # type: ignore[no-any-return]
+    weights: dict[str, Tensor] = dict(projection.named_parameters())
+    if ranks is not None and summed:
+        groups, scale = ranks.groups, ranks.scale
+        weights = {name: shared(weight, groups, scale) for name, weight in weights.items()}
+    if is_placed(value):
+        everywhere, dense = base.placement.everywhere, base.placement.dense
+        weights = {name: everywhere(weight, value) for name, weight in weights.items()}
+        value = dense(value)
+    return torch.func.functional_call(projection, weights, (value,))  # type: ignore[no-any-return]
+
+
+def ordinary(loss: Tensor, name: str) -> Tensor:
+    """The loss as a plain scalar: a DTensor is gathered, and a partial sum is summed."""
+    require_scalar(loss, name)
+    return loss.full_tensor() if is_placed(loss) else loss
+
+
+@check
+def require_same_shape(student: Tensor, teacher: Tensor, s_name: str, t_name: str) -> None:
+    """Raise ShapeError where the two values of a match have different shapes."""
+    if (problem := shape_problem(student.shape, teacher.shape, s_name, t_name)) is not None:
+        raise problem
+
+
+@check
+def require_scalar(loss: Tensor, name: str) -> None:
+    """Raise ShapeError where a loss is not one number: summing its entries would be a guess."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ShapeError(
+            f"the loss of {name!r} returned {what}: a loss returns a scalar. Average over the "
+            "tokens, by the weights it is given: (weights * value).sum() / weights.sum()."
+        )
