@@ -37,8 +37,9 @@ class Match:
         student_port: ``"output"`` (the first tensor of a tuple, dict or dataclass),
             ``"output[i]"``, ``"output.field"``, ``"input"``, ``"input[i]"`` or ``"input.name"``.
         teacher_port: The same for the teacher.
-        tokens: Whose tokens index the values: ``"input"``, ``"encoder"``, ``"decoder"``; ``None``:
-            they have none, and nothing of the text weighs them. ``"auto"``: by their axes.
+        tokens: Whose tokens index the values: ``"input"``, ``"encoder"``, ``"decoder"``, or
+            ``"teacher"``: those of the teacher's own inputs (``teacher_inputs``). ``None``: they
+            have none, and nothing of the text weighs them. ``"auto"``: by their axes.
         shapes: ``"any"``: the loss, a callable of your own, compares values of different shapes and
             gets them as they are. A callable may say it: ``loss.compares_shapes = "any"``.
         reason: Why ``fxdistill.match`` proposed the pair; it changes nothing.
@@ -55,7 +56,7 @@ class Match:
     )
     student_port: str = field(default="output", kw_only=True)
     teacher_port: str = field(default="output", kw_only=True)
-    tokens: Literal["auto", "input", "encoder", "decoder"] | None = field(
+    tokens: Literal["auto", "input", "encoder", "decoder", "teacher"] | None = field(
         default="auto", kw_only=True
     )
     shapes: Literal["equal", "any"] = field(default="equal", kw_only=True)

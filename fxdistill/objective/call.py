@@ -10,10 +10,15 @@ from torch import Tensor, nn
 
 from fxdistill.base.tensors import scalar
 from fxdistill.errors import BatchError, MatchWarning, did_you_mean
-from fxdistill.models.conventions import accepted_keywords, decoder_inputs, input_names
+from fxdistill.models.conventions import (
+    accepted_keywords,
+    decoder_inputs,
+    frame_mask,
+    input_names,
+)
 from fxdistill.models.devices import device_of
 from fxdistill.models.tap import Tower
-from fxdistill.objective.tokens import TOKEN_FIELDS, Batch
+from fxdistill.objective.tokens import TOKEN_FIELDS, Batch, Grid
 
 CALL_KEYWORDS = (
     "labels",
@@ -67,7 +72,7 @@ def sort_call(
     if task == "seq2seq" and labels is not None:
         for tower, model in models.items():
             _give_decoder(model, inputs[tower], labels)
-    return Call(inputs, _batch(models[main], inputs[main], own, task))
+    return Call(inputs, _batch(models, inputs, main, own, task))
 
 
 def _by_signature(models: Mapping[Tower, nn.Module], shared: Inputs) -> dict[Tower, Inputs]:
@@ -91,25 +96,65 @@ def _by_signature(models: Mapping[Tower, nn.Module], shared: Inputs) -> dict[Tow
     }
 
 
-def _batch(model: nn.Module, inputs: Inputs, own: Mapping[str, Any], task: str | None) -> Batch:
-    """The batch, from the objective's own keywords and from the inputs of ``model``."""
+def _batch(
+    models: Mapping[Tower, nn.Module],
+    inputs: Mapping[Tower, Inputs],
+    main: Tower,
+    own: Mapping[str, Any],
+    task: str | None,
+) -> Batch:
+    """The batch, from the objective's own keywords and from the inputs of ``main``."""
+    model = models[main]
     device = device_of(model)
     items = own.get("num_items", own.get("num_items_in_batch"))
     feature_items = own.get("num_feature_items")
-    seen = _by_name(model, inputs)
+    seen = _by_name(model, inputs[main])
     labels = own.get("labels")
     decoder = seen.get("decoder_input_ids", seen.get("decoder_inputs_embeds"))
+    grid = _grid(model, inputs[main].args, seen, own, task)
+    others = {
+        tower: _grid(
+            models[tower], inputs[tower].args, _by_name(models[tower], inputs[tower]), {}, task
+        )
+        for tower in models
+        if tower != main and own.get(f"{tower}_inputs")
+    }
     return Batch(
         labels=labels,
         loss_mask=own.get("loss_mask"),
         token_weights=own.get("token_weights"),
-        attention_mask=_tensor(seen.get("attention_mask")),
+        attention_mask=grid.attention_mask,
         num_items=None if items is None else scalar(items, device),
         num_feature_items=None if feature_items is None else scalar(feature_items, device),
-        tokens=_token_grid(inputs.args, seen, own, task),
+        tokens=grid.tokens,
         decoder_tokens=_tensor(labels if decoder is None else decoder),
         decoder_mask=_tensor(seen.get("decoder_attention_mask")),
+        others={tower: found for tower, found in others.items() if _differs(found, grid)} or None,
     )
+
+
+def _grid(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    seen: Mapping[str, Any],
+    own: Mapping[str, Any],
+    task: str | None,
+) -> Grid:
+    """The tokens of a model's inputs and their mask; the frames of a speech model that tells."""
+    mask = _tensor(seen.get("attention_mask"))
+    if mask is not None and isinstance(seen.get("input_values"), Tensor):
+        frames = frame_mask(model, mask)
+        if frames is not None:
+            return Grid(frames, frames)
+    return Grid(_token_grid(args, seen, own, task), mask)
+
+
+def _differs(grid: Grid, other: Grid) -> bool:
+    """Whether two models see other tokens, or other padding."""
+    if grid.tokens is None:
+        return False
+    same_size = other.tokens is not None and grid.tokens.shape[:2] == other.tokens.shape[:2]
+    return grid.attention_mask is not other.attention_mask or not same_size
 
 
 def _require_tensors(own: Mapping[str, Any]) -> None:

@@ -80,6 +80,8 @@ def _weights(term: Term, value: Tensor, batch: Batch, task: Task | None) -> Tens
     if not term.has_tokens:
         batch = batch._replace(tokens=None, attention_mask=None)
         return feature_weights(batch, task, "tokens", value)
+    if term.by_teacher:
+        batch = batch.of(term.of[1])
     if task == "classification" or term.keeps_tokens:
         return feature_weights(batch, task, term.stream, value, said=term.said_tokens)
     return None
@@ -88,7 +90,7 @@ def _weights(term: Term, value: Tensor, batch: Batch, task: Task | None) -> Tens
 def _laid_out(
     term: Term, s: Tensor, t: Tensor, batch: Batch, task: Task | None
 ) -> tuple[Tensor, Tensor]:
-    """Apply the layouts of a match to both values; pooling weighs the tokens."""
+    """Apply the layouts of a match to both values; pooling weighs each model's tokens."""
     ours, theirs = term.layouts
     if not ours and not theirs:
         return s, t
@@ -96,9 +98,10 @@ def _laid_out(
         # Pooling leaves padding out; the loss applies the weight of the sample.
         batch = batch._replace(loss_mask=None, token_weights=None, labels=None)
     weights: list[Tensor | None] = []
-    for value, pools in zip((s, t), term.pools_tokens, strict=True):
+    for tower, value, pools in zip(term.of, (s, t), term.pools_tokens, strict=True):
         w = None
         if pools:
-            w = feature_weights(batch, task, term.stream, value, said=term.said_tokens)
+            seen = batch.of(tower)
+            w = feature_weights(seen, task, term.stream, value, said=term.said_tokens)
         weights.append(w if w is not None and w.ndim == 2 else None)
     return arrange(s, ours, t, theirs, weights[0]), arrange(t, theirs, s, ours, weights[1])

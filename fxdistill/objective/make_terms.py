@@ -66,6 +66,7 @@ def make_terms(
                     pools_tokens=_pools(match, both),
                     has_tokens=match.tokens is not None,
                     said_tokens=match.tokens not in ("auto", None),
+                    by_teacher=match.tokens == "teacher",
                     any_shapes=_compares_any(match, loss),
                     in_pairs=in_pairs,
                 )
@@ -102,6 +103,7 @@ _STREAMS: dict[str | None, Stream] = {
     "input": "tokens",
     "encoder": "encoder",
     "decoder": "decoder",
+    "teacher": "tokens",
     None: "tokens",
 }
 
@@ -111,7 +113,7 @@ def _check_tokens(match: Match) -> None:
     if match.tokens != "auto" and match.tokens not in _STREAMS:
         raise OptionError(
             f"tokens={match.tokens!r} for {match.student!r}: 'auto', 'input', 'encoder', "
-            "'decoder', or None for a value without tokens"
+            "'decoder', 'teacher' (its own inputs), or None for a value without tokens"
         )
 
 

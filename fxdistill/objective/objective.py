@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxdistill.base.ranks import Ranks, over_ranks, total_over_ranks
+from fxdistill.losses.names import is_named
 from fxdistill.models.conventions import Task
 from fxdistill.models.tap import Tap, Tower
 from fxdistill.objective.denominators import denominator, rescaled
@@ -184,6 +185,9 @@ class Objective:
             require_vocabulary_last(logits, task)
             require_numbers_of_classes(batch.labels)
         require_task(task, logits, batch)
+        on_grid = batch.labels is None or batch.labels.shape == logits.shape[:-1]
+        if not on_grid and not all(is_named(term.loss) for term in self.labels):
+            batch = batch._replace(labels=None)  # a loss of the user's own aligns its labels
         weights = prediction_weights(batch, task, logits)
         items = denominator(batch.num_items, weights, 0, self.ranks, logits)
         return Predictions(logits, task, weights, items)
@@ -215,7 +219,8 @@ class Objective:
     def _label_term(self, term: LabelTerm, made: Predictions, labels: Tensor | None) -> Tensor:
         assert labels is not None
         assert made.task is not None
-        aligned = align_labels(labels, made.task)
+        on_grid = labels.shape == made.logits.shape[:-1]
+        aligned = align_labels(labels, made.task) if on_grid or is_named(term.loss) else labels
         logits = made.logits if self.own_losses else on_every_rank(made.logits)
         loss = ordinary(term.loss(logits, aligned, weights=made.weights), term.name)
         return rescaled(loss, made.weights, 0, made.items)

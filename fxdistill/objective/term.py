@@ -36,6 +36,7 @@ class Term:
     of: tuple[Tower, Tower] = ("student", "teacher")
     has_tokens: bool = True  # unless the match says that it has none
     said_tokens: bool = False  # the match says whose tokens the values have
+    by_teacher: bool = False  # the tokens of the teacher's own inputs weigh the values
     any_shapes: bool = False  # the loss compares values of different shapes
     in_pairs: bool = False  # the loss takes this pair of values together with all others
 

@@ -8,6 +8,7 @@ attended, too.
 B batch, L sequence, D width, V vocabulary.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -16,15 +17,24 @@ from torch import Tensor
 from fxdistill.errors import BatchError
 from fxdistill.losses.reduce import IGNORE
 from fxdistill.models.conventions import Stream, Task
+from fxdistill.models.tap import Tower
 from fxdistill.taps.markers import check
 
 TOKEN_FIELDS = ("labels", "loss_mask", "token_weights")
 
 
+class Grid(NamedTuple):
+    """The tokens of one model's own inputs, and their attention mask."""
+
+    tokens: Tensor | None
+    attention_mask: Tensor | None
+
+
 class Batch(NamedTuple):
     """The token-indexed tensors and the item counts of a call; every field is optional.
 
-    Only the first two sizes of ``tokens`` and ``decoder_tokens`` are read.
+    Only the first two sizes of ``tokens`` and ``decoder_tokens`` are read. ``others`` has the
+    models whose own inputs (``teacher_inputs``) are of other tokens.
     """
 
     labels: Tensor | None = None
@@ -36,6 +46,21 @@ class Batch(NamedTuple):
     tokens: Tensor | None = None
     decoder_tokens: Tensor | None = None
     decoder_mask: Tensor | None = None
+    others: Mapping[Tower, Grid] | None = None
+
+    def of(self, tower: Tower) -> "Batch":
+        """The batch as ``tower`` sees it: with the tokens of its own inputs, if it has others.
+
+        What is said of the main model's tokens has no part in another number of tokens.
+        """
+        if self.others is None or tower not in self.others:
+            return self
+        grid = self.others[tower]
+        batch = self._replace(tokens=grid.tokens, attention_mask=grid.attention_mask)
+        ours, theirs = self.tokens, grid.tokens
+        if ours is not None and theirs is not None and ours.shape[:2] == theirs.shape[:2]:
+            return batch
+        return batch._replace(loss_mask=None, token_weights=None, labels=None)
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
@@ -88,6 +113,10 @@ def prediction_weights(batch: Batch, task: Task | None, logits: Tensor) -> Tenso
     mask = attended(batch) if task in ("causal_lm", "masked_lm") else None
     if task == "seq2seq":
         mask = decoder_attended(batch)
+    if task == "masked_lm" and mask is not None and chosen is not None:
+        # The logits have a grid of their own, such as a speech model's frames; only what is said
+        # of this grid weighs them.
+        mask = mask if mask.shape == logits.shape[:-1] else None
     _check(batch, logits, mask, "decoder_attention_mask" if task == "seq2seq" else "attention_mask")
     if task != "causal_lm":
         counted = None if batch.labels is None else (batch.labels != IGNORE).float()
@@ -118,6 +147,19 @@ def _check(batch: Batch, logits: Tensor, mask: Tensor | None, name: str) -> None
     require_grid(name, mask, logits)
 
 
+_ELSEWHERE = (
+    "Where logits have a grid of their own (a speech model's frames), a loss_mask of its shape "
+    "says which of them count."
+)
+_ADVICE = {
+    "labels": "A label_loss of your own takes labels of any grid (CTC).",
+    "attention_mask": _ELSEWHERE,
+    "decoder_attention_mask": _ELSEWHERE,
+    "loss_mask": "",
+    "token_weights": "",
+}
+
+
 @check
 def require_grid(name: str, tensor: Tensor | None, logits: Tensor) -> None:
     """Raise BatchError unless ``tensor`` is shaped like ``logits`` without the vocabulary axis."""
@@ -126,7 +168,7 @@ def require_grid(name: str, tensor: Tensor | None, logits: Tensor) -> None:
         raise BatchError(
             f"{name} has shape {list(tensor.shape)}, but the student's logits are {list(grid)} "
             f"predictions over the vocabulary. {name} is indexed by token (by sample in "
-            "classification)."
+            f"classification). {_ADVICE[name]}"
         )
 
 
@@ -159,12 +201,21 @@ def feature_weights(
         return _sample_feature_weights(chosen, mask, tokens, feature, said)
     if tokens is None:
         return None
+    if _on_its_own_grid(chosen, tokens, feature):
+        return chosen
     weights = _times(chosen, mask)
     if weights is None:
         weights = torch.ones(tokens.shape[:2], device=feature.device)
     else:
         require_tokens(weights, tokens)
     return _lay_over(weights, feature, said)
+
+
+def _on_its_own_grid(chosen: Tensor | None, tokens: Tensor, feature: Tensor) -> bool:
+    """Whether ``chosen`` was said of another grid than the tokens', and the feature is on that."""
+    if chosen is None or feature.ndim != 3:
+        return False
+    return chosen.shape != tokens.shape[:2] and chosen.shape == feature.shape[:2]
 
 
 def _lay_over(weights: Tensor, feature: Tensor, said: bool) -> Tensor | None:

@@ -1,0 +1,201 @@
+"""Logits and values on a grid of their own, and teachers whose inputs have other tokens."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
+
+import fxdistill
+from fxdistill import Match, errors
+
+AOT = {"backend": "aot_eager"}
+MODES = pytest.mark.parametrize(
+    "compile", [False, "regional", AOT], ids=["eager", "regional", "graph"]
+)
+LAYERS = "wav2vec2.encoder.layers"
+
+
+# ------------------------------------------------------------------ speech: frames and samples
+
+
+def speech(layers):
+    torch.manual_seed(layers)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    convolutions = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2)}
+    quiet = {
+        f"{name}_dropout": 0.0
+        for name in ("hidden", "activation", "attention", "feat_proj", "final")
+    }
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    return Wav2Vec2ForCTC(
+        Wav2Vec2Config(
+            vocab_size=12,
+            num_hidden_layers=layers,
+            layerdrop=0.0,
+            mask_time_prob=0.0,
+            feat_extract_norm="layer",
+            **small,
+            **convolutions,
+            **quiet,
+            **positions,
+        )
+    )
+
+
+SOUND = torch.randn(2, 400, generator=torch.Generator().manual_seed(0))
+HEARD = (torch.arange(400) < torch.tensor([[400], [260]])).long()
+
+
+def ctc(logits, labels, *, weights):
+    """The loss of the model itself, on targets ``[B, T]``; −100 is padding."""
+    log_p = logits.log_softmax(-1).transpose(0, 1)
+    kept = labels != -100
+    frames = weights.sum(-1).long()
+    return F.ctc_loss(log_p, labels[kept], frames, kept.sum(-1), reduction="sum") / frames.sum()
+
+
+TARGETS = torch.tensor([[1, 2, 3, 4], [5, 6, -100, -100]])
+
+
+def frames_of(model):
+    count = int(model._get_feat_extract_output_lengths(torch.tensor(400)))
+    return model._get_feature_vector_attention_mask(count, HEARD).float()
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@MODES
+def test_frames_of_padding_do_not_count(compile):
+    student, teacher = speech(1), speech(2)
+    distiller = fxdistill.wrap(
+        student, teacher, {f"{LAYERS}.0": f"{LAYERS}.1"}, label_loss=ctc, compile=compile
+    )
+    out = distiller(input_values=SOUND, attention_mask=HEARD, labels=TARGETS)
+    out.loss.backward()
+    found, weights = [p.grad for p in student.parameters()], frames_of(student)
+    student.zero_grad(set_to_none=True)
+
+    seen = {}
+    for model in (student, teacher.eval()):
+        model.get_submodule(LAYERS)[-1].register_forward_hook(
+            lambda module, args, value, model=model: seen.update({model: value})
+        )
+    logits = student(SOUND, HEARD).logits
+    with torch.no_grad():
+        target = teacher(SOUND, HEARD).logits.log_softmax(-1)
+    each = (target.exp() * (target - logits.log_softmax(-1))).sum(-1)
+    s, t = (x[0] if isinstance(x, tuple) else x for x in (seen[student], seen[teacher]))
+    wanted = {
+        "logits": (each * weights).sum() / weights.sum(),
+        "labels": ctc(logits, TARGETS, weights=weights),
+        f"{LAYERS}.0": ((s - t).square().mean(-1) * weights).sum() / weights.sum(),
+    }
+    for name, value in wanted.items():
+        torch.testing.assert_close(out.losses[name], value.detach(), rtol=1e-4, atol=1e-6)
+    sum(wanted.values()).backward()
+    for (name, p), gradient in zip(student.named_parameters(), found, strict=True):
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_the_own_loss_of_the_library_refuses_labels_of_another_grid():
+    distiller = fxdistill.wrap(speech(1), speech(2), compile=False)
+    with pytest.raises(errors.BatchError, match="A label_loss of your own takes labels of any"):
+        distiller(input_values=SOUND, attention_mask=HEARD, labels=TARGETS)
+
+
+class Frames(nn.Module):
+    """Samples ``[B, S]`` to frames ``[B, S / 4]``, without a word about how they go together."""
+
+    def __init__(self):
+        super().__init__()
+        self.frames, self.head = nn.Linear(4, 6), nn.Linear(6, 5)
+
+    def forward(self, x, attention_mask=None):
+        return self.head(self.frames(x.unflatten(1, (-1, 4))))
+
+
+@MODES
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "with the samples' mask"])
+def test_a_loss_mask_weighs_logits_on_its_grid(compile, masked):
+    torch.manual_seed(0)
+    student, teacher = Frames(), Frames()
+    x, kept = torch.randn(2, 20), torch.tensor([[1.0, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    mask = {"attention_mask": kept.repeat_interleave(4, 1).long()} if masked else {}
+    distiller = fxdistill.wrap(
+        student, teacher, {"frames": "frames"}, task="masked_lm", compile=compile
+    )
+    out = distiller(x=x, loss_mask=kept, **mask)
+    s, t = (m.frames(x.unflatten(1, (-1, 4))) for m in (student, teacher))
+    q, p = student.head(s).log_softmax(-1), teacher.head(t).log_softmax(-1)
+    each = (p.exp() * (p - q)).sum(-1)
+    torch.testing.assert_close(out.losses["logits"], ((each * kept).sum() / 8).detach())
+    values = (s - t).square().mean(-1)
+    torch.testing.assert_close(out.losses["frames"], ((values * kept).sum() / 8).detach())
+    with pytest.raises(errors.BatchError, match="a loss_mask of its shape says which"):
+        distiller(x=x, attention_mask=kept.repeat_interleave(4, 1).long())
+
+
+# ------------------------------------------------------------------ a teacher with its own tokens
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.text, self.mix, self.head = nn.Embedding(30, 8), nn.Linear(8, 8), nn.Linear(8, 30)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.head(self.mix(self.text(input_ids)))
+
+
+def readers():
+    torch.manual_seed(0)
+    return Reader(), Reader()
+
+
+def inputs(length, kept):
+    ids = torch.arange(2 * length).reshape(2, length) % 30
+    return {
+        "input_ids": ids,
+        "attention_mask": (torch.arange(length) < torch.tensor(kept)[:, None]).long(),
+    }
+
+
+OURS, THEIRS = inputs(6, [6, 3]), inputs(9, [5, 9])
+
+
+def pooled(model, seen):
+    value = model.mix(model.text(seen["input_ids"]))
+    mask = seen["attention_mask"].unsqueeze(-1)
+    return (value * mask).sum(1) / mask.sum(1)
+
+
+@MODES
+@pytest.mark.parametrize("tokens", ["auto", "teacher"])
+def test_a_teacher_is_pooled_by_its_own_mask(compile, tokens):
+    student, teacher = readers()
+    match = {"mix": Match(teacher="mix", reduce=("b l d -> b d", "mean"), tokens=tokens)}
+    options = {"logit_loss": None, "task": "masked_lm", "compile": compile}
+    out = fxdistill.wrap(student, teacher, match, **options)(**OURS, teacher_inputs=THEIRS)
+    wanted = (pooled(student, OURS) - pooled(teacher, THEIRS)).square().mean()
+    torch.testing.assert_close(out.loss, wanted)
+    out.loss.backward()
+    found, student.mix.weight.grad = student.mix.weight.grad, None
+    wanted.backward()
+    torch.testing.assert_close(found, student.mix.weight.grad)
+
+
+@MODES
+@pytest.mark.parametrize("tokens", ["auto", "teacher"])
+def test_per_token_the_teachers_mask_weighs_where_it_is_said(compile, tokens):
+    student, teacher = readers()
+    theirs = inputs(6, [2, 6])
+    match = {"mix": Match(teacher="mix", tokens=tokens)}
+    options = {"logit_loss": None, "task": "masked_lm", "compile": compile}
+    out = fxdistill.wrap(student, teacher, match, **options)(**OURS, teacher_inputs=theirs)
+    s, t = (
+        student.mix(student.text(OURS["input_ids"])),
+        teacher.mix(teacher.text(theirs["input_ids"])),
+    )
+    mask = (theirs if tokens == "teacher" else OURS)["attention_mask"]
+    wanted = ((s - t).square().mean(-1) * mask).sum() / mask.sum()
+    torch.testing.assert_close(out.loss, wanted)
