@@ -4,6 +4,7 @@ A loss is a plain function of tensors. It is one node of a captured graph (``one
 passes can read it; AOTAutograd traces through it.
 """
 
+from fxdistill.losses.ctc import ctc
 from fxdistill.losses.hidden import cosine, l1, l2, mse, smooth_l1
 from fxdistill.losses.labels import cross_entropy
 from fxdistill.losses.logits import forward_kl, jsd, reverse_kl, soft_cross_entropy
@@ -13,6 +14,7 @@ __all__ = [
     "VocabLoss",
     "cosine",
     "cross_entropy",
+    "ctc",
     "forward_kl",
     "jsd",
     "l1",

@@ -18,6 +18,20 @@ def denominator(
     return items_of(weights, count, ranks, like)
 
 
+def items_elsewhere(given: Tensor, weights: Tensor, counts: Tensor, ranks: Ranks | None) -> Tensor:
+    """The denominator of Σ w·v where the ``given`` items count other things than w does.
+
+    A speech model predicts frames, and its labels are fewer: the mean over the frames of a batch
+    weighs by the batch's share of the labels.
+    """
+    return over_all(weights, ranks) * given / over_all(counts, ranks).clamp(min=1)
+
+
+def over_all(weights: Tensor, ranks: Ranks | None) -> Tensor:
+    """Σ w over all ranks."""
+    return weights.sum() if ranks is None else items_of(weights, 0, ranks, weights)
+
+
 def of_features(
     batch: Batch, task: Task | None, counted: Tensor | None, ranks: Ranks | None
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -34,9 +48,7 @@ def of_features(
         counted = prediction_weights(batch, task, batch.labels.unsqueeze(-1))
     if counted is None:
         return batch.num_items, None
-    here = denominator(None, counted, 0, ranks, counted)
-    here = counted.sum() if here is None else here
-    return None, over_items(here, None, 1, batch.num_items)
+    return None, over_items(over_all(counted, ranks), None, 1, batch.num_items)
 
 
 def rescaled(value: Tensor, weights: Tensor | None, count: int, items: Tensor | None) -> Tensor:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fxdistill.base.ranks import Ranks, over_ranks, total_over_ranks
-from fxdistill.losses.names import is_named
+from fxdistill.losses.names import aligns_labels, is_named
+from fxdistill.losses.reduce import IGNORE
 from fxdistill.models.conventions import Task
 from fxdistill.models.tap import Tap, Tower
-from fxdistill.objective.denominators import denominator, rescaled
+from fxdistill.objective.denominators import denominator, items_elsewhere, rescaled
 from fxdistill.objective.feature_terms import Lookup, Step, feature_terms
 from fxdistill.objective.term import LOGITS, PAIRS, LabelTerm, LogitTerm, Term
 from fxdistill.objective.tokens import Batch, align_labels, prediction_weights
@@ -54,12 +55,17 @@ class StepWeights(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """The logits of one model that learns, and the weight of each prediction."""
+    """The logits of one model that learns, and the weight of each prediction.
+
+    ``items`` is the denominator, where it is not the sum of the weights. ``counts`` is what a given
+    number of items counts: the predictions, or the labels where these have a grid of their own.
+    """
 
     logits: Tensor
     task: Task | None
     weights: Tensor
-    items: Tensor | None  # the denominator, where it is not the sum of the weights
+    items: Tensor | None
+    counts: Tensor
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,8 @@ class Objective:
     @property
     def can_fuse(self) -> bool:
         """Whether the fused head has these losses, and every teacher of logits is frozen."""
+        if any(aligns_labels(term.loss) for term in self.labels):
+            return False
         return self.own_losses and all(term.teacher in self.frozen for term in self.logits)
 
     @property
@@ -162,7 +170,7 @@ class Objective:
         task, counted = self.task, None
         for tower in self._predicting:
             made = self._predictions(tower, lookup, batch)
-            task, counted = task or made.task, made.weights if counted is None else counted
+            task, counted = task or made.task, made.counts if counted is None else counted
             for name, weight, loss in self._of_logits(tower, made, lookup, batch, weights):
                 parts.append(weight * loss)
                 terms[name] = loss.detach()
@@ -185,12 +193,15 @@ class Objective:
             require_vocabulary_last(logits, task)
             require_numbers_of_classes(batch.labels)
         require_task(task, logits, batch)
-        on_grid = batch.labels is None or batch.labels.shape == logits.shape[:-1]
-        if not on_grid and not all(is_named(term.loss) for term in self.labels):
-            batch = batch._replace(labels=None)  # a loss of the user's own aligns its labels
+        counts = None
+        if (labels := batch.labels) is not None and self._labels_apart(labels, logits):
+            counts, batch = (labels != IGNORE).float(), batch._replace(labels=None)
         weights = prediction_weights(batch, task, logits)
-        items = denominator(batch.num_items, weights, 0, self.ranks, logits)
-        return Predictions(logits, task, weights, items)
+        if counts is None or batch.num_items is None:
+            items = denominator(batch.num_items, weights, 0, self.ranks, logits)
+        else:
+            items = items_elsewhere(batch.num_items, weights, counts, self.ranks)
+        return Predictions(logits, task, weights, items, weights if counts is None else counts)
 
     def _of_logits(
         self, tower: Tower, made: Predictions, lookup: Lookup, batch: Batch, weights: StepWeights
@@ -203,7 +214,7 @@ class Objective:
                 found.append((term.name, of_share(weights.logits, term.share), loss))
         for label in self.labels:
             if label.student == tower:
-                loss = self._label_term(label, made, batch.labels)
+                loss = self._label_term(label, made, batch.labels, batch.num_items)
                 found.append((label.name, of_share(weights.labels, label.share), loss))
         return found
 
@@ -216,14 +227,26 @@ class Objective:
         loss = term.loss(s, t, temperature=temperature, weights=made.weights)
         return rescaled(ordinary(loss, term.name), made.weights, 0, made.items)
 
-    def _label_term(self, term: LabelTerm, made: Predictions, labels: Tensor | None) -> Tensor:
+    def _label_term(
+        self, term: LabelTerm, made: Predictions, labels: Tensor | None, num_items: Tensor | None
+    ) -> Tensor:
         assert labels is not None
         assert made.task is not None
-        on_grid = labels.shape == made.logits.shape[:-1]
-        aligned = align_labels(labels, made.task) if on_grid or is_named(term.loss) else labels
+        apart = self._labels_apart(labels, made.logits)
+        aligned = labels if apart else align_labels(labels, made.task)
         logits = made.logits if self.own_losses else on_every_rank(made.logits)
         loss = ordinary(term.loss(logits, aligned, weights=made.weights), term.name)
-        return rescaled(loss, made.weights, 0, made.items)
+        if not apart:
+            return rescaled(loss, made.weights, 0, made.items)
+        items = denominator(num_items, made.counts, 0, self.ranks, loss)
+        return rescaled(loss, made.counts, 0, items)
+
+    def _labels_apart(self, labels: Tensor, logits: Tensor) -> bool:
+        """Whether labels have a grid of their own, which a loss of the user's, or ctc, aligns."""
+        if any(aligns_labels(term.loss) for term in self.labels):
+            return True
+        own = not all(is_named(term.loss) for term in self.labels)
+        return own and labels.shape != logits.shape[:-1]
 
 
 def of_share(weight: Tensor, share: float) -> Tensor:

@@ -28,7 +28,7 @@ def speech(layers):
         for name in ("hidden", "activation", "attention", "feat_proj", "final")
     }
     positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
-    return Wav2Vec2ForCTC(
+    model = Wav2Vec2ForCTC(
         Wav2Vec2Config(
             vocab_size=12,
             num_hidden_layers=layers,
@@ -41,18 +41,20 @@ def speech(layers):
             **positions,
         )
     )
+    model.freeze_feature_encoder()  # as in fine-tuning; unfrozen, it cannot be one graph
+    return model
 
 
 SOUND = torch.randn(2, 400, generator=torch.Generator().manual_seed(0))
 HEARD = (torch.arange(400) < torch.tensor([[400], [260]])).long()
 
 
-def ctc(logits, labels, *, weights):
-    """The loss of the model itself, on targets ``[B, T]``; −100 is padding."""
-    log_p = logits.log_softmax(-1).transpose(0, 1)
-    kept = labels != -100
+def by_torch(logits, labels, *, weights):
+    """torch's own loss, for each label; -100 is padding."""
+    log_p, kept = logits.log_softmax(-1).transpose(0, 1), labels != -100
     frames = weights.sum(-1).long()
-    return F.ctc_loss(log_p, labels[kept], frames, kept.sum(-1), reduction="sum") / frames.sum()
+    nll = F.ctc_loss(log_p, labels[kept], frames, kept.sum(-1), reduction="sum")
+    return nll / kept.sum()
 
 
 TARGETS = torch.tensor([[1, 2, 3, 4], [5, 6, -100, -100]])
@@ -64,15 +66,20 @@ def frames_of(model):
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-@MODES
-def test_frames_of_padding_do_not_count(compile):
+@pytest.mark.parametrize(
+    ("compile", "label_loss"),
+    [(False, "ctc"), ("regional", "ctc"), (AOT, "ctc"), (False, by_torch)],
+    ids=["eager", "regional", "graph", "own"],
+)
+def test_frames_of_padding_do_not_count(compile, label_loss):
     student, teacher = speech(1), speech(2)
     distiller = fxdistill.wrap(
-        student, teacher, {f"{LAYERS}.0": f"{LAYERS}.1"}, label_loss=ctc, compile=compile
+        student, teacher, {f"{LAYERS}.0": f"{LAYERS}.1"}, label_loss=label_loss, compile=compile
     )
     out = distiller(input_values=SOUND, attention_mask=HEARD, labels=TARGETS)
     out.loss.backward()
-    found, weights = [p.grad for p in student.parameters()], frames_of(student)
+    learning = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    found, weights = [p.grad for p in learning.values()], frames_of(student)
     student.zero_grad(set_to_none=True)
 
     seen = {}
@@ -87,14 +94,38 @@ def test_frames_of_padding_do_not_count(compile):
     s, t = (x[0] if isinstance(x, tuple) else x for x in (seen[student], seen[teacher]))
     wanted = {
         "logits": (each * weights).sum() / weights.sum(),
-        "labels": ctc(logits, TARGETS, weights=weights),
+        "labels": by_torch(logits, TARGETS, weights=weights),
         f"{LAYERS}.0": ((s - t).square().mean(-1) * weights).sum() / weights.sum(),
     }
     for name, value in wanted.items():
         torch.testing.assert_close(out.losses[name], value.detach(), rtol=1e-4, atol=1e-6)
     sum(wanted.values()).backward()
-    for (name, p), gradient in zip(student.named_parameters(), found, strict=True):
+    for (name, p), gradient in zip(learning.items(), found, strict=True):
         torch.testing.assert_close(gradient, p.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("label_loss", ["ctc", by_torch])
+def test_items_count_the_labels(label_loss):
+    """Trainers count labels: all terms of a batch weigh by its share of them."""
+    mapping = {f"{LAYERS}.0": f"{LAYERS}.1"}
+    distiller = fxdistill.wrap(speech(1), speech(2), mapping, label_loss=label_loss, compile=False)
+    call = {"input_values": SOUND, "attention_mask": HEARD, "labels": TARGETS}
+    whole, half = distiller(**call), distiller(**call, num_items_in_batch=torch.tensor(12))
+    for name, value in whole.losses.items():
+        torch.testing.assert_close(half.losses[name] * 2, value, msg=name)
+
+
+def test_labels_of_as_many_as_frames_are_not_taken_for_frames():
+    """The targets' −100 are padding of their own, whatever their number."""
+    frames = int(frames_of(speech(1)).shape[1])
+    targets = torch.full((2, frames), -100)
+    targets[:, :4] = TARGETS.clamp(min=1)
+    distiller = fxdistill.wrap(speech(1), speech(2), label_loss="ctc", compile=False)
+    call = {"input_values": SOUND, "attention_mask": HEARD}
+    out = distiller(**call, labels=targets)
+    torch.testing.assert_close(out.losses["logits"], distiller(**call).losses["logits"])
+    again = distiller(**call, labels=targets[:, :4])
+    torch.testing.assert_close(out.losses["labels"], again.losses["labels"])
 
 
 def test_the_own_loss_of_the_library_refuses_labels_of_another_grid():

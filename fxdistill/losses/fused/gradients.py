@@ -27,11 +27,15 @@ def gradients_wanted(h: Tensor, w: Tensor, bias: Tensor | None) -> str:
     return "".join(n for n, x in given if grad and x is not None and x.requires_grad)
 
 
-def require_first_order() -> None:
+_UNFUSED = (
+    "wrap(..., compile={'fuse_head': False}), or the divergence and cross entropy of logits, have."
+)
+
+
+def require_first_order(what: str = "the fused head", instead: str = _UNFUSED) -> None:
     """Raise StepError if a backward is to be differentiated: its gradients are constants."""
     if torch.is_grad_enabled():
         raise StepError(
-            "the fused head forms its gradients in the forward, and those have no derivative of "
-            "their own (create_graph=True asks for one). wrap(..., compile={'fuse_head': False}), "
-            "or the divergence and cross entropy of logits, have."
+            f"{what} forms its gradients in the forward, and those have no derivative of "
+            f"their own (create_graph=True asks for one). {instead}"
         )
