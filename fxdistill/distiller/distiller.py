@@ -12,7 +12,7 @@ from fxdistill import parallel
 from fxdistill.base.ranks import Ranks
 from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.journal import Journal
-from fxdistill.distiller import dry
+from fxdistill.distiller import dry, whose
 from fxdistill.distiller.guard import check_call, check_not_crossed, freezes, settle
 from fxdistill.distiller.modes import Request, Result, Steps, eager, in_one_graph, regional
 from fxdistill.distiller.options import Options
@@ -184,7 +184,20 @@ class Distiller(StudentFace):
         towers, objective = self._towers, self.objective
         call = sort_call(towers.modules, towers.main, objective.task, args, dict(kwargs))
         check_call(towers, objective, call)
+        if not self._steps.told and objective.features:
+            self._tell_tokens(call)
         return call
+
+    # Models are run on fake tensors, which dynamo does not trace.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _tell_tokens(self, call: Call) -> None:
+        """Find out, once, which matched values have tokens."""
+        request = self._request(call)
+        self._steps.told = True
+        if whose.asks(request):
+            features, why = whose.told(request, self._steps)
+            self.objective = dataclasses.replace(self.objective, features=features)
+            self._notes = (*self._notes, *([why] if why else []))
 
     def _request(self, call: Call) -> Request:
         objective = self.objective.on(_averaging_ranks(self))

@@ -57,6 +57,7 @@ class Steps:
         self._head_paths: dict[Tower, str | None] | None = None
         self._meshes: dict[Tower, tuple[int, Meshes]] = {}
         self.passed = False  # whether a step outside one-graph mode has passed its checks
+        self.told = False  # whether it is known which matched values have tokens
 
     def compiled(
         self, function: Callable[..., Any], recipe: Recipe, dynamic: Callable[[], bool | None]

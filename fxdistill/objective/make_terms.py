@@ -63,8 +63,8 @@ def make_terms(
                     _stream(match, student, tap, task),
                     layouts=both,
                     keeps_tokens=keeps_tokens(both[0], _token_axis(student, tap)),
-                    pools_tokens=_pools(match, both),
-                    has_tokens=match.tokens is not None,
+                    pools_tokens=_pools(_has_tokens(match, tap), both),
+                    has_tokens=_has_tokens(match, tap),
                     said_tokens=match.tokens not in ("auto", None),
                     by_teacher=match.tokens == "teacher",
                     any_shapes=_compares_any(match, loss),
@@ -122,9 +122,21 @@ def _stream(match: Match, student: nn.Module, tap: Tap, task: Task | None) -> St
     return stream_of(student, tap, task) if said == "auto" else _STREAMS.get(said, "tokens")
 
 
-def _pools(match: Match, both: tuple[Layout, Layout]) -> tuple[bool, bool]:
+# Words in the path of a tower that sees: what it computes has no tokens of a text.
+_SEEING = frozenset(("vision", "visual", "image", "video", "pixel"))
+_READING = frozenset(("text", "language", "fusion", "cross", "projector", "qformer"))
+
+
+def _has_tokens(match: Match, tap: Tap) -> bool:
+    """Whether a value may have tokens, by what the match says or else by its path."""
+    words = set(tap.path.replace(".", "_").lower().split("_"))
+    sees = bool(words & _SEEING) and not words & _READING
+    return match.tokens is not None and not (match.tokens == "auto" and sees)
+
+
+def _pools(has_tokens: bool, both: tuple[Layout, Layout]) -> tuple[bool, bool]:
     """Whether each side's layout pools tokens; a value without tokens is pooled as it is."""
-    if match.tokens is None:
+    if not has_tokens:
         return False, False
     return pools_tokens(both[0]), pools_tokens(both[1])
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import CLIPConfig, CLIPModel
 
 import fxdistill
 from fxdistill import Match, Matches, errors
@@ -69,7 +70,17 @@ def call(length, padded=True):
     return {"input_ids": ids, "pixel_values": PIXELS, "attention_mask": mask}
 
 
-CASES = [(Maps, "auto"), (Attention, "auto"), (Maps, None), (Patches, None), (Packed, None)]
+class Latents(Maps):
+    """Eight latent vectors ``[2, 8, 16]`` that attend to patches and text alike."""
+
+    def value(self, image):
+        return image.flatten(2).softmax(-1) @ torch.arange(256.0).sin().reshape(16, 16)
+
+
+CASES = [
+    *((kind, "auto") for kind in (Maps, Attention, Patches, Packed, Latents)),
+    *((kind, None) for kind in (Maps, Patches, Packed)),
+]
 
 
 @MODES
@@ -169,3 +180,113 @@ def test_files_keep_it(tmp_path, kind, tokens):
     matches = Matches([Match("a", "b", tokens=tokens)])
     matches.save(tmp_path / f"m.{kind}")
     assert Matches.load(tmp_path / f"m.{kind}") == matches
+
+
+# ---- told by running the models on texts of other lengths
+
+
+class Reads(Maps):
+    """The text beside an image, ``[2, L, 8]``."""
+
+    def forward(self, input_ids, pixel_values, attention_mask=None):
+        image = self.image(pixel_values).flatten(2).mean(-1)
+        return self.head(self.kept(self.text(input_ids) + image.unsqueeze(1)).mean(1))
+
+
+@MODES
+@pytest.mark.parametrize("length", [3, 8, 16])
+def test_a_text_beside_an_image_is_weighed(length, compile):
+    student, teacher = towers(Reads)
+    options = {"logit_loss": None, "compile": compile}
+    given = call(length)
+    out = fxdistill.wrap(student, teacher, {"kept": "kept"}, **options)(**given)
+    s, t = (
+        m.text(given["input_ids"]) + m.image(PIXELS).flatten(2).mean(-1).unsqueeze(1)
+        for m in (student, teacher)
+    )
+    mask = given["attention_mask"]
+    torch.testing.assert_close(out.loss, ((s - t).square().mean(-1) * mask).sum() / mask.sum())
+
+
+def test_asking_changes_nothing():
+    """Buffers and random numbers are as before, and no fake tensor stays behind."""
+
+    class Counts(Reads):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8)
+            self.register_buffer("length", torch.zeros(()))
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, input_ids, pixel_values, attention_mask=None):
+            self.length = torch.full((), float(input_ids.shape[1])) + input_ids.sum() * 0
+            self.norm(self.image(pixel_values).flatten(2).mean(-1))
+            return self.drop(super().forward(input_ids, pixel_values, attention_mask))
+
+    student, teacher = towers(Counts)
+    distiller = fxdistill.wrap(student, teacher, {"kept": "kept"}, logit_loss=None, compile=False)
+    given = call(8)
+    state = torch.random.get_rng_state()
+    distiller._sorted((), given)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert int(student.norm.num_batches_tracked) == 0
+    assert float(student.length) == 0.0
+    distiller(**given)
+    assert int(student.norm.num_batches_tracked) == 1
+    assert float(student.length) == 8.0
+
+
+def test_models_whose_sizes_depend_on_data_leave_it_to_sizes_and_say_so():
+    class Chooses(Patches):
+        def forward(self, input_ids, pixel_values, attention_mask=None):
+            assert int(input_ids.max()) >= 0
+            return super().forward(input_ids, pixel_values, attention_mask)
+
+    student, teacher = towers(Chooses)
+    distiller = fxdistill.wrap(student, teacher, {"kept": "kept"}, logit_loss=None, compile=False)
+    distiller(**call(7))
+    (note,) = (n for n in distiller.report(**call(7)).notes if "whose tokens" in n)
+    assert "cannot be run on inputs of another length" in note
+    assert "Match(tokens=...)" in note
+
+
+def clip(layers):
+    torch.manual_seed(layers)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    text = {"vocab_size": 30, "max_position_embeddings": 40, "eos_token_id": 29, **sizes}
+    vision = {"image_size": 12, "patch_size": 4, **sizes}  # 9 patches and a class token
+    config = CLIPConfig(
+        text_config={"num_hidden_layers": layers, **text},
+        vision_config={"num_hidden_layers": layers, **vision},
+        projection_dim=8,
+    )
+    return CLIPModel(config)
+
+
+@pytest.mark.parametrize("length", [7, 10])
+def test_two_towers(length):
+    """The image's ten tokens are weighed by nothing, the text's by its mask."""
+    student, teacher = clip(1), clip(2)
+    mapping = {
+        "vision_model.encoder.layers.0": "vision_model.encoder.layers.1",
+        "text_model.encoder.layers.0": "text_model.encoder.layers.1",
+    }
+    given = call(length) | {"pixel_values": torch.randn(2, 3, 12, 12)}
+    given["input_ids"][:, -1] = 29
+    seen = {}
+    for model, paths in ((student, mapping), (teacher, mapping.values())):
+        for path in paths:
+            model.get_submodule(path).register_forward_hook(
+                lambda module, args, out, key=path: seen.update(
+                    {key: out[0] if isinstance(out, tuple) else out}
+                )
+            )
+        model(**given)
+    mask = given["attention_mask"]
+    each = {s: (seen[s] - seen[t]).square().mean(-1) for s, t in mapping.items()}
+    image, text = each.values()
+    options = {"logit_loss": None, "label_loss": None, "compile": False}
+    found = fxdistill.wrap(student, teacher, mapping, **options)(**given).losses
+    wanted = [image.mean(), (text * mask).sum() / mask.sum()]
+    for name, value in zip(mapping, wanted, strict=True):
+        torch.testing.assert_close(found[name], value.detach())

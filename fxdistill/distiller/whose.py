@@ -1,0 +1,167 @@
+"""Which matched values have tokens: asked of the models, on inputs of other lengths.
+
+The sizes of a value may agree with those of the tokens by chance: an image of 16 patches beside a
+text of 16 tokens. Where a model reads more than tokens, all models are run on fake tensors with
+texts of two other lengths; a value has tokens if its own length follows in both.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from fxdistill.distiller.modes import Request, Steps, tapping
+from fxdistill.distiller.step import run_towers
+from fxdistill.models.tap import Tap, Tower
+from fxdistill.objective.call import Inputs
+from fxdistill.objective.term import Term
+
+End = tuple[Tower, Tap]
+LENGTHS = 2  # chance agrees with one other length at most
+
+
+def asks(request: Request) -> bool:
+    """Whether sizes cannot tell: a model reads more than a text, and a term leaves it open."""
+    tokens = request.call.batch.tokens
+    if tokens is None or request.objective.task == "seq2seq":
+        return False
+    if not any(term.has_tokens and not term.said_tokens for term in request.objective.features):
+        return False
+    given = [_named(request.call.inputs[tower]) for tower in request.towers.modules]
+    reads_text = any(_is_text(name, x, tokens) for named in given for name, x in named.items())
+    return reads_text and any(_is_more(name, x) for named in given for name, x in named.items())
+
+
+def _named(inputs: Inputs) -> dict[str, Any]:
+    return {**{str(i): value for i, value in enumerate(inputs.args)}, **inputs.kwargs}
+
+
+def _is_text(name: str, value: Any, tokens: Tensor) -> bool:
+    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[:2] != tokens.shape[:2]:
+        return False
+    return "embeds" in name or not (value.is_floating_point() or "mask" in name)
+
+
+def _is_more(name: str, value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.ndim < 2 or not value.is_floating_point():
+        return False
+    return not ("mask" in name or "embeds" in name)
+
+
+def told(request: Request, steps: Steps) -> tuple[tuple[Term, ...], str]:
+    """The terms, with what their values are indexed by; and why that could not be told, or ``""``.
+
+    A model that cannot run on fake tensors (because data decides its sizes) leaves the terms as
+    they are: their values have tokens where their sizes agree.
+    """
+    terms = request.objective.features
+    if (why := _hindrance(request)) == "":
+        try:
+            follows = _following(request, steps)
+            return tuple(_told(term, follows) for term in terms), ""
+        except Exception as error:
+            why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    names = ", ".join(term.name for term in terms if term.has_tokens and not term.said_tokens)
+    return terms, (
+        f"whose tokens index {names} is taken from their sizes, because the models cannot be run "
+        f"on inputs of another length ({why}). Match(tokens=...) says it."
+    )
+
+
+def _told(term: Term, follows: Mapping[End, bool]) -> Term:
+    if term.said_tokens or not term.has_tokens:
+        return term
+    ours, theirs = (follows.get(end, True) for end in term.taps)
+    s, t = term.pools_tokens
+    return replace(term, has_tokens=ours, pools_tokens=(s and ours, t and theirs))
+
+
+def _hindrance(request: Request) -> str:
+    """Why the models may not be run on fake tensors; ``""`` if they may."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return "they may communicate"
+    models = request.towers.modules.values()
+    held = [p for model in models for p in model.parameters()]
+    inputs = tree_leaves([tuple(given) for given in request.call.inputs.values()])
+    fake = any(isinstance(t, FakeTensor) or (isinstance(t, Tensor) and t.is_meta) for t in held)
+    return "they are fake" if fake or any(isinstance(x, FakeTensor) for x in inputs) else ""
+
+
+def _following(request: Request, steps: Steps) -> dict[End, bool]:
+    """For every matched value, whether its length is that of the tokens, whichever that is."""
+    tokens = request.call.batch.tokens
+    assert tokens is not None
+    size = int(tokens.shape[0]), int(tokens.shape[1])
+    step = -1 if size[1] > LENGTHS else 1
+    follows: dict[End, bool] = {}
+    for length in (size[1] + step * (i + 1) for i in range(LENGTHS)):
+        for end, value in _values(request, steps, size, length).items():
+            follows[end] = follows.get(end, True) and _has(value, size[0], length)
+    return follows
+
+
+def _has(value: Tensor, batch: int, length: int) -> bool:
+    if value.ndim == 2:
+        return value.shape[0] == batch * length
+    return value.ndim > 2 and tuple(value.shape[:2]) == (batch, length)
+
+
+def _values(
+    request: Request, steps: Steps, size: tuple[int, int], length: int
+) -> Mapping[End, Tensor]:
+    """All matched values, as fake tensors, on texts of another length."""
+    objective = replace(request.objective, logits=(), labels=(), returns=None)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, _fake_buffers(request.towers.modules.values(), mode):
+        inputs = {
+            tower: _of_length(given, size, length) for tower, given in request.call.inputs.items()
+        }
+        call = replace(request.call, inputs=inputs)
+        shown = replace(request, objective=objective, call=call)
+        with tapping(shown, steps, capturing=True) as table:
+            run_towers(request.towers, objective, inputs)
+        return dict(table.values)
+
+
+def _of_length(inputs: Inputs, size: tuple[int, int], length: int) -> Inputs:
+    args = [_resized(str(i), value, size, length) for i, value in enumerate(inputs.args)]
+    return Inputs(
+        tuple(args),
+        {name: _resized(name, value, size, length) for name, value in inputs.kwargs.items()},
+    )
+
+
+def _resized(name: str, value: Any, size: tuple[int, int], length: int) -> Any:
+    """A tensor like ``value`` whose axes of tokens (of ids, masks, positions) have ``length``."""
+    if not isinstance(value, Tensor):
+        return value
+    shape = [int(n) for n in value.shape]
+    if not _is_more(name, value):
+        if tuple(shape[:2]) == size:
+            shape[1] = length
+        elif shape and shape[-1] == size[1]:
+            shape[-1] = length  # positions [1, L] or [3, B, L], masks [B, 1, L, L]
+            if len(shape) > 3 and shape[-2] == size[1]:
+                shape[-2] = length
+    return torch.empty(shape, dtype=value.dtype, device=value.device)
+
+
+@contextlib.contextmanager
+def _fake_buffers(models: Iterable[nn.Module], mode: FakeTensorMode) -> Iterator[None]:
+    """Let the models have fake buffers: a step may count in them, or put others in their place."""
+    modules = [m for model in models for m in model.modules()]
+    before = [dict(m._buffers) for m in modules]
+    try:
+        for module, buffers in zip(modules, before, strict=True):
+            for name, buffer in buffers.items():
+                module._buffers[name] = None if buffer is None else mode.from_tensor(buffer)
+        yield
+    finally:
+        for module, buffers in zip(modules, before, strict=True):
+            module._buffers.clear()
+            module._buffers.update(buffers)
