@@ -193,6 +193,8 @@ class Distiller(StudentFace):
     def _tell_tokens(self, call: Call) -> None:
         """Find out, once, which matched values have tokens."""
         request = self._request(call)
+        if whose.is_fake(request):
+            return
         self._steps.told = True
         if whose.asks(request):
             features, why = whose.told(request, self._steps)
@@ -354,6 +356,9 @@ class Distiller(StudentFace):
     def _subject(self) -> Subject:
         towers = self._towers
 
+        def sort(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Call, Subject]:
+            return self._sorted(args, kwargs), self._subject()
+
         def capture(call: Call, objective: Objective, recipe: Recipe) -> CapturedStep:
             # Not the stored vector: models may be fake during a report, and then this one is too.
             settings = self._settings.made(device_of(towers.main_module))
@@ -370,7 +375,7 @@ class Distiller(StudentFace):
             mode=self.options.mode,
             recipe=self._recipe(),
             journal=self.journal,
-            sort=self._sorted,
+            sort=sort,
             capture=capture,
             notes=(*self.matches.notes, *self._notes),
             warnings=tuple(self._warnings),

@@ -60,12 +60,14 @@ def told(request: Request, steps: Steps) -> tuple[tuple[Term, ...], str]:
     they are: their values have tokens where their sizes agree.
     """
     terms = request.objective.features
-    if (why := _hindrance(request)) == "":
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        why = "they may communicate"
+    else:
         try:
             follows = _following(request, steps)
             return tuple(_told(term, follows) for term in terms), ""
         except Exception as error:
-            why = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     names = ", ".join(term.name for term in terms if term.has_tokens and not term.said_tokens)
     return terms, (
         f"whose tokens index {names} is taken from their sizes, because the models cannot be run "
@@ -81,15 +83,12 @@ def _told(term: Term, follows: Mapping[End, bool]) -> Term:
     return replace(term, has_tokens=ours, pools_tokens=(s and ours, t and theirs))
 
 
-def _hindrance(request: Request) -> str:
-    """Why the models may not be run on fake tensors; ``""`` if they may."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return "they may communicate"
-    models = request.towers.modules.values()
-    held = [p for model in models for p in model.parameters()]
+def is_fake(request: Request) -> bool:
+    """Whether there are no real models to run, as in a report of models without weights."""
+    held = [p for model in request.towers.modules.values() for p in model.parameters()]
     inputs = tree_leaves([tuple(given) for given in request.call.inputs.values()])
-    fake = any(isinstance(t, FakeTensor) or (isinstance(t, Tensor) and t.is_meta) for t in held)
-    return "they are fake" if fake or any(isinstance(x, FakeTensor) for x in inputs) else ""
+    tensors = [x for x in (*held, *inputs) if isinstance(x, Tensor)]
+    return any(isinstance(x, FakeTensor) or x.is_meta for x in tensors)
 
 
 def _following(request: Request, steps: Steps) -> dict[End, bool]:

@@ -104,8 +104,8 @@ def wrap(
             none.
         logit_weight: The weight of the logit loss.
         temperature: The τ of the logit loss.
-        label_loss: "cross_entropy", or a callable ``(student_logits, labels, *, weights) ->
-            scalar``; it applies to calls with labels. ``None`` for none.
+        label_loss: "cross_entropy", "ctc" (speech), or a callable ``(student_logits, labels, *,
+            weights) -> scalar``; it applies to calls with labels. ``None`` for none.
         label_weight: The weight of the label loss.
         task: How labels line up with logits: "causal_lm" (shifted by one), "masked_lm", "seq2seq",
             "classification", or "auto" to read it from the model.

@@ -220,12 +220,17 @@ def _on_its_own_grid(chosen: Tensor | None, tokens: Tensor, feature: Tensor) -> 
 
 def _lay_over(weights: Tensor, feature: Tensor, said: bool) -> Tensor | None:
     """Weights ``[B, L]`` in the shape of the feature's leading axes, if these are the tokens."""
-    axes = feature.ndim
-    if (axes == 3 or (said and axes > 3)) and feature.shape[:2] == weights.shape:
-        return weights
-    if (axes == 2 or (said and axes > 2)) and feature.shape[0] == weights.numel():
-        return weights.reshape(-1)
-    return None
+    if not lies_over(feature, weights, said):
+        return None
+    return weights if feature.shape[:2] == weights.shape else weights.reshape(-1)
+
+
+def lies_over(feature: Tensor, tokens: Tensor, said: bool) -> bool:
+    """Whether the leading axes of a feature are ``tokens`` ``[B, L]``, or ``[B·L]`` flattened."""
+    axes, size = feature.ndim, tuple(tokens.shape[:2])
+    if (axes == 3 or (said and axes > 3)) and tuple(feature.shape[:2]) == size:
+        return True
+    return (axes == 2 or (said and axes > 2)) and feature.shape[0] == size[0] * size[1]
 
 
 @check

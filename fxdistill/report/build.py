@@ -21,6 +21,7 @@ from fxdistill.graph.sections import Paths, section_of
 from fxdistill.losses.names import loss_name
 from fxdistill.models.landmarks import head_path, roles_in
 from fxdistill.objective.call import Call
+from fxdistill.objective.feature_terms import weighed_by
 from fxdistill.objective.objective import Objective
 from fxdistill.objective.term import PAIRS
 from fxdistill.report.data import (
@@ -75,7 +76,7 @@ def _report(
     *,
     given: bool,
 ) -> Report:
-    call = subject.sort(args, kwargs)
+    call, subject = subject.sort(args, kwargs)
     known = _known(subject, towers, call, given)
     try:
         program, halves, table = subject.capture(call, _objective(subject, call), _recipe(subject))
@@ -83,7 +84,7 @@ def _report(
         return dataclasses.replace(known, stopped=_stopped(subject, error))
     found = dataclasses.replace(
         known,
-        pairs=tuple(_pairs(subject, table)),
+        pairs=tuple(_pairs(subject, table, call)),
         passes=pass_lines(program.history),
         nodes=dict(Counter(section_of(n) or "inputs" for n in program.gm.graph.nodes)),
         warnings=tuple(dict.fromkeys((*known.warnings, *table.warnings))),
@@ -135,7 +136,7 @@ def _lowering(subject: Subject) -> Lowering:
 
 def _known(subject: Subject, towers: tuple[TowerFacts, ...], call: Call, given: bool) -> Report:
     backend = "" if subject.mode == "eager" else subject.recipe.lowering.backend
-    pairs = tuple(_pairs(subject, None))
+    pairs = tuple(_pairs(subject, None, call))
     terms = tuple(_terms(subject, _objective(subject, call)))
     return Report(
         schema=SCHEMA,
@@ -198,7 +199,7 @@ def _value_of(tensor: Tensor | None) -> Value | None:
         return None
 
 
-def _pairs(subject: Subject, table: TapTable | None) -> Iterator[Pair]:
+def _pairs(subject: Subject, table: TapTable | None, call: Call) -> Iterator[Pair]:
     values = {} if table is None else table.values
     roles = {tower: roles_in(model) for tower, model in subject.models.items()}
     for term in subject.objective.features:
@@ -217,6 +218,7 @@ def _pairs(subject: Subject, table: TapTable | None) -> Iterator[Pair]:
             theirs,
             projection_of(term, subject.projections),
             *term.of,
+            weighed_by(term, subject.objective.task, call.batch, student),
         )
 
 

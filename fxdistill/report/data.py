@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-SCHEMA = "1.2"
+SCHEMA = "1.3"
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Pair:
     projection: str = ""  # class and widths of the student's projection
     student_model: str = "student"  # the models by name
     teacher_model: str = "teacher"
+    weighed_by: str = ""  # whose tokens, "samples", or "nothing"
 
 
 @dataclass(frozen=True)

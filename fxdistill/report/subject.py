@@ -23,7 +23,8 @@ class Subject:
     """A distiller as a report sees it. A report changes nothing in it.
 
     ``models`` are in the order in which they run; the inputs of ``main`` say which tokens there
-    are. ``sort`` sorts the arguments of a call, and raises for wrong ones as a step would.
+    are. ``sort`` sorts the arguments of a call, and raises for wrong ones as a step would; it also
+    returns the subject anew, with what these arguments tell (which values have tokens).
     ``capture(call, objective, recipe)`` captures a step and partitions it into forward and
     backward, without running it. Every report shows ``notes`` and ``warnings``, even if the capture
     fails.
@@ -38,7 +39,7 @@ class Subject:
     mode: str
     recipe: Recipe
     journal: Journal
-    sort: Callable[[tuple[Any, ...], Mapping[str, Any]], Call]
+    sort: Callable[[tuple[Any, ...], Mapping[str, Any]], tuple[Call, "Subject"]]
     capture: Callable[[Call, Objective, Recipe], CapturedStep]
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -1,8 +1,11 @@
 """Which values have tokens: never because sizes happen to agree in a batch."""
 
+import io
+
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
@@ -290,3 +293,33 @@ def test_two_towers(length):
     wanted = [image.mean(), (text * mask).sum() / mask.sum()]
     for name, value in zip(mapping, wanted, strict=True):
         torch.testing.assert_close(found[name], value.detach())
+
+
+# ---- listed
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "wanted"),
+    [
+        (Reads, {}, "tokens"),
+        (Reads, {"tokens": None}, "nothing"),
+        (Reads, {"tokens": "teacher"}, "the teacher's tokens"),
+        (Reads, {"reduce": ("b l d -> b d", "mean")}, "tokens, in pooling"),
+        (Patches, {}, "nothing"),
+        (Maps, {}, "nothing"),
+        (Maps, {"task": "classification"}, "samples"),
+        (Reads, {"task": "classification"}, "samples and tokens"),
+    ],
+)
+def test_the_report_and_the_summary_list_what_weighs_a_match(kind, options, wanted):
+    student, teacher = towers(kind)
+    task = options.pop("task", "masked_lm")
+    match = {"kept": Match(teacher="kept", **options)}
+    distiller = fxdistill.wrap(
+        student, teacher, match, logit_loss=None, task=task, compile={"backend": "aot_eager"}
+    )
+    report = distiller.report(**call(8))
+    assert [pair.weighed_by for pair in report.pairs] == [wanted]
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(distiller.summary())
+    assert wanted in shown.getvalue()

@@ -14,6 +14,7 @@ from fxdistill.graph.sections import section_of
 from fxdistill.losses.names import loss_name
 from fxdistill.models.tap import Tower
 from fxdistill.models.weights import weight_of
+from fxdistill.objective.feature_terms import weighed_by
 from fxdistill.objective.objective import Objective
 from fxdistill.objective.term import Term
 
@@ -45,19 +46,19 @@ def summary(
 
 def _terms(objective: Objective, projections: nn.ModuleList) -> Table:
     table = Table(title="Terms", title_justify="left")
-    for column in ("student", "teacher", "loss"):
+    for column in ("student", "teacher", "loss", "weighed by"):
         table.add_column(column, overflow="fold")
     if any(between(term, projections) for term in objective.features):
         table.add_column("between", overflow="fold")
     for term in objective.features:
-        cells = [*_ends(term), loss_name(term.loss)]
-        table.add_row(*cells, *([between(term, projections)] if len(table.columns) > 3 else []))
+        cells = [*_ends(term), loss_name(term.loss), weighed_by(term, objective.task)]
+        table.add_row(*cells, *([between(term, projections)] if len(table.columns) > 4 else []))
     for of_logits in objective.logits:
         ours, theirs = of_model(of_logits.student, "logits"), of_model(of_logits.teacher, "logits")
-        table.add_row(ours, theirs, loss_name(of_logits.loss))
+        table.add_row(ours, theirs, loss_name(of_logits.loss), "predictions")
     for label in objective.labels:
         ours = of_model(label.student, "logits")
-        table.add_row(ours, "labels, where given", loss_name(label.loss))
+        table.add_row(ours, "labels, where given", loss_name(label.loss), "predictions")
     return table
 
 

@@ -112,6 +112,8 @@ def _details(pair: Pair, fold: Fold, *, again: bool) -> Iterable[str]:
         yield ours if ours == theirs else f"{ours} ← {theirs}"
     if pair.between:
         yield pair.between
+    if pair.weighed_by not in ("", "tokens"):
+        yield f"weighed by {pair.weighed_by}"
     if any(ours != theirs for ours, theirs in fold.numbers):
         layers = " ".join(f"{ours}←{theirs}" for ours, theirs in fold.numbers)
         yield "the same layers as above" if again else layers
