@@ -38,11 +38,24 @@ Traced = Callable[..., Any]
 RECOMPILE_LIMIT = 32
 
 
-def one_graph(step: Traced, recipe: Recipe, dynamic: bool | None = None) -> Traced:
-    """Compile ``step`` as one graph."""
-    own = own_code(step)
+def one_graph(
+    step: Traced, recipe: Recipe, dynamic: bool | None = None, constant: str = ""
+) -> Traced:
+    """Compile ``step`` as one graph.
+
+    Every call is given the same, unchanging value for its argument called ``constant``: dynamo need
+    not compare all that is in it before each step.
+    """
+
+    def kept(guards: Sequence[Any]) -> list[bool]:
+        return [not guard.orig_guard.name.startswith(f"L['{constant}']") for guard in guards]
+
     compiled = torch.compile(
-        own, backend=functools.partial(backend, recipe=recipe), fullgraph=True, dynamic=dynamic
+        own_code(step),
+        backend=functools.partial(backend, recipe=recipe),
+        fullgraph=True,
+        dynamic=dynamic,
+        options={"guard_filter_fn": kept} if constant else None,
     )
     return _OneGraph(compiled)
 

@@ -29,7 +29,7 @@ from fxdistill.objective.checks import verify
 from fxdistill.objective.objective import Losses, Objective
 from fxdistill.objective.term import LOGITS
 from fxdistill.objective.tokens import Batch
-from fxdistill.taps.hooks import hooked
+from fxdistill.taps.hooks import HookPlan, hooked
 from fxdistill.taps.markers import verified
 from fxdistill.taps.table import Expectations, TapTable, recording
 
@@ -53,20 +53,29 @@ class Steps:
     """The state that steps keep for later steps: compiled functions, and the paths of heads."""
 
     def __init__(self) -> None:
-        self._compiled: dict[str, Callable[..., Any]] = {}
+        self._compiled: list[tuple[str, Objective, Callable[..., Any]]] = []
         self._head_paths: dict[Tower, str | None] | None = None
+        self.hooks: dict[Tower, HookPlan] = {}
         self._meshes: dict[Tower, tuple[int, Meshes]] = {}
         self.passed = False  # whether a step outside one-graph mode has passed its checks
         self.told = False  # whether it is known which matched values have tokens
 
     def compiled(
-        self, function: Callable[..., Any], recipe: Recipe, dynamic: Callable[[], bool | None]
+        self, function: Callable[..., Any], request: Request, recipe: Recipe, dynamic: bool | None
     ) -> Callable[..., Any]:
-        """``function`` compiled as one graph; created once, compiled at its first call."""
-        name = function.__name__
-        if name not in self._compiled:
-            self._compiled[name] = capture.one_graph(function, recipe, dynamic())
-        return self._compiled[name]
+        """``function`` compiled as one graph for one objective; compiled at its first call.
+
+        An objective never changes, so that the graph is right for it without looking at its terms.
+        """
+        name, objective = function.__name__, request.objective
+        for known, of, made in self._compiled:
+            if known == name and of == objective:
+                return made
+        made = capture.one_graph(
+            function, recipe, request.towers.dynamic(dynamic), constant="objective"
+        )
+        self._compiled.append((name, objective, made))
+        return made
 
     def head_paths(self, towers: Towers) -> dict[Tower, str | None]:
         """The path of each model's head, or ``None``; searched once."""
@@ -90,7 +99,7 @@ class Steps:
 def in_one_graph(request: Request, steps: Steps, recipe: Recipe, dynamic: bool | None) -> Result:
     """Run models and terms as one compiled graph."""
     towers, call = request.towers, request.call
-    run = steps.compiled(step, recipe, lambda: towers.dynamic(dynamic))
+    run = steps.compiled(step, request, recipe, dynamic)
     with tapping(request, steps, capturing=True) as table:
         given = (towers, request.objective, call.inputs, call.batch, request.settings)
         result: Result = captured_warm(towers, lambda: run(table, *given))
@@ -122,7 +131,7 @@ def regional(
         anchor = run_towers(towers, objective, call.inputs)
         values = collect(objective)
     steps.passed = True
-    terms = steps.compiled(terms_of, recipe, lambda: towers.dynamic(dynamic))
+    terms = steps.compiled(terms_of, request, recipe, dynamic)
     with recording(TapTable(capturing=True)) as table:
         given = (objective, values, call.batch, request.settings, towers.projections, anchor)
         losses, logits = terms(table, *given)
@@ -181,7 +190,9 @@ def tapping(request: Request, steps: Steps, *, capturing: bool) -> Iterator[TapT
         hooks.enter_context(recording(table))
         for tower, model in towers.modules.items():
             taps = objective.taps_of(tower)
-            hooks.enter_context(hooked(model, tower, taps, styles=meshes[tower].placed))
+            plan = steps.hooks.setdefault(tower, HookPlan())
+            placed_here = meshes[tower].placed
+            hooks.enter_context(hooked(model, tower, taps, styles=placed_here, plan=plan))
         try:
             yield table
             request.warned.extend(table.warnings)

@@ -21,7 +21,7 @@ def settle_modes(learning: Iterable[nn.Module], frozen: nn.Module, name: str = "
     Raises ModeError if such a module is in train mode and computes something else in that mode.
     ``name`` is the name of the frozen model.
     """
-    if not any(module.training for module in frozen.modules()):  # as in every step but the first
+    if not _any_training(frozen):  # as in every step but the first
         return
     shared = {id(m) for model in learning for m in model.modules()}
     for path, module in frozen.named_modules():
@@ -35,6 +35,21 @@ def settle_modes(learning: Iterable[nn.Module], frozen: nn.Module, name: str = "
     for module in frozen.modules():
         if id(module) not in shared and module.training:
             module.training = False
+
+
+def _any_training(model: nn.Module) -> bool:
+    """Whether a module in ``model`` is in train mode; each step asks, so it walks by hand."""
+    if model.training:
+        return True
+    waiting = [model]
+    while waiting:
+        for child in waiting.pop()._modules.values():
+            if child is not None:
+                if child.training:
+                    return True
+                if child._modules:
+                    waiting.append(child)
+    return False
 
 
 @contextlib.contextmanager

@@ -81,32 +81,101 @@ def hooked(
     *,
     required: bool = True,
     styles: bool = False,
+    plan: "HookPlan | None" = None,
 ) -> Iterator[None]:
     """Put a hook on every tapped module of ``model`` for as long as the context lasts.
 
     Unless ``required``, a module that has no tensor at its port is skipped. ``styles``: the model
-    has parameters on a mesh, so hooks of parallel styles are looked for.
+    has parameters on a mesh, so hooks of parallel styles are looked for. ``plan`` keeps the hooks
+    of traced steps for the next one.
     """
     handles: list[Any] = []
     traced = capturing()
     try:
         handles += _watch_styles(model) if styles else []
-        for path, port in dict.fromkeys((tap.path, tap.port) for tap in taps):
-            module = model.get_submodule(path)
-            if not traced:
-                _reject_compiled_parents(model, tower, path)
-            if not traced and compiles_itself(module):
-                handles.append(_CompiledCall(module, tower, path, port, required))
-            elif port.startswith("input"):
-                pre = _input_hook(tower, path, port, required, _names(module))
-                handles.append(module.register_forward_pre_hook(pre, with_kwargs=True))
-            else:
-                post = _output_hook(tower, path, port, required)
-                handles.append(module.register_forward_hook(post))
+        wanted = tuple(dict.fromkeys((tap.path, tap.port) for tap in taps))
+        if traced and plan is not None:
+            plan = plan if plan.is_for(model, wanted) else plan.made(model, tower, wanted)
+            handles.append(plan)
+            plan.put()
+        else:
+            for path, port in wanted:
+                module = model.get_submodule(path)
+                if not traced:
+                    _reject_compiled_parents(model, tower, path)
+                if not traced and compiles_itself(module):
+                    handles.append(_CompiledCall(module, tower, path, port, required))
+                else:
+                    hook = _hook(module, tower, path, port, required)
+                    handles.append(_register(module, hook, port))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _hook(module: nn.Module, tower: Tower, path: str, port: str, required: bool) -> Any:
+    if port.startswith("input"):
+        return _input_hook(tower, path, port, required, _names(module))
+    return _output_hook(tower, path, port, required)
+
+
+def _register(module: nn.Module, hook: Any, port: str) -> Any:
+    if port.startswith("input"):
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
+    return module.register_forward_hook(hook)
+
+
+class HookPlan:
+    """The hooks of a model's taps, made once and put into the modules for each step.
+
+    Registering costs ten times as much as a step of hooks does. Private to torch and used here
+    only: the tables ``_forward_hooks``, ``_forward_pre_hooks`` and
+    ``_forward_pre_hooks_with_kwargs`` of a module. If they move, the first step fails.
+    """
+
+    def __init__(self) -> None:
+        self._model: nn.Module | None = None
+        self._wanted: tuple[tuple[str, str], ...] = ()
+        self._steps: list[tuple[dict[str, Any], str, nn.Module]] = []  # how each path is walked
+        self._entries: list[tuple[dict[int, Any], int, Any]] = []  # table, key, value
+
+    def is_for(self, model: nn.Module, wanted: tuple[tuple[str, str], ...]) -> bool:
+        """Whether the plan is of these taps, and the modules still stand where they stood."""
+        return (
+            self._model is model
+            and self._wanted == wanted
+            and all(table.get(name) is child for table, name, child in self._steps)
+        )
+
+    def made(
+        self, model: nn.Module, tower: Tower, wanted: tuple[tuple[str, str], ...]
+    ) -> "HookPlan":
+        """Make the plan anew, for these taps."""
+        self._model, self._wanted, self._steps, self._entries = model, wanted, [], []
+        for path, port in wanted:
+            module: Any = model
+            for name in path.split(".") if path else ():
+                self._steps.append((module._modules, name, module.get_submodule(name)))
+                module = self._steps[-1][2]
+            hook = _hook(module, tower, path, port, True)
+            handle = _register(module, hook, port)
+            tables = [module._forward_hooks]
+            if port.startswith("input"):
+                tables = [module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs]
+            self._entries += [(table, handle.id, table[handle.id]) for table in tables]
+            handle.remove()
+        return self
+
+    def put(self) -> None:
+        """Put the hooks into their modules."""
+        for table, key, hook in self._entries:
+            table[key] = hook
+
+    def remove(self) -> None:
+        """Take the hooks out of their modules."""
+        for table, key, _ in self._entries:
+            table.pop(key, None)
 
 
 def _watch_styles(model: nn.Module) -> list[Any]:
