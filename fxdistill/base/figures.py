@@ -1,5 +1,6 @@
 """Numbers formatted for people."""
 
+import re
 from collections.abc import Sequence
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -9,6 +10,16 @@ _DECIMAL = ("", "k", "M", "G", "T", "P", "E")
 def size(count: int) -> str:
     """Bytes in binary units: ``"1.50 GiB"``."""
     return _scaled(count, 1024, _BINARY)
+
+
+def bytes_of(text: str) -> int | None:
+    """The number of bytes that a text names: ``"80GB"`` (of 1000), ``"24 GiB"`` (of 1024)."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)(I?)B\s*", text.upper())
+    if found is None:
+        return None
+    number, unit, binary = found.groups()
+    base = 1024 if binary else 1000
+    return round(float(number) * float(base ** " KMGTP".index(unit or " ")))
 
 
 def operations(count: int) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 import fxdistill
 from fxdistill.base.files import write_whole
 from fxdistill.base.text import text
-from fxdistill.cli.console import FINE, PARTIAL, working
+from fxdistill.cli.console import FINE, PARTIAL, TOO_LARGE, working
 from fxdistill.cli.example_inputs import example_inputs, on_device_of
 from fxdistill.cli.loading import call_factory, load_model
 from fxdistill.errors import (
@@ -40,7 +40,7 @@ _WIDE = 1000  # columns of output that other programs read line by line
 
 def report(args: argparse.Namespace, out: TextIO) -> int:
     """Run ``fxdistill report``."""
-    _check_targets({"--json": args.json, "--html": args.html}, args.mapping)
+    _check_targets({"--json": args.json, "--html": args.html}, args.force, args.mapping)
     if args.inputs is not None and (args.batch or args.length):
         raise CommandError(
             "--batch and --length are for inputs that are made; --inputs brings its own"
@@ -62,9 +62,16 @@ def report(args: argparse.Namespace, out: TextIO) -> int:
     if args.json != "-":
         _show(found, out)
     if found.stopped is None:
-        return FINE
+        return FINE if args.memory is None else _fits(found, args.memory)
     print(f"fxdistill report: partial: {found.stopped.splitlines()[0]}", file=sys.stderr)
     return PARTIAL
+
+
+def _fits(found: Report, memory: int) -> int:
+    """Say whether the step fits; the code says it too."""
+    fit = found.fit(memory)
+    print(f"fxdistill report: {fit}", file=sys.stderr)
+    return FINE if fit else TOO_LARGE
 
 
 def _reported(distiller: fxdistill.Distiller, inputs: Any) -> Report:
@@ -103,9 +110,7 @@ def match(args: argparse.Namespace, out: TextIO) -> int:
     """Run ``fxdistill match``."""
     if args.output is not None:
         kind_of(Path(args.output))
-    _check_targets({"--json": args.json, "--output": args.output})
-    if args.output is not None and Path(args.output).exists() and not args.force:
-        raise CommandError(f"{args.output} exists: --force replaces it")
+    _check_targets({"--json": args.json, "--output": args.output}, args.force)
     student, teacher = _towers(args, "auto")
     roles = [role.strip() for role in args.roles.split(",") if role.strip()]
     with working("matching"):
@@ -121,7 +126,7 @@ def match(args: argparse.Namespace, out: TextIO) -> int:
 
 def modules(args: argparse.Namespace, out: TextIO) -> int:
     """Run ``fxdistill modules``."""
-    _check_targets({"--json": args.json})
+    _check_targets({"--json": args.json}, args.force)
     with working("making the model"):
         model = load_model(args.model, args.hf_config, args.dtype, "auto")
     paths = module_names(model)
@@ -183,8 +188,11 @@ def _towers(args: argparse.Namespace, task: str) -> tuple[nn.Module, nn.Module]:
     return student, teacher
 
 
-def _check_targets(targets: dict[str, str | None], mapping: str | None = None) -> None:
-    """Raise CommandError, before the work, for files that cannot be written or are the same."""
+def _check_targets(targets: dict[str, str | None], force: bool, mapping: str | None = None) -> None:
+    """Raise CommandError, before the work, for files that cannot be written or are the same.
+
+    A file that exists is replaced with ``force`` only.
+    """
     places = {} if mapping is None else {os.path.realpath(mapping): f"--mapping {mapping}"}
     for option, target in targets.items():
         if target is None or (option, target) == ("--json", "-"):
@@ -194,6 +202,8 @@ def _check_targets(targets: dict[str, str | None], mapping: str | None = None) -
         if place in places:
             raise CommandError(f"{places[place]} and {asked} name one file: give each its own")
         places[place] = asked
+        if Path(target).exists() and not force:
+            raise CommandError(f"{target} exists: --force replaces it")
 
 
 def _check_target(target: str, option: str) -> None:

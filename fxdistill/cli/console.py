@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
-FINE, PARTIAL, USAGE, MISFIT, INTERNAL, INTERRUPTED, CLOSED = 0, 1, 2, 3, 70, 130, 141
+FINE, PARTIAL, USAGE, MISFIT, TOO_LARGE, INTERNAL, INTERRUPTED, CLOSED = 0, 1, 2, 3, 4, 70, 130, 141
 
 
 @contextlib.contextmanager

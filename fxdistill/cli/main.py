@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 import fxdistill
+from fxdistill.base.figures import bytes_of
 from fxdistill.cli.console import CLOSED, INTERNAL, INTERRUPTED, MISFIT, USAGE, working
 from fxdistill.errors import CommandError, FxDistillError, MappingFileError, OptionError
 
@@ -79,6 +80,7 @@ def _command(commands: Any, name: str, does: str, models: Sequence[str]) -> Any:
         "--json", metavar="FILE", help="write JSON; -: to standard output, in place of the tables"
     )
     command.add_argument("--debug", action="store_true", help="show tracebacks")
+    command.add_argument("--force", action="store_true", help="files that exist may be replaced")
     return command
 
 
@@ -108,6 +110,12 @@ def _report(commands: Any) -> None:
     mode.add_argument("--regional", action="store_true", help='wrap(..., compile="regional")')
     mode.add_argument("--eager", action="store_true", help="wrap(..., compile=False)")
     command.add_argument("--html", metavar="FILE", help="write the report as one page, too")
+    command.add_argument(
+        "--memory",
+        type=_bytes,
+        metavar="SIZE",
+        help="say whether the step fits, with AdamW, into so much: 80GB, 24GiB (exit code 4: no)",
+    )
 
 
 def _modules(commands: Any) -> None:
@@ -135,7 +143,6 @@ def _match(commands: Any) -> None:
     command.add_argument(
         "--output", metavar="FILE", help="write the mapping (.toml or .json), for --mapping"
     )
-    command.add_argument("--force", action="store_true", help="--output may replace a file")
 
 
 def _positive(text: str) -> int:
@@ -143,6 +150,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or len(text) > 100 or not 1 <= int(text) <= MOST:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {MOST}")
     return int(text)
+
+
+def _bytes(text: str) -> int:
+    found = bytes_of(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 80GB or 24GiB")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,9 +17,9 @@ from fxdistill.distiller.guard import check_call, check_not_crossed, freezes, se
 from fxdistill.distiller.modes import Request, Result, Steps, eager, in_one_graph, regional
 from fxdistill.distiller.options import Options
 from fxdistill.distiller.output import DistillOutput
+from fxdistill.distiller.saved import Saved
 from fxdistill.distiller.settings import Setting, Settings
 from fxdistill.distiller.student_face import StudentFace, StudentForward
-from fxdistill.distiller.tied import save_each_tensor_once
 from fxdistill.distiller.towers import Model, Towers
 from fxdistill.errors import CaptureError, MatchWarning
 from fxdistill.graph.joint import JointProgram
@@ -36,12 +36,13 @@ from fxdistill.report.report import Report
 from fxdistill.report.subject import CapturedStep, Subject
 
 
-class Distiller(StudentFace):
+class Distiller(StudentFace, Saved):
     """The module that ``fxdistill.wrap`` returns: call it like the student.
 
     Call ``backward()`` on the ``loss`` of its output. ``parameters()`` and ``state_dict()`` cover
-    the models that learn and the projections, under ``student.`` and ``projections.``. ``to()``
-    moves a frozen teacher too; otherwise the teacher is left alone, in eval mode.
+    the models that learn and the projections, under ``student.`` and ``projections.``; a state dict
+    also has the settings, and each tensor once. ``to()`` moves a frozen teacher too; otherwise the
+    teacher is left alone, in eval mode.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Distiller(StudentFace):
             if models[tower].trains:
                 self._modules[tower] = models[tower].module
         self.projections = projections
-        save_each_tensor_once(self)
+        self.save_each_tensor_once()
         self.objective = dataclasses.replace(objective, frozen=self._towers.frozen)
         self.matches = matches
         self.options = options

@@ -46,6 +46,16 @@ class Settings:
         self.values = {**self.values, **new}
         self.forget()
 
+    def saved(self) -> dict[str, float]:
+        """The values by name, as numbers, for a state dict."""
+        return {name: float(self.values[name]) for name in (*GLOBAL_SETTINGS, *self.matches)}
+
+    def restore(self, saved: Mapping[str, float]) -> None:
+        """Take the values of a state dict; those of matches that are not here are left out."""
+        known = {name: value for name, value in saved.items() if name in self.values}
+        self.values = {**self.values, **known}
+        self.forget()
+
     def on(self, device: torch.device) -> Tensor:
         """The vector on ``device``; it is kept for later steps."""
         if self._vector is None or self._vector.device != device:

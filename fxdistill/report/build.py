@@ -36,6 +36,7 @@ from fxdistill.report.data import (
     Value,
 )
 from fxdistill.report.faces.summary import between, projection_of
+from fxdistill.report.fit import of_losses
 from fxdistill.report.read import costs, gradients_and_writes, memory
 from fxdistill.report.read.changes import depends_on_values, pass_lines
 from fxdistill.report.read.fakes import faked, standing_in
@@ -251,11 +252,13 @@ def _number(value: float | Tensor) -> float:
 def _with_costs(report: Report, subject: Subject, call: Call, halves: Halves) -> Report:
     towers = tuple(_with_blocks(subject, tower, halves) for tower in report.towers)
     paths = {tower.name: [block.path for block in tower.blocks] for tower in towers}
+    needed = _memory(subject, halves, paths)
+    told = of_losses(needed)
     return dataclasses.replace(
         report,
         towers=towers,
         flops=costs.flops(halves, subject.teachers),
-        memory=_memory(subject, halves, paths),
+        memory=needed,
         plain=_plain(subject, call, paths),
         collectives=costs.traffic(halves, subject.main),
         casts=costs.casts(halves),
@@ -268,6 +271,7 @@ def _with_costs(report: Report, subject: Subject, call: Call, halves: Halves) ->
             *_of_mode(subject),
             *gradients_and_writes.notes_of(subject, halves),
             *costs.notes_of(halves),
+            *([told] if told else []),
         ),
     )
 

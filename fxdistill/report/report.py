@@ -9,6 +9,7 @@ from fxdistill.base.text import text
 from fxdistill.report.data import Facts
 from fxdistill.report.faces import html
 from fxdistill.report.faces.terminal import terminal
+from fxdistill.report.fit import Fit, fit_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,21 @@ class Report(Facts):
             OSError: The file cannot be written.
         """
         return html.write(self, Path(path))
+
+    def fit(self, memory: int | str, optimizer: str = "AdamW") -> Fit:
+        """Whether the step fits, with the states of an optimizer.
+
+        Args:
+            memory: Bytes, or a text such as ``"80GB"`` or ``"24GiB"``.
+            optimizer: One of the report's ``memory.optimizers``.
+
+        Returns:
+            A ``Fit``: it is true where the step fits, and prints what it needs and what to do.
+
+        Raises:
+            OptionError: The size or the optimizer is none, or the report does not know the memory.
+        """
+        return fit_of(self, memory, optimizer)
 
     def __rich__(self) -> RenderableType:
         """The report for a terminal: ``rich.print(report)``."""

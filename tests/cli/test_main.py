@@ -406,6 +406,25 @@ class TestMatch:
         assert run(*argv, "--force").code == 0
         assert len(Matches.load("mapping.toml")) == 4
 
+    @pytest.mark.parametrize("option", ["--html", "--json"])
+    def test_a_report_is_not_replaced_unasked(self, run: Any, option: str) -> None:
+        argv = ("report", "small", "large", "--hf-config", option, "kept")
+        Path("kept").write_text("mine")
+        done = run(*argv)
+        assert (done.code, done.out) == (2, "")
+        assert "kept exists: --force replaces it" in done.err
+        assert Path("kept").read_text() == "mine"
+        assert run(*argv, "--force").code == 0
+        assert Path("kept").read_text() != "mine"
+
+    def test_it_says_whether_the_step_fits(self, run: Any) -> None:
+        argv = ("report", "small", "large", "--hf-config", "--batch", "2", "--length", "16")
+        fits, not_so = run(*argv, "--memory", "80GB"), run(*argv, "--memory", "100kB")
+        assert (fits.code, not_so.code) == (0, 4), fits.err
+        assert "fits: the step needs" in fits.err
+        assert "does not fit: the step needs" in not_so.err
+        assert run(*argv, "--memory", "much").code == 2
+
     @pytest.mark.parametrize(
         ("options", "code", "says"),
         [

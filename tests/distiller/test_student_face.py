@@ -316,3 +316,33 @@ def test_features_alone_divide_by_the_items():
     count = rows["input_ids"].numel()
     halves = distiller(**rows, num_items=2 * count).losses["features"]
     torch.testing.assert_close(2 * halves, distiller(**rows).losses["features"])
+
+
+# ------------------------------------------------------------------ settings
+
+
+def test_settings_are_saved_and_loaded(tmp_path):
+    distiller, other = pair(), pair()
+    distiller.set(temperature=2.5, feature_weight=0.3, weights={"model.layers.0.mlp": 0.7})
+    torch.save(distiller.state_dict(), tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert other.settings == distiller.settings
+    assert other.settings["feature_weight"] == 0.3
+    rows = Rows().batch()
+    torch.testing.assert_close(other(**rows).loss, distiller(**rows).loss)
+
+
+def test_a_state_dict_without_settings_leaves_them_alone():
+    distiller = pair()
+    state = dict(distiller.state_dict())
+    distiller.set(temperature=2.0)
+    distiller.load_state_dict(state, strict=True)
+    assert distiller.settings["temperature"] == 2.0
+
+
+def test_weights_of_other_matches_are_left_out():
+    distiller, other = pair(), fxdistill.wrap(llama(1), llama(2), compile=False)
+    distiller.set(temperature=3.0)
+    other.load_state_dict(distiller.state_dict())
+    assert other.settings["temperature"] == 3.0
+    assert "model.layers.0.mlp" not in other.settings

@@ -1,0 +1,87 @@
+"""Whether a step fits, and what is advised where it does not."""
+
+import dataclasses
+
+import pytest
+
+from fxdistill import errors
+from fxdistill.base.figures import bytes_of
+from fxdistill.report.data import Memory, Moment
+from fxdistill.report.fit import advice_of, fit_of, of_losses
+from report_samples import small
+
+GIB = 2**30
+
+
+def memory(**held):
+    total = sum(held.values())
+    return Memory(
+        weights={"student": held.get("weights", 0)},
+        gradients=0,
+        optimizers={"Adam, AdamW": 2 * GIB, "SGD": 0},
+        saved=0,
+        taps=0,
+        head=0,
+        transient=0,
+        peak=total,
+        peak_at="forward",
+        timeline=(Moment("forward", "a", {"weights": GIB}), Moment("forward", "b", held)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("80GB", 80 * 10**9),
+        ("24 GiB", 24 * GIB),
+        ("1.5tib", 3 * 2**39),
+        ("512b", 512),
+        ("640 kB", 640_000),
+        ("80", None),
+        ("GB", None),
+        ("-1GB", None),
+        ("many", None),
+    ],
+)
+def test_sizes_are_read(text, count):
+    assert bytes_of(text) == count
+
+
+def test_the_states_of_the_optimizer_count():
+    report = dataclasses.replace(small(), memory=memory(weights=4 * GIB, student=2 * GIB))
+    assert fit_of(report, 8 * GIB, "AdamW")
+    assert not fit_of(report, 8 * GIB - 1, "AdamW")
+    assert fit_of(report, "6GiB", "SGD")
+    assert str(fit_of(report, "16GiB", "AdamW")) == (
+        "fits: the step needs 8.00 GiB with AdamW, 16.0 GiB are there (50 %)"
+    )
+    assert "student hold 2.00 GiB: checkpoint the student's layers" in str(
+        fit_of(report, "1GiB", "AdamW")
+    )
+
+
+def test_the_advice_is_about_what_holds_most():
+    held = {"weights": 9 * GIB, "losses": 4 * GIB, "head": 3 * GIB, "student": GIB}
+    advice = advice_of(memory(**held))
+    assert advice.startswith("losses hold 4.00 GiB: match fewer layers")
+    assert "head hold 3.00 GiB: let the head be fused" in advice
+    assert "checkpoint" not in advice
+
+
+def test_losses_that_dominate_are_noted():
+    assert of_losses(memory(weights=GIB, losses=GIB, taps=GIB, student=GIB)).startswith(
+        "losses and matched values hold 2.00 GiB of the peak's 4.00 GiB: match fewer layers"
+    )
+    assert of_losses(memory(weights=GIB, losses=GIB, student=9 * GIB)) == ""
+    assert of_losses(memory(weights=100, losses=100)) == ""  # nobody minds
+
+
+def test_mistakes_say_what_there_is():
+    report = dataclasses.replace(small(), memory=memory(weights=GIB))
+    with pytest.raises(errors.OptionError, match="a text such as '80GB'"):
+        fit_of(report, "eighty", "AdamW")
+    with pytest.raises(errors.OptionError, match="Nearest: 'AdamW'"):
+        fit_of(report, GIB, "adamw")
+    stopped = dataclasses.replace(small(), memory=None, stopped="CaptureError: no graph\nmore")
+    with pytest.raises(errors.OptionError, match=r"what the step needs: CaptureError: no graph$"):
+        fit_of(stopped, GIB, "AdamW")
