@@ -204,7 +204,7 @@ function barsOf(side) {
   const each = el(
     "details",
     {},
-    el("summary", {}, `Each of ${blocks.length} blocks`),
+    el("summary", {}, `Each of ${blocks.length} parts`),
     el("div", { class: "bars" }, blockBars(side, single, blocks)),
   );
   const head = el("h3", {}, `${titleOf(side)}, by block`);

@@ -78,8 +78,12 @@ function numbers() {
 
 function coverage() {
   const [ours, theirs] = SIDES.map((side, s) => {
-    const joined = new Set(folded.ends.map((ends) => ends[s]).filter((at) => at !== null));
-    return `${joined.size} of ${towerOf(side).blocks.length} blocks`;
+    // Embedding, norm and head are parts of the model too, but no blocks.
+    const { blocks } = towerOf(side);
+    const repeated = blocks.filter((block) => block.kinds.length).length;
+    const joined = [...new Set(folded.ends.map((ends) => ends[s]).filter((at) => at !== null))];
+    const counted = joined.filter((at) => !repeated || blocks[at].kinds.length);
+    return `${counted.length} of ${repeated || blocks.length} blocks`;
   });
   const outside = folded.ends.filter((ends) => ends.includes(null)).length;
   const rest = outside ? ` ${plural(outside, "pair")} in no block: listed below, not drawn.` : "";

@@ -231,6 +231,8 @@ def test_every_report_opens_and_fits(show, name, width):
 @pytest.mark.slow
 def test_a_pair_explains_itself_and_lights_both_ends(show):
     driver = show("small")
+    told = driver.find_element(By.TAG_NAME, "main").text
+    assert "6 pairs: 3 of 3 blocks of the student, 3 of 6 blocks of the teacher." in told
     pairs, own = all_of(driver, ".pair"), "model.layers.1.mlp"
     assert len(pairs) == 6
     (pair,) = [p for p in pairs if p.get_attribute("aria-label").startswith(own)]
