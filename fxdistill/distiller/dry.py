@@ -1,10 +1,14 @@
-"""Capture a step without running it: for checks, for reports, for widths."""
+"""Learn about a step without computing it: for checks, for reports, for widths and tokens."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from fxdistill.compiler import capture
 from fxdistill.compiler.backend import Recipe
@@ -39,3 +43,45 @@ def tapped_shapes(request: Request, steps: Steps) -> Mapping[tuple[Tower, Tap], 
         end: torch.empty([int(size) for size in value.shape], device="meta")
         for end, value in table.values.items()
     }
+
+
+def fake_values(request: Request, steps: Steps) -> Mapping[tuple[Tower, Tap], Tensor]:
+    """All matched values as fake tensors, from running the models on fake inputs as they are.
+
+    The code of the models runs, without graphs and without computing anything. Parameters, buffers
+    and random numbers stay as they are. Raises what the models raise where data decides.
+    """
+    objective = replace(request.objective, logits=(), labels=(), returns=None)
+    request = replace(request, objective=objective)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, _for_shapes(request.towers.modules.values(), mode):
+        inputs = tree_map(lambda x: _like(x, mode), dict(request.call.inputs))
+        with tapping(request, steps, capturing=True) as table:
+            run_towers(request.towers, objective, inputs)
+        return dict(table.values)
+
+
+def _like(value: Any, mode: FakeTensorMode) -> Any:
+    return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+
+@contextlib.contextmanager
+def _for_shapes(models: Iterable[nn.Module], mode: FakeTensorMode) -> Iterator[None]:
+    """Let the models have fake buffers, and be in eval mode.
+
+    A step may count in its buffers or put others in their place. In train mode some models choose
+    at random what they mask, on the host.
+    """
+    modules = [m for model in models for m in model.modules()]
+    before = [(m, m.training, dict(m._buffers)) for m in modules]
+    try:
+        for module, _, buffers in before:
+            module.training = False
+            for name, buffer in buffers.items():
+                module._buffers[name] = None if buffer is None else mode.from_tensor(buffer)
+        yield
+    finally:
+        for module, training, buffers in before:
+            module.training = training
+            module._buffers.clear()
+            module._buffers.update(buffers)

@@ -5,18 +5,17 @@ text of 16 tokens. Where a model reads more than tokens, all models are run on f
 texts of two other lengths; a value has tokens if its own length follows in both.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from fxdistill.distiller.modes import Request, Steps, tapping
-from fxdistill.distiller.step import run_towers
+from fxdistill.distiller import dry
+from fxdistill.distiller.modes import Request, Steps
 from fxdistill.models.tap import Tap, Tower
 from fxdistill.objective.call import Inputs
 from fxdistill.objective.term import Term
@@ -114,17 +113,10 @@ def _values(
     request: Request, steps: Steps, size: tuple[int, int], length: int
 ) -> Mapping[End, Tensor]:
     """All matched values, as fake tensors, on texts of another length."""
-    objective = replace(request.objective, logits=(), labels=(), returns=None)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, _fake_buffers(request.towers.modules.values(), mode):
-        inputs = {
-            tower: _of_length(given, size, length) for tower, given in request.call.inputs.items()
-        }
-        call = replace(request.call, inputs=inputs)
-        shown = replace(request, objective=objective, call=call)
-        with tapping(shown, steps, capturing=True) as table:
-            run_towers(request.towers, objective, inputs)
-        return dict(table.values)
+    given = request.call.inputs
+    inputs = {tower: _of_length(own, size, length) for tower, own in given.items()}
+    shown = replace(request, call=replace(request.call, inputs=inputs))
+    return dry.fake_values(shown, steps)
 
 
 def _of_length(inputs: Inputs, size: tuple[int, int], length: int) -> Inputs:
@@ -148,19 +140,3 @@ def _resized(name: str, value: Any, size: tuple[int, int], length: int) -> Any:
             if len(shape) > 3 and shape[-2] == size[1]:
                 shape[-2] = length
     return torch.empty(shape, dtype=value.dtype, device=value.device)
-
-
-@contextlib.contextmanager
-def _fake_buffers(models: Iterable[nn.Module], mode: FakeTensorMode) -> Iterator[None]:
-    """Let the models have fake buffers: a step may count in them, or put others in their place."""
-    modules = [m for model in models for m in model.modules()]
-    before = [dict(m._buffers) for m in modules]
-    try:
-        for module, buffers in zip(modules, before, strict=True):
-            for name, buffer in buffers.items():
-                module._buffers[name] = None if buffer is None else mode.from_tensor(buffer)
-        yield
-    finally:
-        for module, buffers in zip(modules, before, strict=True):
-            module._buffers.clear()
-            module._buffers.update(buffers)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fxdistill import parallel
@@ -25,6 +26,7 @@ from fxdistill.errors import (
     FxDistillError,
     MatchWarning,
     OptionError,
+    ProjectionError,
     gather,
     raise_together,
 )
@@ -34,6 +36,7 @@ from fxdistill.mapping.matches import Mapped, Matches, parse_entries
 from fxdistill.mapping.resolve import resolve
 from fxdistill.models.conventions import find_task
 from fxdistill.models.devices import device_of
+from fxdistill.models.dummy_inputs import dummy_inputs
 from fxdistill.models.landmarks import vocabulary_of
 from fxdistill.models.modes import buffers_kept_on_error, modes_kept_on_error
 from fxdistill.models.tap import Tower
@@ -333,28 +336,51 @@ def _with_projections(
 ) -> Distiller:
     models, objective = parts.models, parts.objective
     modules = {tower: model.module for tower, model in models.items()}
-    shapes = _shapes(parts, examples)
-    terms, projections = with_projections(
-        objective.features, parts.matches, modules, shapes, problems
-    )
+    shapes, wrong = _shapes(parts, examples), list[FxDistillError]()
+    given = (objective.features, parts.matches, modules)
+    terms, projections = with_projections(*given, shapes, wrong)
+    if any(isinstance(error, ProjectionError) for error in wrong) and examples is None:
+        # Structure does not tell all widths: ask a run on fake tensors, if inputs can be made.
+        shapes, again = _dummy_shapes(parts), list[FxDistillError]()
+        terms, projections = with_projections(*given, shapes, again)
+        wrong = again
+    problems += wrong
     _make_alike(projections, modules.values())
     objective = replace(objective, features=terms)
     rest = (parts.matches, parts.settings, parts.options)
     return Distiller(models, objective, projections, *rest)
 
 
+def _dummy_shapes(parts: Parts) -> Shapes:
+    """The shapes at the taps on inputs made for each model; empty where that cannot be told."""
+    made = {tower: dummy_inputs(model.module) for tower, model in parts.models.items()}
+    if any(inputs is None for inputs in made.values()):
+        return {}
+    examples = Inputs((), {f"{tower}_inputs": inputs for tower, inputs in made.items()})
+    try:
+        values = dry.fake_values(_request(parts, examples), Steps())
+    except Exception:  # of the models' own code: a capture may go another way
+        return _shapes(parts, examples)
+    return {end: torch.empty(value.shape, device="meta") for end, value in values.items()}
+
+
 def _shapes(parts: Parts, examples: Inputs | None) -> Shapes:
     """The shapes at the taps on the examples; empty if no projection needs them."""
     if examples is None or not asks_for_width(parts.matches):
         return {}
+    # The check that follows reports a step that cannot be captured, with advice.
+    with contextlib.suppress(CaptureError):
+        return dry.tapped_shapes(_request(parts, examples), Steps())
+    return {}
+
+
+def _request(parts: Parts, examples: Inputs) -> Request:
+    """A step of the models without projections."""
     towers, objective = Towers(parts.models, nn.ModuleList(), "student"), parts.objective
     call = sort_call(towers.modules, towers.main, objective.task, *examples)
     check_call(towers, objective, call)
     settings = Settings(parts.settings, objective.weighed).made(device_of(towers.main_module))
-    # The check that follows reports a step that cannot be captured, with advice.
-    with contextlib.suppress(CaptureError):
-        return dry.tapped_shapes(Request(towers, objective, call, settings), Steps())
-    return {}
+    return Request(towers, objective, call, settings)
 
 
 def _make_alike(projections: nn.ModuleList, models: Iterable[nn.Module]) -> None:
