@@ -194,10 +194,8 @@ class Distiller(StudentFace, Saved):
     def _tell_tokens(self, call: Call) -> None:
         """Find out, once, which matched values have tokens."""
         request = self._request(call)
-        if whose.is_fake(request):
-            return
-        self._steps.told = True
-        if whose.asks(request):
+        if whose.asks(request) and not whose.is_fake(request):
+            self._steps.told = True
             features, why = whose.told(request, self._steps)
             self.objective = dataclasses.replace(self.objective, features=features)
             self._notes = (*self._notes, *([why] if why else []))

@@ -14,6 +14,7 @@ from fxdistill.compiler import capture
 from fxdistill.compiler.backend import Recipe
 from fxdistill.distiller.modes import Request, Steps, captured_warm, tapping
 from fxdistill.distiller.step import run_towers, step
+from fxdistill.errors import StepError
 from fxdistill.graph.halves import Halves
 from fxdistill.graph.joint import JointProgram
 from fxdistill.models.tap import Tap, Tower
@@ -48,9 +49,12 @@ def tapped_shapes(request: Request, steps: Steps) -> Mapping[tuple[Tower, Tap], 
 def fake_values(request: Request, steps: Steps) -> Mapping[tuple[Tower, Tap], Tensor]:
     """All matched values as fake tensors, from running the models on fake inputs as they are.
 
-    The code of the models runs, without graphs and without computing anything. Parameters, buffers
-    and random numbers stay as they are. Raises what the models raise where data decides.
+    The code of the models runs, without graphs and without computing anything. Parameters, buffers,
+    attributes and random numbers stay as they are. Raises what the models raise where data decides,
+    and StepError where they may communicate: a hook would gather fake parameters for good.
     """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise StepError("the models may communicate with other ranks")
     objective = replace(request.objective, logits=(), labels=(), returns=None)
     request = replace(request, objective=objective)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -67,13 +71,13 @@ def _like(value: Any, mode: FakeTensorMode) -> Any:
 
 @contextlib.contextmanager
 def _for_shapes(models: Iterable[nn.Module], mode: FakeTensorMode) -> Iterator[None]:
-    """Let the models have fake buffers, and be in eval mode.
+    """Let the models have fake buffers and be in eval mode; restore all of their attributes.
 
-    A step may count in its buffers or put others in their place. In train mode some models choose
-    at random what they mask, on the host.
+    A step may count in its buffers, put others in their place, or keep a tensor for the next one.
+    In train mode some models choose at random what they mask, on the host.
     """
     modules = [m for model in models for m in model.modules()]
-    before = [(m, m.training, dict(m._buffers)) for m in modules]
+    before = [(m, dict(vars(m)), dict(m._buffers)) for m in modules]
     try:
         for module, _, buffers in before:
             module.training = False
@@ -81,7 +85,8 @@ def _for_shapes(models: Iterable[nn.Module], mode: FakeTensorMode) -> Iterator[N
                 module._buffers[name] = None if buffer is None else mode.from_tensor(buffer)
         yield
     finally:
-        for module, training, buffers in before:
-            module.training = training
+        for module, attributes, buffers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
             module._buffers.clear()
             module._buffers.update(buffers)

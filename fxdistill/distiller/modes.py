@@ -65,15 +65,15 @@ class Steps:
     ) -> Callable[..., Any]:
         """``function`` compiled as one graph for one objective; compiled at its first call.
 
-        An objective never changes, so that the graph is right for it without looking at its terms.
+        An objective never changes, so that the graph is right for it without looking at its terms;
+        but a loss of the user's own may, and then dynamo has to look.
         """
         name, objective = function.__name__, request.objective
         for known, of, made in self._compiled:
             if known == name and of == objective:
                 return made
-        made = capture.one_graph(
-            function, recipe, request.towers.dynamic(dynamic), constant="objective"
-        )
+        constant = "objective" if objective.unchanging else ""
+        made = capture.one_graph(function, recipe, request.towers.dynamic(dynamic), constant)
         self._compiled.append((name, objective, made))
         return made
 

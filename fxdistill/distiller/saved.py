@@ -28,8 +28,9 @@ class Saved(nn.Module):
 
 def _saving(module: Saved, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     """Leave one name of each tensor in a state dict, and note the settings (a hook)."""
-    for name in second_names(module):
-        state.pop(prefix + name, None)
+    for name, first in second_names(module).items():
+        if prefix + first in state:
+            state.pop(prefix + name, None)
     metadata[SETTINGS] = module._settings.saved()
 
 

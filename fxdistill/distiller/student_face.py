@@ -92,12 +92,30 @@ class BoundForward:
     """``forward`` of one distiller. It keeps the distiller alive only while it is held itself."""
 
     def __init__(self, function: Callable[..., Any], distiller: Any) -> None:
-        self.__func__, self.__self__ = function, distiller
+        self.function, self.__self__ = function, distiller
         self.__name__, self.__doc__ = function.__name__, function.__doc__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call ``forward`` on the distiller."""
-        return self.__func__(self.__self__, *args, **kwargs)
+        return self.function(self.__self__, *args, **kwargs)
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """The function without its distiller, which wrappers (autocast) are put around."""
+        function = self.function
+
+        @functools.wraps(function)
+        def forward(distiller: Any, *args: Any, **kwargs: Any) -> Any:
+            return function(distiller, *args, **kwargs)
+
+        # Without this, who unwraps it would go on to the function that names no inputs.
+        del forward.__wrapped__
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        given = self.__signature__
+        forward.__signature__ = given.replace(  # type: ignore[attr-defined]
+            parameters=[own, *given.parameters.values()]
+        )
+        return forward
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -59,14 +59,11 @@ def told(request: Request, steps: Steps) -> tuple[tuple[Term, ...], str]:
     they are: their values have tokens where their sizes agree.
     """
     terms = request.objective.features
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        why = "they may communicate"
-    else:
-        try:
-            follows = _following(request, steps)
-            return tuple(_told(term, follows) for term in terms), ""
-        except Exception as error:
-            why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    try:
+        follows = _following(request, steps)
+        return tuple(_told(term, follows) for term in terms), ""
+    except Exception as error:
+        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     names = ", ".join(term.name for term in terms if term.has_tokens and not term.said_tokens)
     return terms, (
         f"whose tokens index {names} is taken from their sizes, because the models cannot be run "
@@ -91,32 +88,31 @@ def is_fake(request: Request) -> bool:
 
 
 def _following(request: Request, steps: Steps) -> dict[End, bool]:
-    """For every matched value, whether its length is that of the tokens, whichever that is."""
-    tokens = request.call.batch.tokens
-    assert tokens is not None
-    size = int(tokens.shape[0]), int(tokens.shape[1])
-    step = -1 if size[1] > LENGTHS else 1
+    """For every matched value, whether its length is that of its tokens, whichever that is."""
+    batch, towers = request.call.batch, request.towers.modules
+    sizes = {tower: _size(batch.of(tower).tokens) for tower in towers}
+    step = -1 if min(length for _, length in sizes.values()) > LENGTHS else 1
     follows: dict[End, bool] = {}
-    for length in (size[1] + step * (i + 1) for i in range(LENGTHS)):
-        for end, value in _values(request, steps, size, length).items():
-            follows[end] = follows.get(end, True) and _has(value, size[0], length)
+    for more in (step * (i + 1) for i in range(LENGTHS)):
+        given = request.call.inputs
+        inputs = {t: _of_length(given[t], sizes[t], sizes[t][1] + more) for t in towers}
+        shown = replace(request, call=replace(request.call, inputs=inputs))
+        for end, value in dry.fake_values(shown, steps).items():
+            batch_size, length = sizes[end[0]]
+            follows[end] = follows.get(end, True) and _has(value, batch_size, length + more)
     return follows
 
 
+def _size(tokens: Tensor | None) -> tuple[int, int]:
+    assert tokens is not None
+    return int(tokens.shape[0]), int(tokens.shape[1])
+
+
 def _has(value: Tensor, batch: int, length: int) -> bool:
+    """Whether an axis of the value is the tokens'; a layout may bring it to the front."""
     if value.ndim == 2:
         return value.shape[0] == batch * length
-    return value.ndim > 2 and tuple(value.shape[:2]) == (batch, length)
-
-
-def _values(
-    request: Request, steps: Steps, size: tuple[int, int], length: int
-) -> Mapping[End, Tensor]:
-    """All matched values, as fake tensors, on texts of another length."""
-    given = request.call.inputs
-    inputs = {tower: _of_length(own, size, length) for tower, own in given.items()}
-    shown = replace(request, call=replace(request.call, inputs=inputs))
-    return dry.fake_values(shown, steps)
+    return value.ndim > 2 and value.shape[0] == batch and length in value.shape[1:3]
 
 
 def _of_length(inputs: Inputs, size: tuple[int, int], length: int) -> Inputs:

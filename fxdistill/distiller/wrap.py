@@ -27,6 +27,7 @@ from fxdistill.errors import (
     MatchWarning,
     OptionError,
     ProjectionError,
+    StepError,
     gather,
     raise_together,
 )
@@ -359,6 +360,8 @@ def _dummy_shapes(parts: Parts) -> Shapes:
     examples = Inputs((), {f"{tower}_inputs": inputs for tower, inputs in made.items()})
     try:
         values = dry.fake_values(_request(parts, examples), Steps())
+    except StepError:
+        return {}
     except Exception:  # of the models' own code: a capture may go another way
         return _shapes(parts, examples)
     return {end: torch.empty(value.shape, device="meta") for end, value in values.items()}

@@ -22,7 +22,8 @@ def ctc(
 ) -> Tensor:
     """-log p(labels) over all ways to place them on the frames, for each label.
 
-    Σ over samples of -log p, over the number of labels that are not -100 (Graves et al., 2006).
+    Σ over samples of -log p, over the number of labels that are not -100 (Graves et al., 2006);
+    samples without labels do not count.
     torch's own loss cannot be captured, because the sizes inside it depend on the labels; this is
     one operator of the graph, which forms the gradient in its forward. It has no second derivative,
     and on a GPU it waits for the lengths.
@@ -39,7 +40,8 @@ def ctc(
     logits = wide(student_logits)
     heard = torch.ones(logits.shape[:-1], device=logits.device) if weights is None else weights
     logits = counted(logits, heard)
-    frames = (heard > 0).sum(-1)
+    # A sample without labels says nothing of its frames.
+    frames = (heard > 0).sum(-1) * (labels != IGNORE).any(-1)
     value: Tensor = _ctc(logits, labels, frames, blank, zero_infinity)[0]
     count = (labels != IGNORE).sum()
     return value / torch.where(count == 0, torch.ones_like(count), count)

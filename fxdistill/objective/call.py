@@ -117,7 +117,7 @@ def _batch(
             models[tower], inputs[tower].args, _by_name(models[tower], inputs[tower]), {}, task
         )
         for tower in models
-        if tower != main and own.get(f"{tower}_inputs")
+        if tower != main and (own.get(f"{tower}_inputs") or own.get(f"{main}_inputs"))
     }
     return Batch(
         labels=labels,

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fxdistill.base.nodes import one_node
 from fxdistill.base.ranks import Ranks, items_of
+from fxdistill.losses.reduce import IGNORE
 from fxdistill.models.conventions import Task
 from fxdistill.objective.tokens import Batch, prediction_weights
 
@@ -24,7 +25,9 @@ def items_elsewhere(given: Tensor, weights: Tensor, counts: Tensor, ranks: Ranks
     A speech model predicts frames, and its labels are fewer: the mean over the frames of a batch
     weighs by the batch's share of the labels.
     """
-    return over_all(weights, ranks) * given / over_all(counts, ranks).clamp(min=1)
+    count = over_all(counts, ranks)
+    items = over_all(weights, ranks) * given / count.clamp(min=1)
+    return torch.where(count == 0, torch.full_like(items, torch.inf), items)  # a share of 0
 
 
 def over_all(weights: Tensor, ranks: Ranks | None) -> Tensor:
@@ -45,7 +48,12 @@ def of_features(
     if items is not None or batch.num_items is None:
         return items, None
     if counted is None and batch.labels is not None:
-        counted = prediction_weights(batch, task, batch.labels.unsqueeze(-1))
+        tokens = batch.decoder_tokens if task == "seq2seq" else batch.tokens
+        on_tokens = tokens is not None and batch.labels.shape == tokens.shape[:2]
+        if on_tokens or task == "classification":
+            counted = prediction_weights(batch, task, batch.labels.unsqueeze(-1))
+        else:  # labels of a grid of their own
+            counted = (batch.labels != IGNORE).float()
     if counted is None:
         return batch.num_items, None
     return None, over_items(over_all(counted, ranks), None, 1, batch.num_items)

@@ -122,6 +122,13 @@ class Objective:
         return self.own_losses and all(term.teacher in self.frozen for term in self.logits)
 
     @property
+    def unchanging(self) -> bool:
+        """Whether all losses are the library's own: a callable of the user's may have state."""
+        losses = [term.loss for term in self.features]
+        losses += [*(t.loss for t in self.logits), *(t.loss for t in self.labels)]
+        return all(map(is_named, losses))
+
+    @property
     def learns_from_features_alone(self) -> bool:
         """Whether only matches can train anything: teachers frozen, no projections."""
         plain = all(term.projection is None for term in self.features)

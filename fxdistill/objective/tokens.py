@@ -203,6 +203,10 @@ def feature_weights(
         return None
     if _on_its_own_grid(chosen, tokens, feature):
         return chosen
+    if not lies_over(feature, tokens, said):
+        return None
+    if chosen is not None:
+        require_tokens(chosen, tokens)
     weights = _times(chosen, mask)
     if weights is None:
         weights = torch.ones(tokens.shape[:2], device=feature.device)

@@ -406,6 +406,7 @@ class TestMatch:
         assert run(*argv, "--force").code == 0
         assert len(Matches.load("mapping.toml")) == 4
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("option", ["--html", "--json"])
     def test_a_report_is_not_replaced_unasked(self, run: Any, option: str) -> None:
         argv = ("report", "small", "large", "--hf-config", option, "kept")
@@ -417,6 +418,7 @@ class TestMatch:
         assert run(*argv, "--force").code == 0
         assert Path("kept").read_text() != "mine"
 
+    @pytest.mark.slow
     def test_it_says_whether_the_step_fits(self, run: Any) -> None:
         argv = ("report", "small", "large", "--hf-config", "--batch", "2", "--length", "16")
         fits, not_so = run(*argv, "--memory", "80GB"), run(*argv, "--memory", "100kB")

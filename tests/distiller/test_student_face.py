@@ -14,6 +14,8 @@ from families import bert_mlm, t5
 from toys import toy_pair
 
 AOT = {"backend": "aot_eager"}
+# Regional mode compiles with Inductor, and these graphs are captured twice.
+COMPILES = [False, *(pytest.param(how, marks=pytest.mark.slow) for how in ("regional", AOT))]
 ROWS, LENGTH = 8, 12
 PAIR = {"model.layers.0.mlp": "model.layers.1.mlp"}
 
@@ -151,7 +153,7 @@ def test_generate_and_embeddings_are_the_students():
 # ------------------------------------------------------------------ predictions
 
 
-@pytest.mark.parametrize("compile", [False, "regional", AOT], ids=["eager", "regional", "graph"])
+@pytest.mark.parametrize("compile", COMPILES, ids=["eager", "regional", "graph"])
 def test_an_evaluation_gives_logits_unasked_and_training_does_not_make_them(compile):
     distiller = pair(compile=compile).eval()
     rows = Rows().batch()
@@ -170,7 +172,11 @@ def test_an_evaluation_may_be_asked_for_no_logits():
 
 def test_models_without_logits_are_evaluated_without():
     body = fxdistill.wrap(
-        llama(1).model, llama(2).model, {"layers.0.mlp": "layers.1.mlp"}, logit_loss=None
+        llama(1).model,
+        llama(2).model,
+        {"layers.0.mlp": "layers.1.mlp"},
+        logit_loss=None,
+        compile=False,
     )
     with torch.no_grad():
         out = body.eval()(input_ids=Rows().batch()["input_ids"])
@@ -197,6 +203,23 @@ def test_a_tied_tensor_is_saved_once_and_both_forms_load():
             torch.testing.assert_close(other.student.state_dict()[name], value)
     nested = nn.ModuleDict({"inner": distiller})
     nested.load_state_dict(nested.state_dict())
+
+
+def test_a_buffer_that_is_also_a_scratch_one_is_saved():
+    class Shares(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+            kept = torch.ones(3)
+            self.register_buffer("scratch", kept, persistent=False)
+            self.register_buffer("kept", kept)
+
+        def forward(self, x):
+            return self.linear(x) * self.kept
+
+    distiller = fxdistill.wrap(Shares(), Shares(), compile=False)
+    assert "student.kept" in distiller.state_dict()
+    distiller.load_state_dict(distiller.state_dict())
 
 
 def test_a_missing_tensor_is_still_missing():
@@ -238,6 +261,15 @@ def test_evaluation_under_trainer_is_the_loss_of_the_batch(tmp_path, bf16):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         wanted = distiller.eval()(**Rows().batch()).loss
     assert found == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_a_second_trainer_still_sees_the_columns(tmp_path):
+    """Mixed precision replaces ``forward``; its signature stays the student's."""
+    distiller = pair()
+    for _ in range(2):
+        run = trainer(distiller, tmp_path, bf16=True, max_steps=1)
+        run.train()
+    assert run.evaluate()["eval_loss"] > 0
 
 
 @pytest.mark.parametrize("family", [bert_mlm, t5], ids=["bert", "t5"])
@@ -282,7 +314,7 @@ def test_accumulated_micro_batches_train_like_one_batch(tmp_path, options):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("compile", [False, "regional", AOT], ids=["eager", "regional", "graph"])
+@pytest.mark.parametrize("compile", COMPILES, ids=["eager", "regional", "graph"])
 def test_a_feature_weighs_by_the_share_of_its_batch(compile):
     """Value and gradient of the plain mean over two unequal batches, each by its predictions."""
     rows = Rows().batch()

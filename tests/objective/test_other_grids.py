@@ -10,8 +10,9 @@ import fxdistill
 from fxdistill import Match, errors
 
 AOT = {"backend": "aot_eager"}
+REGIONAL = pytest.param("regional", marks=pytest.mark.slow)
 MODES = pytest.mark.parametrize(
-    "compile", [False, "regional", AOT], ids=["eager", "regional", "graph"]
+    "compile", [False, REGIONAL, AOT], ids=["eager", "regional", "graph"]
 )
 LAYERS = "wav2vec2.encoder.layers"
 
@@ -68,7 +69,12 @@ def frames_of(model):
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize(
     ("compile", "label_loss"),
-    [(False, "ctc"), ("regional", "ctc"), (AOT, "ctc"), (False, by_torch)],
+    [
+        (False, "ctc"),
+        pytest.param("regional", "ctc", marks=pytest.mark.slow),
+        (AOT, "ctc"),
+        (False, by_torch),
+    ],
     ids=["eager", "regional", "graph", "own"],
 )
 def test_frames_of_padding_do_not_count(compile, label_loss):
@@ -132,6 +138,15 @@ def test_the_own_loss_of_the_library_refuses_labels_of_another_grid():
     distiller = fxdistill.wrap(speech(1), speech(2), compile=False)
     with pytest.raises(errors.BatchError, match="A label_loss of your own takes labels of any"):
         distiller(input_values=SOUND, attention_mask=HEARD, labels=TARGETS)
+
+
+def test_features_of_speech_alone_weigh_by_the_labels():
+    mapping = {f"{LAYERS}.0": f"{LAYERS}.1"}
+    options = {"label_loss": None, "logit_loss": None, "compile": False}
+    distiller = fxdistill.wrap(speech(1), speech(2), mapping, **options)
+    call = {"input_values": SOUND, "attention_mask": HEARD, "labels": TARGETS}
+    whole, half = distiller(**call), distiller(**call, num_items=12)
+    torch.testing.assert_close(half.loss * 2, whole.loss)
 
 
 class Frames(nn.Module):

@@ -8,7 +8,8 @@ import fxdistill
 from fxdistill import Match, errors
 from toys import tokens, toy_pair
 
-MODES = pytest.mark.parametrize("compile", [False, "regional", {"backend": "aot_eager"}])
+REGIONAL = pytest.param("regional", marks=pytest.mark.slow)
+MODES = pytest.mark.parametrize("compile", [False, REGIONAL, {"backend": "aot_eager"}])
 MAPPING = {"blocks.0": "blocks.1", "blocks.1": "blocks.2"}
 
 

@@ -82,7 +82,7 @@ class Latents(Maps):
 
 CASES = [
     *((kind, "auto") for kind in (Maps, Attention, Patches, Packed, Latents)),
-    *((kind, None) for kind in (Maps, Patches, Packed)),
+    *(pytest.param(kind, None, marks=pytest.mark.slow) for kind in (Maps, Patches, Packed)),
 ]
 
 
@@ -251,6 +251,53 @@ def test_models_whose_sizes_depend_on_data_leave_it_to_sizes_and_say_so():
     (note,) = (n for n in distiller.report(**call(7)).notes if "whose tokens" in n)
     assert "cannot be run on inputs of another length" in note
     assert "Match(tokens=...)" in note
+
+
+def test_what_a_model_keeps_for_itself_stays_real():
+    class Keeps(Reads):
+        scale = None
+
+        def forward(self, input_ids, pixel_values, attention_mask=None):
+            if self.scale is None:
+                self.scale = torch.ones(())
+            return super().forward(input_ids, pixel_values, attention_mask) * self.scale
+
+    student, teacher = towers(Keeps)
+    distiller = fxdistill.wrap(student, teacher, {"kept": "kept"}, logit_loss=None, compile=False)
+    distiller(**call(8)).loss.backward()
+    assert type(student.scale) is torch.Tensor
+    assert type(student(**call(8))) is torch.Tensor
+
+
+def test_a_call_that_fails_settles_nothing():
+    student, teacher = towers(Patches)
+    distiller = fxdistill.wrap(student, teacher, {"kept": "kept"}, logit_loss=None, compile=False)
+    with pytest.raises(Exception, match="pixel_values"):
+        distiller(input_ids=call(8)["input_ids"])
+    s, t = (model.value(model.image(PIXELS)) for model in (student, teacher))
+    wanted = (s - t).square().mean().detach()
+    torch.testing.assert_close(distiller(**call(8)).loss.detach(), wanted)
+
+
+def test_a_teacher_with_another_text_is_pooled_by_its_own_mask():
+    student, teacher = towers(Reads)
+    match = {"kept": Match(teacher="kept", reduce=("b l d -> b d", "mean"))}
+    distiller = fxdistill.wrap(student, teacher, match, logit_loss=None, compile=False)
+    ours, theirs = call(8), call(5)
+
+    def pooled(model, given):
+        value = model.text(given["input_ids"])
+        value = value + model.image(PIXELS).flatten(2).mean(-1).unsqueeze(1)
+        mask = given["attention_mask"].unsqueeze(-1)
+        return (value * mask).sum(1) / mask.sum(1)
+
+    wanted = (pooled(student, ours) - pooled(teacher, theirs)).square().mean().detach()
+    own = {name: theirs[name] for name in ("input_ids", "attention_mask")}
+    found = distiller(**ours, teacher_inputs=own).loss.detach()
+    torch.testing.assert_close(found, wanted)
+    shared = {"pixel_values": PIXELS, **own}
+    mine = {name: ours[name] for name in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(distiller(**shared, student_inputs=mine).loss.detach(), wanted)
 
 
 def clip(layers):
