@@ -94,6 +94,17 @@ class Toy(nn.Module):
         return {"logits": x @ self.embed.weight.T}
 
 
+class Wrapper(nn.Module):
+    """Hands everything on, as wrappers of models do."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
 def toy_pair(kind="plain", **options):
     """A student of two blocks and a teacher of three, the same every time."""
     torch.manual_seed(0)

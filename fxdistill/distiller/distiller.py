@@ -185,16 +185,16 @@ class Distiller(StudentFace, Saved):
         towers, objective = self._towers, self.objective
         call = sort_call(towers.modules, towers.main, objective.task, args, dict(kwargs))
         check_call(towers, objective, call)
-        if not self._steps.told and objective.features:
+        if not self._steps.told and whose.asks(objective, call):
             self._tell_tokens(call)
         return call
 
     # Models are run on fake tensors, which dynamo does not trace.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _tell_tokens(self, call: Call) -> None:
-        """Find out, once, which matched values have tokens."""
+        """Find out, once, which matched values have tokens; fake models leave it open."""
         request = self._request(call)
-        if whose.asks(request) and not whose.is_fake(request):
+        if not whose.is_fake(request):
             self._steps.told = True
             features, why = whose.told(request, self._steps)
             self.objective = dataclasses.replace(self.objective, features=features)

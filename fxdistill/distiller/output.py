@@ -13,7 +13,8 @@ class DistillOutput(OrderedDict[str, Any]):
 
     ``loss`` is the total, a 0-d tensor with gradients. ``losses`` maps the name of every term to
     its unweighted value, a detached 0-d tensor on the device: reading one waits for the device.
-    ``logits`` are the student's, detached, if ``wrap(..., outputs=("logits",))`` asked for them.
+    ``logits`` are the student's, detached: in an evaluation (eval mode, without gradients) where a
+    term reads them, and elsewhere if ``wrap(..., outputs=("logits",))`` asked for them.
     """
 
     loss: Tensor

@@ -1,7 +1,7 @@
 """Which matched values have tokens: asked of the models, on inputs of other lengths.
 
 The sizes of a value may agree with those of the tokens by chance: an image of 16 patches beside a
-text of 16 tokens. Where a model reads more than tokens, all models are run on fake tensors with
+text of 16 tokens. Where a model reads more than a text, all models are run on fake tensors with
 texts of two other lengths; a value has tokens if its own length follows in both.
 """
 
@@ -17,21 +17,25 @@ from torch.utils._pytree import tree_leaves
 from fxdistill.distiller import dry
 from fxdistill.distiller.modes import Request, Steps
 from fxdistill.models.tap import Tap, Tower
-from fxdistill.objective.call import Inputs
+from fxdistill.objective.call import Call, Inputs
+from fxdistill.objective.objective import Objective
 from fxdistill.objective.term import Term
 
 End = tuple[Tower, Tap]
 LENGTHS = 2  # chance agrees with one other length at most
 
 
-def asks(request: Request) -> bool:
-    """Whether sizes cannot tell: a model reads more than a text, and a term leaves it open."""
-    tokens = request.call.batch.tokens
-    if tokens is None or request.objective.task == "seq2seq":
+def asks(objective: Objective, call: Call) -> bool:
+    """Whether sizes cannot tell: a model reads more than a text, and a term leaves it open.
+
+    A text-only model is not asked, though one with as many latent vectors as tokens would need it.
+    """
+    tokens = call.batch.tokens
+    if tokens is None or objective.task == "seq2seq":
         return False
-    if not any(term.has_tokens and not term.said_tokens for term in request.objective.features):
+    if not any(term.has_tokens and not term.said_tokens for term in objective.features):
         return False
-    given = [_named(request.call.inputs[tower]) for tower in request.towers.modules]
+    given = [_named(inputs) for inputs in call.inputs.values()]
     reads_text = any(_is_text(name, x, tokens) for named in given for name, x in named.items())
     return reads_text and any(_is_more(name, x) for named in given for name, x in named.items())
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 import fxdistill
 from families import bert_mlm, t5
-from toys import toy_pair
+from toys import Wrapper, toy_pair
 
 AOT = {"backend": "aot_eager"}
 # Regional mode compiles with Inductor, and these graphs are captured twice.
@@ -82,14 +82,6 @@ def test_the_signature_names_what_the_models_and_the_distiller_take():
 
 
 def test_a_wrapper_names_the_inputs_of_the_model_inside():
-    class Wrapper(nn.Module):
-        def __init__(self, module):
-            super().__init__()
-            self.module = module
-
-        def forward(self, *args, **kwargs):
-            return self.module(*args, **kwargs)
-
     found = names(fxdistill.wrap(Wrapper(llama(1)), llama(2), compile=False, task="causal_lm"))
     assert "input_ids" in found
 

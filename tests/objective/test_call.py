@@ -7,6 +7,7 @@ from torch.nn.parallel import DataParallel
 
 import fxdistill
 from fxdistill import errors
+from toys import Wrapper
 
 MODES = [False, "regional", {"backend": "aot_eager"}]
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
@@ -39,17 +40,6 @@ class TakesAll(Plain):
     def forward(self, x, **others):
         self.seen = set(others)
         return self.linear(x)
-
-
-class Wrapper(nn.Module):
-    """Hands everything on, as wrappers of models do."""
-
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args, **kwargs):
-        return self.module(*args, **kwargs)
 
 
 def towers(student=WithDomain, teacher=Plain):
