@@ -266,6 +266,33 @@ def whisper() -> Family:
 # ---- vision
 
 
+def speech(layers: int) -> nn.Module:
+    """A speech model with a head for CTC; what it hears and says is `sound()`."""
+    torch.manual_seed(layers)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    convolutions = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2)}
+    parts = ("hidden", "activation", "attention", "feat_proj", "final")
+    quiet = {f"{part}_dropout": 0.0 for part in parts} | {"layerdrop": 0.0, "mask_time_prob": 0.0}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    sizes: dict[str, Any] = {**small, **convolutions, **quiet, **positions}
+    model = hf.Wav2Vec2ForCTC(
+        hf.Wav2Vec2Config(
+            vocab_size=12, num_hidden_layers=layers, feat_extract_norm="layer", **sizes
+        )
+    )
+    model.freeze_feature_encoder()  # as in fine-tuning; unfrozen, it cannot be one graph
+    return model
+
+
+def sound() -> dict[str, Tensor]:
+    """Two samples, the second of them padded, and their labels `[2, 4]`."""
+    return {
+        "input_values": torch.randn(2, 400, generator=torch.Generator().manual_seed(0)),
+        "attention_mask": (torch.arange(400) < torch.tensor([[400], [260]])).long(),
+        "labels": torch.tensor([[1, 2, 3, 4], [5, 6, -100, -100]]),
+    }
+
+
 def image_classifier(student: Any, teacher: Any, mapping: dict[str, str]) -> Family:
     torch.manual_seed(1)
     batch = {"pixel_values": torch.randn(BATCH, 3, 16, 16)}

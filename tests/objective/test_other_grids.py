@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
 import fxdistill
+from families import sound, speech
 from fxdistill import Match, errors
 
 AOT = {"backend": "aot_eager"}
@@ -20,34 +20,7 @@ LAYERS = "wav2vec2.encoder.layers"
 # ------------------------------------------------------------------ speech: frames and samples
 
 
-def speech(layers):
-    torch.manual_seed(layers)
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-    convolutions = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2)}
-    quiet = {
-        f"{name}_dropout": 0.0
-        for name in ("hidden", "activation", "attention", "feat_proj", "final")
-    }
-    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
-    model = Wav2Vec2ForCTC(
-        Wav2Vec2Config(
-            vocab_size=12,
-            num_hidden_layers=layers,
-            layerdrop=0.0,
-            mask_time_prob=0.0,
-            feat_extract_norm="layer",
-            **small,
-            **convolutions,
-            **quiet,
-            **positions,
-        )
-    )
-    model.freeze_feature_encoder()  # as in fine-tuning; unfrozen, it cannot be one graph
-    return model
-
-
-SOUND = torch.randn(2, 400, generator=torch.Generator().manual_seed(0))
-HEARD = (torch.arange(400) < torch.tensor([[400], [260]])).long()
+SOUND, HEARD, TARGETS = sound().values()
 
 
 def by_torch(logits, labels, *, weights):
@@ -56,9 +29,6 @@ def by_torch(logits, labels, *, weights):
     frames = weights.sum(-1).long()
     nll = F.ctc_loss(log_p, labels[kept], frames, kept.sum(-1), reduction="sum")
     return nll / kept.sum()
-
-
-TARGETS = torch.tensor([[1, 2, 3, 4], [5, 6, -100, -100]])
 
 
 def frames_of(model):

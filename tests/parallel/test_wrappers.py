@@ -68,6 +68,68 @@ def parity(rank: int, modes: list[str], how: str) -> None:
         torch._dynamo.reset()
 
 
+def pairs_apart(students: list[Tensor], teachers: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """The mean of squares over all pairs; a mean over tokens, so that ranks add up."""
+    each = [
+        ((s - t).square().mean(-1) * w).sum() / w.sum()
+        for s, t, w in zip(students, teachers, weights, strict=True)
+    ]
+    return torch.stack(each).mean()
+
+
+def of_items(rank: int) -> None:
+    """What trainers give, the number of predictions alone, weighs features over all ranks."""
+
+    def made(compile: Any) -> tuple[Any, families.Family]:
+        torch.manual_seed(2)
+        family = families.FAMILIES["llama"]()
+        matches = [Match(s, t) for s, t in family.mapping.items()]
+        matches[0] = Match(matches[0].student, matches[0].teacher, loss="l2", project="linear")
+        options = {"pairs_loss": pairs_apart, "compile": compile}
+        return fxdistill.wrap(family.student, family.teacher, matches, **options), family
+
+    for mode in ("eager", "one graph", "regional"):
+        alone, one = made(False)
+        items = {"num_items": 2 * (one.labels != -100).sum()}
+        wanted = accumulated(alone, [(one.batch, one.labels)], alone, **items)
+        distiller, _ = made(MODES[mode])
+        call = DistributedDataParallel(aot(distiller))
+        mine = split(one.batch, one.labels, 2)[rank]
+        compare(accumulated(call, [mine], distiller, **items), wanted, mode)
+        torch._dynamo.reset()
+
+
+def of_speech(rank: int) -> None:
+    """CTC and frames: each rank has a sample, with its own numbers of frames and labels."""
+    for compile in (False, MODES["one graph"]):
+        for items in ({}, {"num_items": torch.tensor(12.0)}):
+            results = []
+            for alone in (True, False):
+                student, teacher = families.speech(1), families.speech(2)
+                distiller = fxdistill.wrap(
+                    student,
+                    teacher,
+                    {"wav2vec2.encoder.layers.0": "wav2vec2.encoder.layers.1"},
+                    label_loss="ctc",
+                    compile=False if alone else compile,
+                )
+                call = distiller if alone else DistributedDataParallel(distiller)
+                rows = slice(0, 2) if alone else slice(rank, rank + 1)
+                batch = {name: value[rows] for name, value in families.sound().items()}
+                labels = batch.pop("labels")
+                out = call(**batch, labels=labels, **items)
+                out.loss.backward()
+                # The softmax over keys makes the gradient of their bias 0, but for rounding.
+                learning = {
+                    name: p.grad
+                    for name, p in student.named_parameters()
+                    if p.requires_grad and not name.endswith("k_proj.bias")
+                }
+                results.append(({"loss": out.loss.detach(), **out.losses}, learning))
+            compare(results[1], results[0], (compile, items))
+            torch._dynamo.reset()
+
+
 def _nothing(sample: tuple[dict[str, Tensor], Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """Padding only: every rank has as many micro-batches."""
     batch, labels = sample
@@ -81,3 +143,10 @@ def _nothing(sample: tuple[dict[str, Tensor], Tensor]) -> tuple[dict[str, Tensor
 def test_wrappers(how: str) -> None:
     modes = ["eager", "one graph", "regional"] if how == "ddp" else ["eager", "regional"]
     run(2, parity, modes, how)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("case", [of_items, of_speech])
+def test_what_is_divided_over_ranks(case: Any) -> None:
+    run(2, case)
