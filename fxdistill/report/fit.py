@@ -70,7 +70,7 @@ def advice_of(memory: Memory) -> str:
     whole = sum(parts.values())
     largest = sorted((name for name in parts if name in ADVICE), key=lambda n: -parts[n])
     told = [
-        f"{name} hold {size(parts[name])}: {ADVICE[name]}"
+        f"{name}, {size(parts[name])}: {ADVICE[name]}"
         for name in largest
         if whole and parts[name] >= LARGE * whole
     ]

@@ -55,7 +55,7 @@ def test_the_states_of_the_optimizer_count():
     assert str(fit_of(report, "16GiB", "AdamW")) == (
         "fits: the step needs 8.00 GiB with AdamW, 16.0 GiB are there (50 %)"
     )
-    assert "student hold 2.00 GiB: checkpoint the student's layers" in str(
+    assert "student, 2.00 GiB: checkpoint the student's layers" in str(
         fit_of(report, "1GiB", "AdamW")
     )
 
@@ -63,8 +63,8 @@ def test_the_states_of_the_optimizer_count():
 def test_the_advice_is_about_what_holds_most():
     held = {"weights": 9 * GIB, "losses": 4 * GIB, "head": 3 * GIB, "student": GIB}
     advice = advice_of(memory(**held))
-    assert advice.startswith("losses hold 4.00 GiB: match fewer layers")
-    assert "head hold 3.00 GiB: let the head be fused" in advice
+    assert advice.startswith("losses, 4.00 GiB: match fewer layers")
+    assert "head, 3.00 GiB: let the head be fused" in advice
     assert "checkpoint" not in advice
 
 

@@ -17,6 +17,7 @@ from fxdistill.models.weights import weight_of
 from fxdistill.objective.feature_terms import weighed_by
 from fxdistill.objective.objective import Objective
 from fxdistill.objective.term import Term
+from fxdistill.report.faces.terminal_tables import row, table
 
 
 class Summary(Group):
@@ -45,21 +46,23 @@ def summary(
 
 
 def _terms(objective: Objective, projections: nn.ModuleList) -> Table:
-    table = Table(title="Terms", title_justify="left")
-    for column in ("student", "teacher", "loss", "weighed by"):
-        table.add_column(column, overflow="fold")
-    if any(between(term, projections) for term in objective.features):
-        table.add_column("between", overflow="fold")
-    for term in objective.features:
-        cells = [*_ends(term), loss_name(term.loss), weighed_by(term, objective.task)]
-        table.add_row(*cells, *([between(term, projections)] if len(table.columns) > 4 else []))
+    layouts = [between(term, projections) for term in objective.features]
+    columns = ("student", "teacher", "loss", "weighed by", *(["between"] if any(layouts) else []))
+    made = table("Terms", *columns)
+
+    def add(*cells: str) -> None:
+        row(made, *cells[: len(columns)])
+
+    for term, layout in zip(objective.features, layouts, strict=True):
+        add(*_ends(term), loss_name(term.loss), weighed_by(term, objective.task), layout)
+    predictions = "samples" if objective.task == "classification" else "tokens"
     for of_logits in objective.logits:
         ours, theirs = of_model(of_logits.student, "logits"), of_model(of_logits.teacher, "logits")
-        table.add_row(ours, theirs, loss_name(of_logits.loss), "predictions")
+        add(ours, theirs, loss_name(of_logits.loss), predictions, "")
     for label in objective.labels:
         ours = of_model(label.student, "logits")
-        table.add_row(ours, "labels, where given", loss_name(label.loss), "predictions")
-    return table
+        add(ours, "labels, where given", loss_name(label.loss), predictions, "")
+    return made
 
 
 def _ends(term: Term) -> list[str]:
@@ -92,15 +95,15 @@ def projection_of(term: Term, projections: nn.ModuleList) -> str:
 
 
 def _passes(program: Program) -> Table:
-    table = Table("pass", "nodes", "result", "ms", title="Passes", title_justify="left")
+    made = table("Passes", "pass", "nodes", "result", "ms", right=("ms",))
     for record in program.history:
         result = f"{len(record.added)} values exposed" if record.added else ""
         result = "; ".join([result, *record.remarks] if result else record.remarks)
         if not record.changed and not result:
             result = "nothing to do"
         nodes = f"{record.nodes_before} -> {record.nodes_after}"
-        table.add_row(record.name, nodes, result, f"{record.seconds * 1e3:.0f}")
-    return table
+        row(made, record.name, nodes, result, f"{record.seconds * 1e3:.0f}")
+    return made
 
 
 def _sections(program: Program) -> Text:
