@@ -638,7 +638,10 @@ class TestReport:
 class TestRealReport:
     """The same with nothing replaced."""
 
-    @pytest.mark.parametrize("mode", ["--backend=aot_eager", "--regional", "--eager"])
+    @pytest.mark.parametrize(
+        "mode",
+        ["--backend=aot_eager", pytest.param("--regional", marks=pytest.mark.slow), "--eager"],
+    )
     def test_configurations(self, run: Any, mode: str) -> None:
         argv = ("--hf-config", "--batch", "2", "--length", "16", mode, "--json", "-")
         done = run("report", "small", "large", *argv)

@@ -12,9 +12,8 @@ from transformers import CLIPConfig, CLIPModel
 import fxdistill
 from fxdistill import Match, Matches, errors
 
-MODES = pytest.mark.parametrize(
-    "compile", [False, {"backend": "aot_eager"}], ids=["eager", "graph"]
-)
+AOT = {"backend": "aot_eager"}
+MODES = pytest.mark.parametrize("compile", [False, AOT], ids=["eager", "graph"])
 LENGTHS = (7, 8, 9, 16)  # 8 channels, heads and patches; 2 · 8 packed ones
 PIXELS = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
@@ -86,8 +85,14 @@ CASES = [
 ]
 
 
-@MODES
-@pytest.mark.parametrize("loss", ["mse", "l2", "cosine"])
+@pytest.mark.parametrize(
+    ("loss", "compile"),
+    [
+        *((loss, False) for loss in ("mse", "l2", "cosine")),
+        ("mse", AOT),
+        *(pytest.param(loss, AOT, marks=pytest.mark.slow) for loss in ("l2", "cosine")),
+    ],
+)
 @pytest.mark.parametrize(("kind", "tokens"), CASES)
 def test_a_text_does_not_weigh_an_image(kind, tokens, loss, compile):
     student, teacher = towers(kind)
