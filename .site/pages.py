@@ -66,7 +66,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return told if (ROOT / source).is_file() else found[0]
         target = pages[source]
         named = {posixpath.normpath(path) for path in (text, posixpath.join(folder, text))}
-        if named & {source, posixpath.dirname(source) or "?"} and target.page:
+        if named & {source, posixpath.dirname(source)} and target.page:
             text = target.page.title  # a path says nothing here
         path = posixpath.relpath(target.src_uri, posixpath.dirname(here) or ".")
         return f"{found['image']}[{text}]({path}{found['anchor'] or ''})"
