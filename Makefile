@@ -6,9 +6,9 @@ PYTHON ?= python3
 JOBS ?= 2
 PYTEST = .venv/bin/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: test check demo lint types format clean
+.PHONY: test check demo docs lint types format clean
 
-test: lint types  ## everything, what .ci/run calls
+test: lint types docs  ## everything, what .ci/run calls
 	$(PYTEST)
 
 check: lint types  ## the quick part
@@ -16,6 +16,11 @@ check: lint types  ## the quick part
 
 demo: .venv/.installed  ## train a small language model three ways and plot the comparison
 	.venv/bin/python examples/distill_language_model.py
+
+# A warning is an error (mkdocs.yml), but not with -q, which hides it. The variable silences the
+# theme's notice about MkDocs 2.
+docs: .venv/.installed  ## the guide as a site, in site/
+	NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build
 
 lint: .venv/.installed
 	.venv/bin/ruff check .
@@ -44,5 +49,5 @@ types: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist runs *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist runs site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

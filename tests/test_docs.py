@@ -1,4 +1,4 @@
-"""The code of the guide runs as it stands, page by page."""
+"""The code of the guide runs as it stands, page by page: what is marked ``python``, not ``py``."""
 
 from functools import partial
 from pathlib import Path

@@ -55,15 +55,15 @@ class _Window:
 class LossLog:
     """Collect the losses of every step, and compute their means over windows of steps.
 
-    ::
-
-        log = fxdistill.LossLog(every=20)
-        for batch in batches:
-            out = distiller(**batch)
-            ...
-            if log.add(out):  # every 20th step
-                fxdistill.live.write_csv(log.rows(), "losses.csv")
-                print(log)  # a table: rich.print(log)
+    ```python
+    log = fxdistill.LossLog(every=20)
+    for batch in batches:
+        out = distiller(**batch)
+        ...
+        if log.add(out):  # every 20th step
+            fxdistill.live.write_csv(log.rows(), "losses.csv")
+            print(log)  # a table: rich.print(log)
+    ```
 
     Args:
         every: The number of steps in a window; ``None``: all steps since the last ``rows()``.
