@@ -26,6 +26,15 @@ def cosine(s: Tensor, t: Tensor) -> Tensor:
     return 1 - (s * t).sum(-1) / (s.norm(dim=-1) * t.norm(dim=-1))
 
 
+def classes(s: Tensor, t: Tensor) -> Tensor:
+    p, q = torch.sigmoid(t / 2), torch.sigmoid(s / 2)
+    return -4 * (p * q.log() + (1 - p) * (1 - q).log()).mean(-1)
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
 def kl(p: Tensor, q: Tensor) -> Tensor:
     return (p * (p.log() - q.log())).sum(-1)
 
@@ -57,7 +66,10 @@ FEATURES: dict[str, tuple[Any, Formula]] = {
         functools.partial(smooth, beta=0.5),
     ),
     "cosine": (losses.cosine, cosine),
+    "fitnet": (losses.fitnet, lambda s, t: (unit(s) - unit(t)).square().mean(-1)),
+    "detection_classification": (losses.detection_classification, classes),
 }
+VECTORS = ("l2", "cosine", "fitnet")  # of these, each place of a map has a value of its own
 DIVERGENCES: dict[str, tuple[Any, Formula]] = {
     "forward_kl": (losses.forward_kl, kl),
     "reverse_kl": (losses.reverse_kl, lambda p, q: kl(q, p)),
@@ -132,17 +144,24 @@ def operands(case: Case) -> tuple[Tensor, Tensor, Tensor | None]:
 def wanted(case: Case) -> list[Tensor]:
     """The loss and the gradients of 1.5 times the loss, by the formula."""
     s, t, weights = operands(case)
+    vectors = case.loss in VECTORS
     rows = case.lead if weights is not None else s.ndim - 1 if s.ndim < 4 else 1
-    w = torch.ones(case.shape[:rows]) if weights is None else weights
-    w = w.double().flatten()
+    w = (torch.ones(case.shape[:rows]) if weights is None else weights).double()
+    as_map = vectors and s.ndim == 4 and rows == 1
+    if vectors:  # the weight of a row is shared by its places
+        shape = [*s.shape[:1], *s.shape[2:]] if as_map else list(s.shape[:-1])
+        per_place = w.flatten() / (torch.Size(shape).numel() / w.numel())
+        w = per_place.repeat_interleave(torch.Size(shape).numel() // w.numel())
+    w = w.flatten()
     labelled = case.loss in LABELS
     if labelled:
         w = w * (t.flatten() != -100)
     kept = w != 0
     given = [x if x is t and labelled else x.to(torch.float64, copy=True) for x in (s, t)]
     learnt = [x.requires_grad_() for x in (given if case.both else given[:1])]
-    a = given[0].reshape(len(w), -1)[kept]
-    b = t.flatten()[kept] if labelled else given[1].reshape(len(w), -1)[kept]
+    of_rows = [x.movedim(1, -1) if as_map else x for x in given]
+    a = of_rows[0].reshape(len(w), -1)[kept]
+    b = t.flatten()[kept] if labelled else of_rows[1].reshape(len(w), -1)[kept]
     values = LOSSES[case.loss][1](a, b)
     loss = (values * w[kept]).sum() / (w.sum() if kept.any() else 1)
     return [loss.detach(), *torch.autograd.grad(loss * 1.5, learnt)]

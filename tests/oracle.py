@@ -39,12 +39,23 @@ def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(student, teacher, dim=-1)
 
 
+def _fitnet(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.mse_loss(F.normalize(student, dim=-1), F.normalize(teacher, dim=-1))
+
+
+def _classes(student: Tensor, teacher: Tensor) -> Tensor:
+    p, z = torch.sigmoid(teacher / 2), student / 2
+    return -4 * (p * F.logsigmoid(z) + (1 - p) * F.logsigmoid(-z)).mean()
+
+
 FEATURE_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": F.mse_loss,
     "l2": _l2,
     "smooth_l1": _smooth_l1,
     "l1": F.l1_loss,
     "cosine": _cosine,
+    "fitnet": _fitnet,
+    "detection_classification": _classes,
 }
 
 
@@ -259,6 +270,7 @@ def feature_term(
     if student.dim() == 3 and name in (
         "l2",
         "cosine",
+        "fitnet",
     ):  # per sample, over tokens that have no weights
         units = zip(student, teacher, strict=True)
         values = [

@@ -82,6 +82,14 @@ def chunk_of(mesh: DeviceMesh, dim: int, size: int) -> tuple[int, int]:
     return min(size, each * mesh.get_local_rank(dim)), each
 
 
+def gather_over(x: Tensor, group: str) -> Tensor:
+    """The rows of ``x`` of all ranks of ``group``, in their order; it has no gradient."""
+    gathered: Tensor = funcol.wait_tensor(
+        funcol.all_gather_tensor(x.contiguous(), 0, group)  # type: ignore[arg-type]
+    )
+    return gathered
+
+
 def sum_over(x: Tensor, groups: Sequence[str]) -> Tensor:
     """Σ x over the ranks of ``groups`` (names), on every rank; it has no gradient."""
     for group in groups:

@@ -20,13 +20,15 @@ class Ranks(NamedTuple):
 
     ``groups`` are names, one for each mesh dimension. ``averaged``: a wrapper (DDP, FSDP2) averages
     gradients over the ranks, rather than summing them. ``projections``: no wrapper reduces the
-    gradients of projections, so the step has to.
+    gradients of projections, so the step has to. ``positions`` is where this rank stands in each
+    of the groups.
     """
 
     groups: tuple[str, ...]
     size: int
     averaged: bool = False
     projections: bool = True
+    positions: tuple[int, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -78,6 +80,40 @@ class _Shared(torch.autograd.Function):
         return _sum(gradient, ctx.groups) / ctx.scale, None, None
 
 
+@one_node
+def samples_of_all(x: Tensor, groups: tuple[str, ...], positions: tuple[int, ...]) -> Tensor:
+    """The samples ``[B, ...]`` of all ranks, which have equally many; the gradient is of our own.
+
+    A loss of all samples is computed on every rank, which forms the gradient of its own samples.
+    """
+    everyone: Tensor = _Gathered.apply(x, groups, positions)  # type: ignore[no-untyped-call]
+    return everyone
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: tuple[str, ...], positions: tuple[int, ...]) -> Tensor:
+        ctx.positions, ctx.sizes = positions, []
+        for group in groups:
+            ctx.sizes.append(x.shape[0])
+            x = base.placement.gather_over(x, group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        for count, position in zip(reversed(ctx.sizes), reversed(ctx.positions), strict=True):
+            gradient = gradient.narrow(0, position * count, count)
+        return gradient, None, None
+
+
+def of_each_rank(loss: Tensor, ranks: Ranks) -> Tensor:
+    """A loss that all ranks have computed whole, as this rank's part of the sum over ranks.
+
+    Its value is divided among them. Its gradient is not: each rank has that of its own samples.
+    """
+    return loss - loss.detach() * (1 - 1 / ranks.size)
+
+
 def items_of(weights: Tensor | None, count: int, ranks: Ranks, like: Tensor) -> Tensor:
     """Σ w over all ranks; without weights the sum of their ``count``."""
     if weights is not None:
@@ -92,4 +128,4 @@ def _sum(x: Tensor, groups: tuple[str, ...]) -> Tensor:
 
 
 # The nodes of a captured graph that communicate with other ranks.
-ACROSS = (over_ranks, total_over_ranks, shared)
+ACROSS = (over_ranks, total_over_ranks, shared, samples_of_all)

@@ -22,6 +22,16 @@ def is_placed(x: object) -> "TypeGuard[DTensor]":
     return hasattr(x, "placements")
 
 
+def on_every_rank(x: Tensor) -> Tensor:
+    """The whole of ``x`` as a plain tensor; the gradient of a DTensor goes back to its shards.
+
+    A loss that the user wrote, or that compares samples, is then as right as on one device. On
+    shards it often would not be: the gradient of torch's own mean of squares is too large by the
+    number of ranks.
+    """
+    return x.full_tensor() if is_placed(x) else x
+
+
 def wide(x: Tensor) -> Tensor:
     """``x`` in float32 (float64 stays): losses are not formed in half precision."""
     return x if x.dtype == torch.float64 else x.float()

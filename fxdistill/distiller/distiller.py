@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fxdistill import parallel
-from fxdistill.base.ranks import Ranks
 from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.journal import Journal
-from fxdistill.distiller import dry, whose
+from fxdistill.distiller import whose
 from fxdistill.distiller.guard import check_call, check_not_crossed, freezes, settle
+from fxdistill.distiller.looking import Looking, averaging_ranks
 from fxdistill.distiller.modes import Request, Result, Steps, eager, in_one_graph, regional
 from fxdistill.distiller.options import Options
 from fxdistill.distiller.output import DistillOutput
@@ -22,25 +22,22 @@ from fxdistill.distiller.settings import Setting, Settings
 from fxdistill.distiller.student_face import StudentFace, StudentForward
 from fxdistill.distiller.towers import Model, Towers
 from fxdistill.errors import CaptureError, MatchWarning
-from fxdistill.graph.joint import JointProgram
 from fxdistill.mapping.matches import Matches
 from fxdistill.models.devices import device_of
 from fxdistill.models.modes import modes_kept_on_error
 from fxdistill.models.tap import Tower
+from fxdistill.objective.beside import Beside
 from fxdistill.objective.call import CALL_KEYWORDS, Call, sort_call
 from fxdistill.objective.objective import Objective
-from fxdistill.report.build import build
-from fxdistill.report.faces.summary import Summary, summary
 from fxdistill.report.read import notes
-from fxdistill.report.report import Report
-from fxdistill.report.subject import CapturedStep, Subject
 
 
-class Distiller(StudentFace, Saved):
+class Distiller(StudentFace, Saved, Looking):
     """The module that ``fxdistill.wrap`` returns: call it like the student.
 
     Call ``backward()`` on the ``loss`` of its output. ``parameters()`` and ``state_dict()`` cover
-    the models that learn and the projections, under ``student.`` and ``projections.``; a state dict
+    the models that learn, the projections and the losses that are modules, under ``student.``,
+    ``projections.`` and ``loss_modules.``; a state dict
     also has the settings, and each tensor once. ``to()`` moves a frozen teacher too; otherwise the
     teacher is left alone, in eval mode.
     """
@@ -57,11 +54,13 @@ class Distiller(StudentFace, Saved):
     ) -> None:
         super().__init__()
         # A frozen model is not registered: parameters() and state_dict() must not contain it.
-        self._towers = Towers(models, projections, main)
+        losses = nn.ModuleList()
+        objective = objective.with_modules(losses)
+        self._towers = Towers(models, Beside(projections, losses), main)
         for tower in (main, *(t for t in models if t != main)):
             if models[tower].trains:
                 self._modules[tower] = models[tower].module
-        self.projections = projections
+        self.projections, self.loss_modules = projections, losses
         self.save_each_tensor_once()
         self.objective = dataclasses.replace(objective, frozen=self._towers.frozen)
         self.matches = matches
@@ -73,7 +72,8 @@ class Distiller(StudentFace, Saved):
         freezes(self, (models[tower].module for tower in self._towers.frozen))
         # Not self.train(): parts of the student may have been put in another mode on purpose.
         self.training = models[main].module.training
-        self.projections.train(self.training)
+        for module in self._towers.beside:
+            module.train(self.training)
         settled = self._settled()
         self._notes = (*options.notes, *notes.notes_of(self.objective, settings), *settled)
 
@@ -111,11 +111,6 @@ class Distiller(StudentFace, Saved):
         """The global weights, the temperature, and the weight of each match by its name."""
         return dict(self._settings.values)
 
-    @property
-    def program(self) -> JointProgram | None:
-        """The graph of the last step that was captured, for reading; ``None`` before it."""
-        return self.journal.program
-
     # ------------------------------------------------------------------ calling
 
     @StudentForward
@@ -128,6 +123,7 @@ class Distiller(StudentFace, Saved):
         num_items: Tensor | float | None = None,
         num_items_in_batch: Tensor | float | None = None,
         num_feature_items: Tensor | float | None = None,
+        weights: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> DistillOutput:
         """Run all models on the inputs and return the loss.
@@ -141,10 +137,12 @@ class Distiller(StudentFace, Saved):
                 over several batches. Feature terms weigh by this batch's share of it.
             num_items_in_batch: The same, as trainers call it.
             num_feature_items: The denominator of feature terms.
+            weights: By name, what ``Match(weights=...)`` asks for: which samples or places count.
             kwargs: Inputs of the models whose ``forward`` takes them. ``student_inputs`` and
                 ``teacher_inputs`` are dicts, laid over the others for one model.
         """
-        own = (labels, loss_mask, token_weights, num_items, num_items_in_batch, num_feature_items)
+        counts = (num_items, num_items_in_batch, num_feature_items)
+        own = (labels, loss_mask, token_weights, *counts, weights)
         named = zip(CALL_KEYWORDS, own, strict=True)
         kwargs.update({name: value for name, value in named if value is not None})
         one_graph = self.options.mode == "one_graph"
@@ -201,7 +199,7 @@ class Distiller(StudentFace, Saved):
             self._notes = (*self._notes, *([why] if why else []))
 
     def _request(self, call: Call) -> Request:
-        objective = self.objective.on(_averaging_ranks(self))
+        objective = self.objective.on(averaging_ranks(self))
         if call.batch.labels is None:
             objective = objective.without_labels()
         if self._evaluates():
@@ -283,12 +281,15 @@ class Distiller(StudentFace, Saved):
         return self
 
     def param_groups(self, **projection_options: Any) -> list[dict[str, Any]]:
-        """Optimizer groups: the models' parameters, then the projections' with these options."""
+        """Optimizer groups: the models' parameters, the projections', and those of loss modules.
+
+        The last two get these options, and are there if they have parameters.
+        """
         learning = [p for model in self._towers.trained() for p in model.parameters()]
         unique = {id(p): p for p in learning if p.requires_grad}
         groups: list[dict[str, Any]] = [{"params": list(unique.values())}]
-        if own := [p for p in self.projections.parameters() if p.requires_grad]:
-            groups.append({"params": own, **projection_options})
+        beside = [[p for p in m.parameters() if p.requires_grad] for m in self._towers.beside]
+        groups += [{"params": own, **projection_options} for own in beside if own]
         return groups
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
@@ -318,81 +319,6 @@ class Distiller(StudentFace, Saved):
                 for buffer, before in buffers.items():
                     buffer.copy_(before)
 
-    # ------------------------------------------------------------------ looking
-
-    def check(self, *args: Any, **kwargs: Any) -> JointProgram | None:
-        """Capture the step on these inputs' shapes, raising what would go wrong; runs nothing.
-
-        Where models run as they are (regional, eager, or with a fallback) and cannot be captured,
-        the step may well run: a warning says what stopped the check, and there is no program.
-        """
-        request = self._request(self._sorted(args, kwargs))
-        try:
-            program, *_ = dry.captured(request, self._steps, self._recipe(), cut=False)
-        except CaptureError as error:
-            if self.options.mode == "one_graph" and not self.options.fallback:
-                raise
-            warnings.warn(f"these inputs could not be checked: {error}", stacklevel=2)
-            return None
-        self._note_warnings(request)
-        self._announce()
-        return program
-
-    def report(self, *args: Any, **kwargs: Any) -> Report:
-        """Report what a step on these inputs will need and do, without running it.
-
-        Without inputs, those of the last call are taken. Models need no weights: their parameters
-        may be on the meta device, or fake tensors. Show the report with ``rich.print``,
-        ``to_json()`` or ``to_html(path)``. If the step cannot be captured, the report is partial,
-        and its ``stopped`` says why.
-
-        Raises:
-            StepError: There are no inputs, and nothing was called before.
-        """
-        settle(self._towers, self.objective)
-        return build(self._subject(), args, kwargs)
-
-    def _subject(self) -> Subject:
-        towers = self._towers
-
-        def sort(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Call, Subject]:
-            return self._sorted(args, kwargs), self._subject()
-
-        def capture(call: Call, objective: Objective, recipe: Recipe) -> CapturedStep:
-            # Not the stored vector: models may be fake during a report, and then this one is too.
-            settings = self._settings.made(device_of(towers.main_module))
-            request = Request(towers, objective, call, settings)
-            return dry.captured(request, self._steps, recipe, cut=True)
-
-        return Subject(
-            models=towers.modules,
-            frozen=towers.frozen,
-            main=towers.main,
-            projections=self.projections,
-            objective=self.objective.on(_averaging_ranks(self)),
-            settings=self._settings.values,
-            mode=self.options.mode,
-            recipe=self._recipe(),
-            journal=self.journal,
-            sort=sort,
-            capture=capture,
-            notes=(*self.matches.notes, *self._notes),
-            warnings=tuple(self._warnings),
-        )
-
-    def summary(self) -> Summary:
-        """Tables for ``rich.print``: the terms, and what each pass did to the last program."""
-        told = (*self.matches.notes, *self._notes, *self._warnings)
-        return summary(self.objective, self.projections, self.program, self.options.mode, told)
-
     def extra_repr(self) -> str:
         """The mode and the number of matches, for ``print(distiller)``."""
         return f"mode={self.options.mode}, matches={len(self.objective.features)}"
-
-
-def _averaging_ranks(module: nn.Module) -> Ranks | None:
-    """The ranks over which a wrapper (DDP, FSDP2) averages gradients; ``None`` without one."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return None
-    ranks: Ranks | None = parallel.wrappers.averaging_ranks(module)
-    return ranks

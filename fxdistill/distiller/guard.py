@@ -11,6 +11,7 @@ from fxdistill.models.devices import check_devices, check_same_device
 from fxdistill.models.modes import settle_modes
 from fxdistill.models.tap import Tower
 from fxdistill.objective.call import Call
+from fxdistill.objective.named_weights import check_names
 from fxdistill.objective.objective import Objective
 from fxdistill.objective.tokens import TOKEN_FIELDS
 
@@ -53,8 +54,11 @@ def check_call(towers: Towers, objective: Objective, call: Call) -> None:
                 _check_apart(towers, objective, tower, call)
             check_devices(model, tower, call.inputs[tower].args, call.inputs[tower].kwargs)
     check_devices(main, towers.main, (), tokens)
-    for i, projection in enumerate(towers.projections):
+    for i, projection in enumerate(towers.beside.projections):
         check_same_device(main, projection, f"projection {i}")
+    for i, loss in enumerate(towers.beside.losses):
+        check_same_device(main, loss, f"loss module {i} ({type(loss).__name__})")
+    check_names(objective.features, call.batch)
     settle(towers, objective)
 
 

@@ -24,6 +24,7 @@ from fxdistill.models.landmarks import head_path
 from fxdistill.models.modes import buffers_kept_on_error
 from fxdistill.models.recorders import install_recorders, is_of_cold_model
 from fxdistill.models.tap import Tap, Tower
+from fxdistill.objective.beside import Beside
 from fxdistill.objective.call import Call
 from fxdistill.objective.checks import verify
 from fxdistill.objective.objective import Losses, Objective
@@ -133,7 +134,7 @@ def regional(
     steps.passed = True
     terms = steps.compiled(terms_of, request, recipe, dynamic)
     with recording(TapTable(capturing=True)) as table:
-        given = (objective, values, call.batch, request.settings, towers.projections, anchor)
+        given = (objective, values, call.batch, request.settings, towers.beside, anchor)
         losses, logits = terms(table, *given)
     waiting.hand_to(losses.total)
     return losses, logits
@@ -154,7 +155,7 @@ def _buffers_kept(towers: Towers, steps: Steps) -> contextlib.AbstractContextMan
 
     Once the checks have passed, later steps keep no copies.
     """
-    models = () if steps.passed else (*towers.modules.values(), towers.projections)
+    models = () if steps.passed else (*towers.modules.values(), *towers.beside)
     return buffers_kept_on_error(*models)
 
 
@@ -181,7 +182,7 @@ def tapping(request: Request, steps: Steps, *, capturing: bool) -> Iterator[TapT
         verify=functools.partial(
             verify,
             objective.features,
-            towers.projections,
+            towers.beside.projections,
             alone=objective.learns_from_features_alone,
         ),
     )
@@ -214,7 +215,7 @@ def terms_of(
     values: Collected,
     batch: Batch,
     settings: Tensor,
-    projections: Any,
+    beside: Beside,
     anchor: Tensor,
 ) -> Result:
     """Compute the objective on collected values. Regional mode compiles this function."""
@@ -223,7 +224,7 @@ def terms_of(
         value = values[tower, tap]
         return logits_from(*value) if isinstance(value, HeadInputs) else value
 
-    losses = objective(lookup, batch, settings, projections, anchor)
+    losses = objective(lookup, batch, settings, beside, anchor)
     returns = objective.returns
     logits = None if returns is None else lookup(returns, LOGITS).detach()
     return losses, logits

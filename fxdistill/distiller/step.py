@@ -29,7 +29,7 @@ def step(
     anchor = run_towers(towers, objective, inputs)
     begin("objective")
     verified()
-    losses = objective(lookup_marker, batch, settings, towers.projections, anchor)
+    losses = objective(lookup_marker, batch, settings, towers.beside, anchor)
     logits = None
     if objective.returns is not None:
         logits = named(lookup_marker(objective.returns, LOGITS).detach(), "logits_output")

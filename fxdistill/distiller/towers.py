@@ -1,8 +1,8 @@
 """The models of a distiller by name, and how each of them runs.
 
 A traced step reads the models from here and not from the distiller. So its graph depends on the
-parameters of models and projections, and not on the distiller, which a user may wrap, rename or
-compile around.
+parameters of models and of what is beside them, and not on the distiller, which a user may wrap,
+rename or compile around.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fxdistill import parallel
 from fxdistill.base.tensors import is_placed
 from fxdistill.models.tap import Tower
+from fxdistill.objective.beside import Beside
 from fxdistill.objective.call import Inputs
 
 
@@ -31,22 +32,20 @@ class Model:
 
 
 class Towers:
-    """All models, in the order in which they run, and the projections between them.
+    """All models, in the order in which they run, and the modules that are trained beside them.
 
     This is not a module, because ``parameters()`` must not contain a frozen model. ``main`` is the
     model whose inputs say which tokens there are, and whose parameters give a loss without terms
     its (zero) gradient.
     """
 
-    def __init__(
-        self, models: Mapping[Tower, Model], projections: nn.ModuleList, main: Tower
-    ) -> None:
+    def __init__(self, models: Mapping[Tower, Model], beside: Beside, main: Tower) -> None:
         self.modules = {tower: model.module for tower, model in models.items()}
         self.frozen = frozenset(tower for tower, model in models.items() if not model.trains)
         self.shardings = {
             tower: model.sharding for tower, model in models.items() if model.sharding is not None
         }
-        self.projections = projections
+        self.beside = beside
         self.main = main
         self._compared = False  # whether the ranks have compared their first losses
 
@@ -72,7 +71,7 @@ class Towers:
 
     def anchor(self) -> Tensor:
         """A trainable parameter, the main model's if it has one; without any, its first."""
-        for module in (*self.trained(), self.projections):
+        for module in (*self.trained(), *self.beside):
             for parameter in module.parameters():
                 if parameter.requires_grad:
                     return parameter

@@ -41,6 +41,7 @@ from fxdistill.models.dummy_inputs import dummy_inputs
 from fxdistill.models.landmarks import vocabulary_of
 from fxdistill.models.modes import buffers_kept_on_error, modes_kept_on_error
 from fxdistill.models.tap import Tower
+from fxdistill.objective.beside import Beside
 from fxdistill.objective.call import Inputs, sort_call
 from fxdistill.objective.make_terms import (
     Shapes,
@@ -369,7 +370,7 @@ def _dummy_shapes(parts: Parts) -> Shapes:
 
 def _shapes(parts: Parts, examples: Inputs | None) -> Shapes:
     """The shapes at the taps on the examples; empty if no projection needs them."""
-    if examples is None or not asks_for_width(parts.matches):
+    if examples is None or not asks_for_width(parts.objective.features, parts.matches):
         return {}
     # The check that follows reports a step that cannot be captured, with advice.
     with contextlib.suppress(CaptureError):
@@ -379,7 +380,10 @@ def _shapes(parts: Parts, examples: Inputs | None) -> Shapes:
 
 def _request(parts: Parts, examples: Inputs) -> Request:
     """A step of the models without projections."""
-    towers, objective = Towers(parts.models, nn.ModuleList(), "student"), parts.objective
+    towers, objective = (
+        Towers(parts.models, Beside(nn.ModuleList(), nn.ModuleList()), "student"),
+        parts.objective,
+    )
     call = sort_call(towers.modules, towers.main, objective.task, *examples)
     check_call(towers, objective, call)
     settings = Settings(parts.settings, objective.weighed).made(device_of(towers.main_module))

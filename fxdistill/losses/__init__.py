@@ -4,23 +4,44 @@ A loss is a plain function of tensors. It is one node of a captured graph (``one
 passes can read it; AOTAutograd traces through it.
 """
 
+from fxdistill.losses.contrastive import info_nce
 from fxdistill.losses.ctc import ctc
-from fxdistill.losses.hidden import cosine, l1, l2, mse, smooth_l1
+from fxdistill.losses.detection import detection_box, detection_classification
+from fxdistill.losses.hidden import cosine, fitnet, l1, l2, mse, smooth_l1
 from fxdistill.losses.labels import cross_entropy
 from fxdistill.losses.logits import forward_kl, jsd, reverse_kl, soft_cross_entropy
+from fxdistill.losses.maps import attention_transfer, fpn
+from fxdistill.losses.memory_bank import CRD
+from fxdistill.losses.relational import (
+    angle_wise,
+    distance_wise,
+    gram,
+    similarity_preserving,
+)
 from fxdistill.losses.vocab import VocabLoss, vocab_loss, vocab_loss_topk
 
 __all__ = [
+    "CRD",
     "VocabLoss",
+    "angle_wise",
+    "attention_transfer",
     "cosine",
     "cross_entropy",
     "ctc",
+    "detection_box",
+    "detection_classification",
+    "distance_wise",
+    "fitnet",
     "forward_kl",
+    "fpn",
+    "gram",
+    "info_nce",
     "jsd",
     "l1",
     "l2",
     "mse",
     "reverse_kl",
+    "similarity_preserving",
     "smooth_l1",
     "soft_cross_entropy",
     "vocab_loss",

@@ -1,10 +1,11 @@
-"""Losses between hidden states.
+"""Losses between hidden states, place by place.
 
 Each takes ``student`` and ``teacher`` of one shape, and ``weights`` shaped like their leading axes
 (``[B, L]`` for ``[B, L, D]``), or ``None`` to count all tokens alike. The value of a token is
-formed over its width D; the result is Σ w·value / Σ w, a scalar in float32 (float64 stays). A map
-``[B, C, ...]``, of 4 axes or more, has one value a sample, unless weights are given: then its width
-is all that follows their axes.
+formed over its width D; the result is Σ w·value / Σ w, a scalar in float32 (float64 stays).
+
+The width of a map ``[B, C, *places]``, of 4 axes or more, is its channels C. A map is averaged over
+its places and then over samples, unless ``weights`` are ``[B, *places]``: then over these.
 
 DTensors give the same value and gradients as one device; see ``losses.sharded.hidden``.
 """
@@ -17,22 +18,33 @@ from torch import Tensor
 from fxdistill.base.nodes import one_node
 from fxdistill.base.tensors import is_placed, wide
 from fxdistill.losses import sharded
-from fxdistill.losses.reduce import Values, Whole, counted, weighted_mean, width_axes, width_of
+from fxdistill.losses.reduce import (
+    Values,
+    Whole,
+    Width,
+    counted,
+    laid_out,
+    root,
+    weighted_mean,
+    width_axes,
+    width_of,
+)
 
 
-def _loss(
-    values: Values, student: Tensor, teacher: Tensor, weights: Tensor | None, *, additive: bool
+def placewise(
+    values: Values, student: Tensor, teacher: Tensor, weights: Tensor | None, width: Width
 ) -> Tensor:
-    """Σ w·value / Σ w; in an ``additive`` loss, values are sums over the width.
+    """Σ w·value / Σ w; ``width`` says how a value follows from its width.
 
     ``values`` sees one token at a time: on a mesh it is given this rank's tokens only. A loss that
     compares tokens or samples with one another must gather both sides itself.
     """
+    vectors = width != "sum"
+    student, teacher, weights = laid_out(student, teacher, weights, vectors=vectors)
+    axes = width_axes(student, weights, vectors=vectors)
     if is_placed(student) or is_placed(teacher):
-        options = {"additive": additive}
-        of_shards: Tensor = sharded.hidden.loss(values, student, teacher, weights, **options)
+        of_shards: Tensor = sharded.hidden.loss(values, student, teacher, weights, axes, width)
         return of_shards
-    axes = width_axes(student, weights)
     size = width_of(student, axes)
     return weighted_mean(values(student, teacher, weights, axes, size, _all_here), weights)
 
@@ -43,12 +55,6 @@ def _all_here(sums: Tensor) -> Tensor:
 
 def _distance(student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
     return counted(wide(student) - wide(teacher), weights)
-
-
-def _root(squares: Tensor) -> Tensor:
-    """The square root, with gradient 0 at 0."""
-    zero = squares == 0
-    return torch.where(zero, 0, torch.where(zero, 1, squares).sqrt())
 
 
 def _mse(
@@ -64,13 +70,13 @@ def mse(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tens
     ``F.mse_loss`` is not used: on a sharded DTensor its gradient is too large by the number of
     ranks.
     """
-    return _loss(_mse, student, teacher, weights, additive=True)
+    return placewise(_mse, student, teacher, weights, "sum")
 
 
 def _l2(
     s: Tensor, t: Tensor, w: Tensor | None, axes: tuple[int, ...], size: int, whole: Whole
 ) -> Tensor:
-    return _root(whole(_distance(s, t, w).square().sum(axes)))
+    return root(whole(_distance(s, t, w).square().sum(axes)))
 
 
 @one_node
@@ -79,7 +85,7 @@ def l2(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tenso
 
     Its gradient by s has length 1 however close s and t are, and is 0 where they are equal.
     """
-    return _loss(_l2, student, teacher, weights, additive=False)
+    return placewise(_l2, student, teacher, weights, "sums")
 
 
 def _l1(
@@ -91,7 +97,7 @@ def _l1(
 @one_node
 def l1(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     """(1/D) Σ |s - t|, the mean over tokens."""
-    return _loss(_l1, student, teacher, weights, additive=True)
+    return placewise(_l1, student, teacher, weights, "sum")
 
 
 def _smooth_l1(
@@ -115,7 +121,7 @@ def smooth_l1(
 ) -> Tensor:
     """(1/D) Σ of d²/2β where |d| < β and |d| - β/2 elsewhere, d = s - t (Girshick, 2015)."""
     values = functools.partial(_smooth_l1, beta=beta)
-    return _loss(values, student, teacher, weights, additive=True)
+    return placewise(values, student, teacher, weights, "sum")
 
 
 def _cosine(
@@ -124,7 +130,7 @@ def _cosine(
     s, t = counted(wide(s), w), counted(wide(t), w)
     products = [(a * b).sum(axes) for a, b in ((s, t), (s, s), (t, t))]
     dot, s_squares, t_squares = whole(torch.stack(products)).unbind()
-    norms = _root(s_squares) * _root(t_squares)
+    norms = root(s_squares) * root(t_squares)
     return 1 - dot / norms.clamp_min(1e-12)
 
 
@@ -135,4 +141,30 @@ def cosine(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> T
     ``F.cosine_embedding_loss`` is not used: its value is wrong on a DTensor sharded along the
     width.
     """
-    return _loss(_cosine, student, teacher, weights, additive=False)
+    return placewise(_cosine, student, teacher, weights, "sums")
+
+
+def _fitnet(
+    s: Tensor, t: Tensor, w: Tensor | None, axes: tuple[int, ...], size: int, whole: Whole
+) -> Tensor:
+    # |ŝ - t̂|² = (|s - t|² - (|s| - |t|)²) / |s||t|, with |s| - |t| = (s - t)·(s + t) / (|s| + |t|):
+    # sums over the width, which stay exact where s and t are nearly equal.
+    s, t = counted(wide(s), w), counted(wide(t), w)
+    gap = s - t
+    products = [(a * b).sum(axes) for a, b in ((gap, gap), (gap, s + t), (s, s), (t, t))]
+    apart, along, s_squares, t_squares = whole(torch.stack(products)).unbind()
+    zero = (s_squares == 0) | (t_squares == 0)
+    s_norm, t_norm = (torch.where(zero, 1, x).sqrt() for x in (s_squares, t_squares))
+    value = (apart - (along / (s_norm + t_norm)).square()) / (s_norm * t_norm)
+    of_zeros = (s_squares != 0).to(value.dtype) + (t_squares != 0)
+    return torch.where(zero, of_zeros, value) / size
+
+
+@one_node
+def fitnet(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(1/D) Σ (s/‖s‖ - t/‖t‖)², the mean over tokens: FitNets on normalised features.
+
+    The hint loss of Romero et al. (2015), without the scales of the two networks: a vector of zeros
+    stays zero. ``project="auto"`` maps a student of another width.
+    """
+    return placewise(_fitnet, student, teacher, weights, "sums")

@@ -1,19 +1,34 @@
 """The losses by name."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxdistill.errors import OptionError, did_you_mean
+from fxdistill.losses.contrastive import info_nce
 from fxdistill.losses.ctc import ctc
-from fxdistill.losses.hidden import cosine, l1, l2, mse, smooth_l1
+from fxdistill.losses.detection import detection_box, detection_classification
+from fxdistill.losses.hidden import cosine, fitnet, l1, l2, mse, smooth_l1
 from fxdistill.losses.labels import cross_entropy
 from fxdistill.losses.logits import forward_kl, jsd, reverse_kl, soft_cross_entropy
+from fxdistill.losses.maps import attention_transfer, fpn
+from fxdistill.losses.memory_bank import CRD
+from fxdistill.losses.relational import (
+    angle_wise,
+    distance_wise,
+    gram,
+    similarity_preserving,
+)
 
 Loss = Callable[..., Tensor]
+# What a loss compares: values of one shape, place by place; the places of a sample, whose widths
+# may differ; or the samples of the batch, whose widths may differ, too, but for info_nce.
+OF_PLACES = (mse, l2, smooth_l1, l1, cosine, fitnet, detection_classification, detection_box)
+OF_MAPS = (attention_transfer, fpn)
+OF_SAMPLES = (gram, distance_wise, angle_wise, similarity_preserving, info_nce, CRD)
 
-FEATURE_LOSSES: dict[str, Loss] = {f.__name__: f for f in (mse, l2, smooth_l1, l1, cosine)}
+FEATURE_LOSSES: dict[str, Any] = {f.__name__: f for f in (*OF_PLACES, *OF_MAPS, *OF_SAMPLES)}
 LOGIT_LOSSES: dict[str, Loss] = {
     f.__name__: f for f in (forward_kl, reverse_kl, jsd, soft_cross_entropy)
 }
@@ -24,7 +39,44 @@ _NAMED = (*FEATURE_LOSSES.values(), *LOGIT_LOSSES.values(), *LABEL_LOSSES.values
 def is_named(loss: Any) -> bool:
     """Whether ``loss`` is ``None``, a name, or a loss of this package, also as a partial."""
     plain = getattr(loss, "func", loss)
-    return plain is None or isinstance(plain, str) or any(plain is f for f in _NAMED)
+    if plain is None or isinstance(plain, (str, CRD)):
+        return True
+    return any(plain is f for f in _NAMED)
+
+
+Compared = Literal["shapes", "places", "samples", "anything"]
+
+
+def compares(loss: Any) -> Compared:
+    """What must agree in the two values that a loss of features compares.
+
+    Their shapes; the places of maps and tokens, with any width; the samples, with any width; or
+    nothing, which a callable says by an attribute, ``loss.compares_shapes = "any"``.
+    """
+    plain = getattr(loss, "func", loss)
+    if plain is attention_transfer:
+        return "places"
+    if between_samples(loss) and plain is not info_nce:
+        return "samples"
+    return "anything" if getattr(plain, "compares_shapes", "equal") == "any" else "shapes"
+
+
+def between_samples(loss: Any) -> bool:
+    """Whether a loss compares the samples of a batch with each other."""
+    plain = getattr(loss, "func", loss)
+    return isinstance(plain, CRD) or any(plain is f for f in OF_SAMPLES)
+
+
+def sees_samples_whole(loss: Any) -> bool:
+    """Whether a loss looks at all places of a sample at once, and cannot take them flattened."""
+    plain = getattr(loss, "func", loss)
+    return any(plain is f for f in OF_MAPS)
+
+
+def across_ranks(loss: Any) -> bool:
+    """Whether a loss between samples compares those of all ranks."""
+    options = getattr(loss, "keywords", None) or {}
+    return bool(options.get("across_ranks", getattr(loss, "across_ranks", True)))
 
 
 def aligns_labels(loss: Any) -> bool:
@@ -39,13 +91,21 @@ def aligns_labels(loss: Any) -> bool:
 def loss_of(loss: Any, table: dict[str, Loss], what: str) -> Loss:
     """Turn a name or a callable into a loss; ``what`` names the argument in the error."""
     if isinstance(loss, str) and loss in table:
-        return table[loss]
+        return _ready(table[loss])
     if callable(loss):
-        return loss  # type: ignore[no-any-return]
+        return _ready(loss)
     raise OptionError(
         f"{what}={loss!r} is no loss. Nearest: {did_you_mean(str(loss), table)}; all of them: "
         f"{', '.join(table)}; or pass a callable (functools.partial for options)."
     )
+
+
+def _ready(loss: Any) -> Loss:
+    """``loss``; a class of modules, or a partial of one, becomes a module."""
+    plain = getattr(loss, "func", loss)
+    if isinstance(plain, type) and issubclass(plain, nn.Module):
+        return loss()  # type: ignore[no-any-return]
+    return loss  # type: ignore[no-any-return]
 
 
 def loss_name(loss: Any) -> str:

@@ -27,6 +27,7 @@ CALL_KEYWORDS = (
     "num_items",
     "num_items_in_batch",
     "num_feature_items",
+    "weights",
 )
 
 
@@ -129,6 +130,7 @@ def _batch(
         tokens=grid.tokens,
         decoder_tokens=_tensor(labels if decoder is None else decoder),
         decoder_mask=_tensor(seen.get("decoder_attention_mask")),
+        named=own.get("weights"),
         others={tower: found for tower, found in others.items() if _differs(found, grid)} or None,
     )
 
@@ -161,6 +163,7 @@ def _require_tensors(own: Mapping[str, Any]) -> None:
     for name in TOKEN_FIELDS:
         if not isinstance(own.get(name, _NOTHING), Tensor):
             raise BatchError(f"{name} is a {type(own[name]).__name__}, not a tensor")
+    _require_named_weights(own.get("weights"))
     for name in ("num_items", "num_items_in_batch", "num_feature_items"):
         value = own.get(name)
         if isinstance(value, Tensor) and value.numel() != 1:
@@ -168,6 +171,16 @@ def _require_tensors(own: Mapping[str, Any]) -> None:
                 f"{name} has shape {list(value.shape)}: one number, the count of all items "
                 "that one optimizer step is averaged over"
             )
+
+
+def _require_named_weights(given: Any) -> None:
+    if given is not None and not (
+        isinstance(given, Mapping) and all(isinstance(x, Tensor) for x in given.values())
+    ):
+        raise BatchError(
+            "weights is a dict of tensors, by the names in Match(weights=...), not "
+            f"{type(given).__name__}"
+        )
 
 
 _NOTHING = torch.empty(0)

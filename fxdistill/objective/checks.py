@@ -21,6 +21,7 @@ from fxdistill.errors import (
     ShapeError,
     raise_together,
 )
+from fxdistill.losses.names import Compared, loss_name
 from fxdistill.models.tap import Tap, Tower
 from fxdistill.models.weights import weight_of
 from fxdistill.objective.arrange import arranged_shape
@@ -148,7 +149,7 @@ def _shapes(
         t: Sequence[int] = arranged_shape(teacher, theirs, student, ours)
     except LayoutError as error:
         return [LayoutError(f"{' and '.join(_named(term))}: {error}")]
-    if term.any_shapes:
+    if term.compares == "anything":
         return []
     if term.projection is not None:
         projection = projections[term.projection]
@@ -160,7 +161,7 @@ def _shapes(
         if projected is None:  # a user's module: the step checks the shape that it returns
             return []
         s = projected
-    problem = shape_problem(s, t, s_name, t_name)
+    problem = comparison_problem(s, t, term.compares, s_name, t_name, loss_name(term.loss))
     return [] if problem is None else [problem]
 
 
@@ -195,6 +196,39 @@ def projected_shape(
             f"({shape[axis]}, {weight.fan_out}, ...), or let project='auto' make it."
         )
     return (*shape[:axis], weight.fan_out, *shape[axis + 1 :])
+
+
+def comparison_problem(
+    student: Sequence[int],
+    teacher: Sequence[int],
+    compares: Compared,
+    s_name: str,
+    t_name: str,
+    loss: str,
+) -> ShapeError | None:
+    """The error for two values that a match's loss cannot compare; ``None`` if it can."""
+    s, t = list(student), list(teacher)
+    if compares == "shapes":
+        return shape_problem(s, t, s_name, t_name)
+    what = ""
+    if compares == "samples" and s[:1] != t[:1]:
+        what = "the same samples of both models, which are the first axis."
+    if compares == "places" and not _same_places(s, t):
+        what = (
+            "the same places of both models (of maps [B, C, *places] or tokens [B, L, D]). Bring "
+            "them to the same: Match(..., reduce=(pattern, 'mean'))."
+        )
+    if not what:
+        return None
+    return ShapeError(
+        f"student {s_name!r} is {s} and teacher {t_name!r} is {t}: {loss} compares {what}"
+    )
+
+
+def _same_places(s: list[int], t: list[int]) -> bool:
+    """Whether two shapes agree in all axes but the width: axis 1 of a map, the last of tokens."""
+    as_map = len(s) > 3 and s[:1] == t[:1] and s[2:] == t[2:]
+    return len(s) == len(t) and (as_map or s[:-1] == t[:-1])
 
 
 def shape_problem(

@@ -3,18 +3,22 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from fxdistill.base.ranks import Ranks
-from fxdistill.base.tensors import is_placed
-from fxdistill.losses.names import is_named
+from fxdistill.base.tensors import is_placed, on_every_rank
+from fxdistill.losses.names import between_samples, is_named, loss_name, sees_samples_whole
 from fxdistill.models.conventions import Task
 from fxdistill.models.tap import Tap, Tower
 from fxdistill.objective.arrange import arrange
-from fxdistill.objective.denominators import denominator, of_features, rescaled
+from fxdistill.objective.beside import Beside
+from fxdistill.objective.between_samples import compared_on_ranks, sampled
+from fxdistill.objective.denominators import denominator, of_features, over_all, rescaled
+from fxdistill.objective.named_weights import named_of, times_named
 from fxdistill.objective.term import PAIRS, Term
-from fxdistill.objective.tokens import Batch, feature_weights, lies_over
-from fxdistill.objective.values import on_every_rank, ordinary, projected, require_same_shape
+from fxdistill.objective.tokens import Batch, chosen_weights, feature_weights, lies_over
+from fxdistill.objective.values import ordinary, projected, require_comparable
 
 Lookup = Callable[[Tower, Tap], Tensor]
 
@@ -24,7 +28,7 @@ class Step(NamedTuple):
 
     batch: Batch
     task: Task | None
-    projections: nn.ModuleList
+    beside: Beside
     ranks: Ranks | None
     counted: Tensor | None
 
@@ -53,11 +57,17 @@ def feature_terms(terms: Sequence[Term], lookup: Lookup, step: Step) -> Mapping[
         values = compared(term, lookup, step)
         if term.in_pairs:
             pairs.append(values)
+        elif between_samples(term.loss):
+            loss = _between_samples(term, values, step)
+            part = share if given is None else _share_of_items(values, given, step.ranks)
+            losses[term.name] = loss if part is None else loss * part
         else:
-            losses[term.name] = averaged(term.loss(*values), term.name, values)
+            loss = step.beside.loss_of(term, step.ranks)(*values)
+            losses[term.name] = averaged(loss, term.name, values)
     if pairs:
-        of_all = next(term.loss for term in terms if term.in_pairs)
+        first = next(term for term in terms if term.in_pairs)
         sides = ([p.student for p in pairs], [p.teacher for p in pairs], [p.weights for p in pairs])
+        of_all = step.beside.loss_of(first, step.ranks)
         losses[PAIRS] = averaged(of_all(*sides), PAIRS, pairs[0])
     return losses
 
@@ -67,13 +77,60 @@ def compared(term: Term, lookup: Lookup, step: Step) -> Compared:
     s, t = (lookup(tower, tap) for tower, tap in term.taps)
     s, t = _laid_out(term, s, t, step.batch, step.task)
     if term.projection is not None:
-        s = projected(step.projections[term.projection], s, step.ranks)
-    if not term.any_shapes:
-        require_same_shape(s, t, term.student.name, term.teacher.name)
-    weights = _weights(term, s, step.batch, step.task)
+        s = projected(step.beside.projections[term.projection], s, step.ranks)
     if (is_placed(s) or is_placed(t)) and not is_named(term.loss):
         s, t = on_every_rank(s), on_every_rank(t)
+    weights = _weights(term, s, step.batch, step.task)
+    if sees_samples_whole(term.loss) or between_samples(term.loss):
+        s, t, weights = _by_sample(term, s, t, weights, step.batch)
+    names = (term.student.name, term.teacher.name, loss_name(term.loss))
+    require_comparable(s, t, term.compares, *names)
+    if not between_samples(term.loss):
+        weights = times_named(weights, term, s, step.batch)
     return Compared(s, t, weights)
+
+
+def _by_sample(
+    term: Term, s: Tensor, t: Tensor, weights: Tensor | None, batch: Batch
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Flattened tokens ``[B·L, D]`` as ``[B, L, D]``, for a loss that looks at a whole sample."""
+    seen = batch.of(term.of[1]) if term.by_teacher else batch
+    tokens = seen.decoder_tokens if term.stream == "decoder" else seen.tokens
+    flat = tokens is not None and s.ndim == 2 and term.has_tokens and term.keeps_tokens
+    if not flat or tokens is None or not lies_over(s, tokens, term.said_tokens):
+        return s, t, weights
+    grid = (int(tokens.shape[0]), -1)
+    s, t = (x.reshape(*grid, x.shape[-1]) for x in (s, t))
+    return s, t, None if weights is None else weights.reshape(*grid)
+
+
+def _between_samples(term: Term, values: Compared, step: Step) -> Tensor:
+    """The loss of a match whose samples are compared with each other, on however many ranks."""
+    batch, task, of_samples = step.batch, step.task, None
+    if task == "classification":  # only padding is left out of the mean over a sample
+        of_samples = chosen_weights(batch)
+        batch = batch._replace(loss_mask=None, token_weights=None, labels=None)
+    of_student = _weights(term, values.student, batch, task)
+    of_teacher = _weights(term, values.teacher, batch.of(term.of[1]), task)
+    if (named := named_of(term, values.student, step.batch)) is not None:
+        if named.ndim == 1:
+            of_samples = named if of_samples is None else of_samples * named
+        else:
+            of_student, of_teacher = (
+                times_named(w, term, x, step.batch)
+                for w, x in ((of_student, values.student), (of_teacher, values.teacher))
+            )
+    sides = sampled((values.student, values.teacher), (of_student, of_teacher), of_samples)
+    return compared_on_ranks(term, sides, step.beside, step.ranks)
+
+
+def _share_of_items(values: Compared, items: Tensor, ranks: Ranks | None) -> Tensor:
+    """The share of the given number of items that this batch has, on all ranks."""
+    weights = values.weights
+    if weights is None:
+        weights = torch.ones(values.student.shape[0], device=values.student.device)
+    total = over_all(weights, ranks)
+    return torch.where(items == 0, 0, total / torch.where(items == 0, 1, items))
 
 
 def _weights(term: Term, value: Tensor, batch: Batch, task: Task | None) -> Tensor | None:

@@ -3,10 +3,26 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
-from fxdistill.errors import FxDistillError, LayoutError, OptionError, gather, raise_together
-from fxdistill.losses.names import FEATURE_LOSSES, Loss, is_named, loss_name, loss_of
+from fxdistill.errors import (
+    FxDistillError,
+    LayoutError,
+    OptionError,
+    ProjectionError,
+    gather,
+    raise_together,
+)
+from fxdistill.losses.memory_bank import CRD
+from fxdistill.losses.names import (
+    FEATURE_LOSSES,
+    Loss,
+    compares,
+    is_named,
+    loss_name,
+    loss_of,
+)
 from fxdistill.mapping import projections
 from fxdistill.mapping.layout import Layout, keeps_tokens, layouts, pools_tokens
 from fxdistill.mapping.match import Match
@@ -67,12 +83,28 @@ def make_terms(
                     has_tokens=_has_tokens(match, tap),
                     said_tokens=match.tokens not in ("auto", None),
                     by_teacher=match.tokens == "teacher",
-                    any_shapes=_compares_any(match, loss),
+                    compares="anything" if match.shapes == "any" else compares(loss),
+                    weights=match.weights,
                     in_pairs=in_pairs,
                 )
             )
+    gather(problems, _check_queues, terms)
     raise_together(problems)
     return tuple(terms)
+
+
+def _check_queues(terms: Sequence[Term]) -> None:
+    """Raise OptionError where two matches share a queue: it holds samples of one value."""
+    seen: dict[int, str] = {}
+    for term in terms:
+        if not isinstance(term.loss, CRD):
+            continue
+        if (first := seen.setdefault(id(term.loss), term.name)) != term.name:
+            raise OptionError(
+                f"{first!r} and {term.name!r} share one CRD, whose queue holds samples of one "
+                "value: loss='CRD', or functools.partial(losses.CRD, size=...), makes one for "
+                "each match"
+            )
 
 
 def _check_pair(match: Match) -> None:
@@ -96,7 +128,17 @@ def check_options(
     loss = gather(problems, loss_of, match.loss or default, FEATURE_LOSSES, "loss")
     gather(problems, _check_shapes, match, loss)
     gather(problems, _check_tokens, match)
+    gather(problems, _check_weights, match)
     return loss, gather(problems, layouts, match.rearrange, match.reduce, name)
+
+
+def _check_weights(match: Match) -> None:
+    """Raise OptionError where ``weights`` is no name."""
+    if match.weights is not None and not (isinstance(match.weights, str) and match.weights):
+        raise OptionError(
+            f"weights={match.weights!r} for {match.student!r}: a name, whose values a call brings: "
+            "distiller(..., weights={name: tensor})"
+        )
 
 
 _STREAMS: dict[str | None, Stream] = {
@@ -145,15 +187,12 @@ def _check_shapes(match: Match, loss: Loss | None) -> None:
     """Raise OptionError where ``shapes`` is no option, or one that the loss does not have."""
     if match.shapes not in ("equal", "any"):
         raise OptionError(f"shapes={match.shapes!r} for {match.student!r}: 'equal' or 'any'")
-    if match.shapes == "any" and loss is not None and is_named(loss):
+    equal = loss is not None and is_named(loss) and compares(loss) == "shapes"
+    if match.shapes == "any" and equal:
         raise OptionError(
             f"shapes='any' for {match.student!r}: {loss_name(loss)} compares values of equal "
             "shapes. Give a loss of your own, project=, rearrange= or reduce=."
         )
-
-
-def _compares_any(match: Match, loss: Loss) -> bool:
-    return "any" in (match.shapes, getattr(getattr(loss, "func", loss), "compares_shapes", "equal"))
 
 
 def _token_axis(model: nn.Module, tap: Tap) -> int:
@@ -162,9 +201,14 @@ def _token_axis(model: nn.Module, tap: Tap) -> int:
     return 2 if channels_first and tap.port == "output" else 1
 
 
-def asks_for_width(matches: Matches) -> bool:
-    """Whether a match asks for a projection that has yet to be made."""
-    return any(isinstance(match.project, str) for match in matches)
+def asks_for_width(terms: Sequence[Term], matches: Matches) -> bool:
+    """Whether a projection, or the layers of a loss, have yet to be made."""
+    projected = any(isinstance(match.project, str) for match in matches)
+    return projected or any(_lacks_layers(term) for term in terms)
+
+
+def _lacks_layers(term: Term) -> bool:
+    return isinstance(term.loss, CRD) and not term.loss.is_built
 
 
 def with_projections(
@@ -181,7 +225,7 @@ def with_projections(
     out, and the error is added to ``problems``.
     """
     structure = {}
-    if asks_for_width(matches):
+    if asks_for_width(terms, matches):
         structure = {tower: structural_widths(model) for tower, model in models.items()}
     made: list[nn.Module] = []
     found = []
@@ -202,8 +246,25 @@ def with_projections(
         if module is not None and not any(m is module for m in made):
             made.append(module)
         index = next((i for i, m in enumerate(made) if m is module), None)
-        found.append(replace(term, projection=index))
+        found.append(term := replace(term, projection=index))
+        if _lacks_layers(term):
+            gather(problems, _build, term, models[term.of[0]], *_widths(term, shapes, structure))
     return tuple(found), nn.ModuleList(made)
+
+
+def _build(term: Term, like: nn.Module, student: Width | None, teacher: Width | None) -> None:
+    """Make the layers of a loss for the widths that it compares."""
+    student = teacher if term.projection is not None else student
+    if student is None or teacher is None:
+        raise ProjectionError(
+            f"{loss_name(term.loss)} of {term.name!r} maps samples of both models to one width, "
+            "and theirs cannot be told from the models' structure: give wrap(..., "
+            "example_inputs={...}), from which it is read"
+        )
+    assert isinstance(term.loss, CRD)
+    first = next(like.parameters(), None)
+    device = torch.device("cpu") if first is None else first.device
+    term.loss.embedding.build(student.size, teacher.size, device)
 
 
 def _widths(

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from fxdistill.base.ranks import Ranks, over_ranks, total_over_ranks
-from fxdistill.losses.names import aligns_labels, is_named
+from fxdistill.base.tensors import on_every_rank
+from fxdistill.losses.names import Loss, aligns_labels, is_named
 from fxdistill.losses.reduce import IGNORE
 from fxdistill.models.conventions import Task
 from fxdistill.models.tap import Tap, Tower
+from fxdistill.objective.beside import Beside, numbered
 from fxdistill.objective.denominators import denominator, items_elsewhere, rescaled
 from fxdistill.objective.feature_terms import Lookup, Step, feature_terms
 from fxdistill.objective.term import LOGITS, PAIRS, LabelTerm, LogitTerm, Term
 from fxdistill.objective.tokens import Batch, align_labels, prediction_weights
-from fxdistill.objective.values import on_every_rank, ordinary
+from fxdistill.objective.values import ordinary
 from fxdistill.objective.vocabulary import (
     require_numbers_of_classes,
     require_task,
@@ -130,8 +132,8 @@ class Objective:
 
     @property
     def learns_from_features_alone(self) -> bool:
-        """Whether only matches can train anything: teachers frozen, no projections."""
-        plain = all(term.projection is None for term in self.features)
+        """Whether only matches can train anything: teachers frozen, nothing beside them."""
+        plain = all(t.projection is None and t.module is None for t in self.features)
         return plain and not self.logits and not self.labels and self.compared <= self.frozen
 
     @property
@@ -143,6 +145,15 @@ class Objective:
     def on(self, ranks: Ranks | None) -> "Objective":
         """The objective of a call whose samples lie on ``ranks``; ranks set before are kept."""
         return self if ranks is None or self.ranks is not None else replace(self, ranks=ranks)
+
+    def with_modules(self, losses: nn.ModuleList) -> "Objective":
+        """The objective whose terms know their losses among ``losses``, which gains the modules."""
+        return replace(
+            self,
+            features=numbered(self.features, losses),
+            logits=numbered(self.logits, losses),
+            labels=numbered(self.labels, losses),
+        )
 
     def without_labels(self) -> "Objective":
         """The objective of a call without labels."""
@@ -161,7 +172,7 @@ class Objective:
         lookup: Lookup,
         batch: Batch,
         settings: Tensor,
-        projections: nn.ModuleList,
+        beside: Beside,
         anchor: Tensor,
     ) -> Losses:
         """Compute the total and its terms.
@@ -178,11 +189,12 @@ class Objective:
         for tower in self._predicting:
             made = self._predictions(tower, lookup, batch)
             task, counted = task or made.task, made.counts if counted is None else counted
-            for name, weight, loss in self._of_logits(tower, made, lookup, batch, weights):
+            found = self._of_logits(tower, made, lookup, batch, weights, beside)
+            for name, weight, loss in found:
                 parts.append(weight * loss)
                 terms[name] = loss.detach()
         if self.features:
-            step = Step(batch, task, projections, self.ranks, counted)
+            step = Step(batch, task, beside, self.ranks, counted)
             named = feature_terms(self.features, lookup, step)
             weighted = [w * loss for w, loss in zip(weights.matches, named.values(), strict=True)]
             mean = torch.stack(weighted).sum() / len(weighted)
@@ -211,38 +223,56 @@ class Objective:
         return Predictions(logits, task, weights, items, weights if counts is None else counts)
 
     def _of_logits(
-        self, tower: Tower, made: Predictions, lookup: Lookup, batch: Batch, weights: StepWeights
+        self,
+        tower: Tower,
+        made: Predictions,
+        lookup: Lookup,
+        batch: Batch,
+        weights: StepWeights,
+        beside: Beside,
     ) -> list[tuple[str, Tensor, Tensor]]:
         """The name, weight and value of each term on the logits of ``tower``."""
         found = []
         for term in self.logits:
             if term.student == tower:
-                loss = self._logit_term(term, made, lookup, weights.temperature)
+                loss_of = beside.loss_of(term, self.ranks)
+                loss = self._logit_term(loss_of, term, made, lookup, weights.temperature)
                 found.append((term.name, of_share(weights.logits, term.share), loss))
         for label in self.labels:
             if label.student == tower:
-                loss = self._label_term(label, made, batch.labels, batch.num_items)
+                loss_of = beside.loss_of(label, self.ranks)
+                loss = self._label_term(loss_of, label, made, batch.labels, batch.num_items)
                 found.append((label.name, of_share(weights.labels, label.share), loss))
         return found
 
     def _logit_term(
-        self, term: LogitTerm, made: Predictions, lookup: Lookup, temperature: Tensor
+        self,
+        loss_of: Loss,
+        term: LogitTerm,
+        made: Predictions,
+        lookup: Lookup,
+        temperature: Tensor,
     ) -> Tensor:
         s, t = shared_vocabulary(made.logits, lookup(term.teacher, LOGITS), self.vocab_size)
         if not self.own_losses:
             s, t = on_every_rank(s), on_every_rank(t)
-        loss = term.loss(s, t, temperature=temperature, weights=made.weights)
+        loss = loss_of(s, t, temperature=temperature, weights=made.weights)
         return rescaled(ordinary(loss, term.name), made.weights, 0, made.items)
 
     def _label_term(
-        self, term: LabelTerm, made: Predictions, labels: Tensor | None, num_items: Tensor | None
+        self,
+        loss_of: Loss,
+        term: LabelTerm,
+        made: Predictions,
+        labels: Tensor | None,
+        num_items: Tensor | None,
     ) -> Tensor:
         assert labels is not None
         assert made.task is not None
         apart = self._labels_apart(labels, made.logits)
         aligned = labels if apart else align_labels(labels, made.task)
         logits = made.logits if self.own_losses else on_every_rank(made.logits)
-        loss = ordinary(term.loss(logits, aligned, weights=made.weights), term.name)
+        loss = ordinary(loss_of(logits, aligned, weights=made.weights), term.name)
         if not apart:
             return rescaled(loss, made.weights, 0, made.items)
         items = denominator(num_items, made.counts, 0, self.ranks, loss)

@@ -5,7 +5,7 @@ Each term names the models that its values come from. Any number of models may b
 
 from dataclasses import dataclass
 
-from fxdistill.losses.names import Loss
+from fxdistill.losses.names import Compared, Loss
 from fxdistill.mapping.layout import Layout
 from fxdistill.models.conventions import Stream
 from fxdistill.models.tap import Tap, Tower
@@ -37,7 +37,9 @@ class Term:
     has_tokens: bool = True  # unless the match says that it has none
     said_tokens: bool = False  # the match says whose tokens the values have
     by_teacher: bool = False  # the tokens of the teacher's own inputs weigh the values
-    any_shapes: bool = False  # the loss compares values of different shapes
+    compares: Compared = "shapes"  # what must agree in the two values
+    weights: str | None = None  # the name of weights that the call brings
+    module: int | None = None  # the index of a loss that is a module
     in_pairs: bool = False  # the loss takes this pair of values together with all others
 
     @property
@@ -58,6 +60,7 @@ class LogitTerm:
     student: Tower = "student"
     teacher: Tower = "teacher"
     share: float = 1.0
+    module: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,3 +71,4 @@ class LabelTerm:
     name: str = "labels"
     student: Tower = "student"
     share: float = 1.0
+    module: int | None = None

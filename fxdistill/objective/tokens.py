@@ -34,7 +34,8 @@ class Batch(NamedTuple):
     """The token-indexed tensors and the item counts of a call; every field is optional.
 
     Only the first two sizes of ``tokens`` and ``decoder_tokens`` are read. ``others`` has the
-    models whose own inputs (``teacher_inputs``) are of other tokens.
+    models whose own inputs (``teacher_inputs``) are of other tokens. ``named`` are the weights that
+    ``Match(weights=...)`` asks for.
     """
 
     labels: Tensor | None = None
@@ -47,6 +48,7 @@ class Batch(NamedTuple):
     decoder_tokens: Tensor | None = None
     decoder_mask: Tensor | None = None
     others: Mapping[Tower, Grid] | None = None
+    named: Mapping[str, Tensor] | None = None
 
     def of(self, tower: Tower) -> "Batch":
         """The batch as ``tower`` sees it: with the tokens of its own inputs, if it has others.

@@ -7,17 +7,9 @@ from fxdistill import base
 from fxdistill.base.ranks import Ranks, shared
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import ShapeError
-from fxdistill.objective.checks import shape_problem
+from fxdistill.losses.names import Compared
+from fxdistill.objective.checks import comparison_problem
 from fxdistill.taps.markers import check
-
-
-def on_every_rank(value: Tensor) -> Tensor:
-    """Gather ``value`` into a plain tensor, for a loss that the user wrote.
-
-    There the loss is as right as on one device. On shards it often would not be: the gradient of
-    torch's own mean of squares is too large by the number of ranks.
-    """
-    return value.full_tensor() if is_placed(value) else value
 
 
 def projected(projection: nn.Module, value: Tensor, ranks: Ranks | None) -> Tensor:
@@ -43,9 +35,12 @@ def ordinary(loss: Tensor, name: str) -> Tensor:
 
 
 @check
-def require_same_shape(student: Tensor, teacher: Tensor, s_name: str, t_name: str) -> None:
-    """Raise ShapeError where the two values of a match have different shapes."""
-    if (problem := shape_problem(student.shape, teacher.shape, s_name, t_name)) is not None:
+def require_comparable(
+    student: Tensor, teacher: Tensor, compares: Compared, s_name: str, t_name: str, loss: str
+) -> None:
+    """Raise ShapeError where a loss cannot compare the two values of a match."""
+    names = (s_name, t_name, loss)
+    if (problem := comparison_problem(student.shape, teacher.shape, compares, *names)) is not None:
         raise problem
 
 

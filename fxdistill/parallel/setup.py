@@ -155,8 +155,9 @@ def _check_tap(tower: Tower, tap: Tap, plan: TensorPlan) -> None:
 def _ranks(axes: Axes) -> Ranks | None:
     if axes.data is None:
         return None
-    groups = tuple(str(group.group_name) for group in axes.data.get_all_groups())
-    return Ranks(groups, axes.data.size())
+    groups = axes.data.get_all_groups()
+    names = tuple(str(group.group_name) for group in groups)
+    return Ranks(names, axes.data.size(), positions=tuple(group.rank() for group in groups))
 
 
 def _described(models: Mapping[Tower, nn.Module], plans: Mapping[str, TensorPlan]) -> Iterable[str]:

@@ -34,4 +34,5 @@ def _ranks(groups: list[ProcessGroup], *, around: bool) -> Ranks:
     for group in groups:
         size *= group.size()
     names = tuple(str(group.group_name) for group in groups)
-    return Ranks(names, size, averaged=True, projections=not around)
+    at = tuple(group.rank() for group in groups)
+    return Ranks(names, size, averaged=True, projections=not around, positions=at)

@@ -2,7 +2,7 @@
 
 - Tokens sharded, by batch or by sequence, evenly or not: the total is summed over ranks.
 - Width sharded: the same, if values are sums over the width (mse, l1, smooth_l1); else the sums of
-  each token as well (one number for l2, three for cosine).
+  each token as well (one number for l2, three for cosine, four for fitnet).
 - Pending sums (Partial): they are reduced first, and scattered over the tokens.
 - Replicated: nothing.
 
@@ -18,15 +18,22 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from fxdistill.base.placement import countable, mesh_of, placed, summed, whole
 from fxdistill.base.tensors import wide
-from fxdistill.losses.reduce import Values, width_axes, width_of
+from fxdistill.losses.reduce import Values, Width, width_of
 
 
 def loss(
-    values: Values, student: Tensor, teacher: Tensor, weights: Tensor | None, *, additive: bool
+    values: Values,
+    student: Tensor,
+    teacher: Tensor,
+    weights: Tensor | None,
+    axes: tuple[int, ...],
+    width: Width,
 ) -> Tensor:
-    """Σ w·value / Σ w over all tokens; at least one of student and teacher is a DTensor."""
+    """Σ w·value / Σ w over all tokens; at least one of student and teacher is a DTensor.
+
+    ``axes`` are those of a value's width.
+    """
     mesh = mesh_of(student, teacher)
-    axes = width_axes(student, weights)
     where = _where(student, teacher, mesh, axes[0])
     s, t = (placed(x, mesh, where).to_local() for x in (student, teacher))
     share = _share(student, weights, axes[0], mesh, where, s)
@@ -39,7 +46,7 @@ def loss(
     each = values(s, t, counted, axes, width_of(student, axes), of_all_ranks)
     own = torch.where(share != 0, each * share, 0).sum()
     sharded = {i for i, p in enumerate(where) if p.is_shard()}
-    return summed(own, mesh, sharded if additive else sharded - wide_dims)
+    return summed(own, mesh, sharded if width == "sum" else sharded - wide_dims)
 
 
 def _in(placement: Placement, axes: tuple[int, ...]) -> bool:
