@@ -73,8 +73,9 @@ def check_base(model: nn.Module, name: str) -> None:
 
 def adapters_of(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of PEFT in ``model`` that have adapters around a layer of the base, by path."""
-    kinds = _kinds()
-    return {path: m for path, m in model.named_modules() if isinstance(m, kinds)} if kinds else {}
+    if not (kinds := _kinds()):
+        return {}
+    return {path: m for path, m in model.named_modules() if isinstance(m, kinds)}
 
 
 def merged_in(model: nn.Module) -> list[str]:
@@ -89,6 +90,14 @@ def base_parameters(model: nn.Module) -> set[int]:
         return set()
     own = {i for layer in layers for i in _ids(layer) - _ids(_below(layer))}
     return {id(p) for p in inner.parameters() if not p.requires_grad} - own
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The layer of the base inside ``module``; ``module`` itself if it has no adapters around it.
+
+    Structure is read from it: matrices of adapters are narrow, and no part of the architecture.
+    """
+    return _below(module) if isinstance(module, _kinds()) else module
 
 
 def _kinds() -> tuple[Any, ...]:

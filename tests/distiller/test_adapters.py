@@ -19,9 +19,6 @@ LAYERS = ["q_proj", "v_proj", "down_proj"]
 PAIRS = {"base_model.model.model.layers.{i}.mlp": "model.layers.{i}.mlp"}
 LORA = {"r": 4, "target_modules": LAYERS, "task_type": "CAUSAL_LM"}
 
-# peft 0.21 asks transformers 5 for an attribute by its old name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-
 
 def llama(**options):
     torch.manual_seed(0)
@@ -240,6 +237,28 @@ def test_the_base_is_of_a_prompted_model_too():
     config = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     base = fxdistill.base_of(get_peft_model(llama(), config))
     torch.testing.assert_close(base(IDS).logits, llama().eval()(IDS).logits)
+
+
+@pytest.mark.parametrize("targets", [LAYERS, "all-linear", ["embed_tokens", "up_proj"]])
+@pytest.mark.parametrize("saved", [None, ["lm_head", "embed_tokens"]])
+def test_match_finds_the_same_layers_below_adapters(targets, saved):
+    """The narrow matrices of adapters are no part of the architecture."""
+    saved = None if "embed_tokens" in targets else saved
+    student = adapted(llama(), target_modules=targets, modules_to_save=saved)
+    base, roles = (
+        fxdistill.base_of(student),
+        ("embedding", "block", "mixer", "mlp", "norm", "logits"),
+    )
+    found = fxdistill.match(student, base, roles)
+    expected = fxdistill.match(llama(), base, roles)
+    assert not found.notes
+    prefix = "base_model.model."
+    assert [m.student.removeprefix(prefix) for m in found] == [m.student for m in expected]
+    assert [(m.teacher, m.project) for m in found] == [(m.teacher, m.project) for m in expected]
+    assert [m.reason for m in found] == [m.reason for m in expected]
+    found = [pair for pair in found if "embed" not in pair.student]  # frozen in most of the cases
+    out = fxdistill.wrap(student, base, found, compile=False)(input_ids=IDS, labels=IDS)
+    assert len(out.losses) == 3 + 2 * 3 + 2
 
 
 # ---------------------------------------------------------------------- saving
