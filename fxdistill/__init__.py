@@ -27,6 +27,7 @@ _HOMES = {
     "Matches": "mapping.matches",
     "PassRecord": "graph.program",
     "Program": "graph.program",
+    "base_of": "models.adapters",
     "match": "mapping.propose",
     "module_names": "models.tap",
     "resolve": "mapping.resolve",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from fxdistill.mapping.matches import Matches
     from fxdistill.mapping.propose import match
     from fxdistill.mapping.resolve import resolve
+    from fxdistill.models.adapters import base_of
     from fxdistill.models.tap import module_names
     from fxdistill.training import loss_log as live
     from fxdistill.training.loss_log import LossLog, LossRow
@@ -87,6 +89,7 @@ __all__ = [
     "Matches",
     "PassRecord",
     "Program",
+    "base_of",
     "errors",
     "live",
     "losses",

@@ -90,12 +90,12 @@ def _call(compiled: Traced, table: TapTable, *args: Any) -> Any:
         inner = getattr(error, "inner_exception", None)
         if isinstance(inner, (FxDistillError, Captured)):
             raise inner from None
-        raise explained(error) from error
+        raise explained(error, table.section) from error
     except Exception as error:
         # Some errors of torch's own (sizes that depend on data, say) leave dynamo as they are.
         if not is_of_compiling(error):
             raise
-        raise (table.failure or explained(error)) from error
+        raise (table.failure or explained(error, table.section)) from error
 
 
 @contextlib.contextmanager

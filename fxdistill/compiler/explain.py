@@ -6,14 +6,19 @@ from typing import Any
 
 import torch
 from torch._dynamo import exc
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import fxdistill
 from fxdistill import passes
 from fxdistill.errors import CaptureError, FxDistillError, LoweringError, RecompileError, StepError
+from fxdistill.models.tap import Section
 
 
-def explained(error: Exception) -> FxDistillError:
-    """The error to raise in place of dynamo's: what failed, where, and what to do about it."""
+def explained(error: Exception, section: Section = "") -> FxDistillError:
+    """The error to raise in place of dynamo's: what failed, where, and what to do about it.
+
+    ``section`` is the part of the step that was being traced: a model by its name, as a rule.
+    """
     reason = str(error).strip().split("\n\n")[0]
     if isinstance(error, exc.FailOnRecompileLimitHit):
         return RecompileError(
@@ -23,33 +28,48 @@ def explained(error: Exception) -> FxDistillError:
             "torch._dynamo.config.recompile_limit."
         )
     if isinstance(error, exc.BackendCompilerFailed):
-        inner: Any = getattr(error, "inner_exception", error)
-        said, _, graph = str(inner).partition("\n\nWhile executing")
-        return LoweringError(
-            "the step was captured, and the backend failed to compile it: "
-            f"{type(inner).__name__}: {said}{_in_trace(graph)}\n"
-            "What to do: compile={'backend': 'aot_eager'} "
-            "tells whether it is the code generation; compile=False needs no compiler."
-        )
+        return _not_lowered(error)
+    where = _where(error, section)
     if "no fake impl" in reason or "register_fake" in str(error):
         return CaptureError(
-            f"the step cannot be captured as one graph.{_where(error)}\n  {_short(error)}\n"
+            f"the step cannot be captured as one graph.{where}\n  {_short(error)}\n"
             "What to do: register_fake says what shapes the operator returns; or wrap(..., "
             'compile="regional"), compile=False: models run as they are.'
         )
     failed = isinstance(error, exc.TorchRuntimeError) or "Observed exception" in reason
     if failed and "INTERNAL ASSERT" not in str(error):  # a failed assertion is torch's own fault
         return StepError(
-            f"the step fails by itself, whether compiled or not.{_where(error)}\n"
+            f"the step fails by itself, whether compiled or not.{where}\n"
             f"  {_short(error)}\n"
             "What to do: check the inputs; compile=False shows the exception where it is raised."
         )
+    return _not_captured(reason, where)
+
+
+def _not_captured(reason: str, where: str) -> CaptureError:
+    line = "that line"
+    if "data-dependent" in reason:
+        line = "the line that depends on the values of an input, which a graph does not have"
     return CaptureError(
-        f"the step cannot be captured as one graph.{_where(error)}\n"
+        f"the step cannot be captured as one graph.{where}\n"
         f"  torch.compile says: {reason}\n"
-        'What to do: change that line; or wrap(..., compile="regional") (the models run as they '
+        f'What to do: change {line}; or wrap(..., compile="regional") (the models run as they '
         'are, the losses are compiled), compile=False (everything eager), or compile={"fallback": '
         '"regional"} to fall back by itself, with a warning.'
+    )
+
+
+def _not_lowered(error: exc.BackendCompilerFailed) -> FxDistillError:
+    """The error for a step that was captured, and then not compiled."""
+    inner: Any = getattr(error, "inner_exception", error)
+    said, _, graph = str(inner).partition("\n\nWhile executing")
+    if isinstance(inner, GuardOnDataDependentSymNode):  # a capture comes as far where data decides
+        return _not_captured(str(inner).strip().split("\n\n")[0], _in_trace(str(inner)))
+    return LoweringError(
+        "the step was captured, and the backend failed to compile it: "
+        f"{type(inner).__name__}: {said}{_in_trace(graph)}\n"
+        "What to do: compile={'backend': 'aot_eager'} "
+        "tells whether it is the code generation; compile=False needs no compiler."
     )
 
 
@@ -66,8 +86,8 @@ def is_of_compiling(error: BaseException) -> bool:
 _COMPILING = os.path.join("_dynamo", "convert_frame.py")
 
 
-def _where(error: Exception) -> str:
-    """The innermost line of the user's code in the stack of the failure."""
+def _where(error: Exception, section: Section) -> str:
+    """The innermost line of the user's code in the stack of the failure, and whose it is."""
     stack = list(getattr(error, "real_stack", None) or ())
     frames = [f for f in stack if not f.filename.startswith((_OURS, _OUR_PASSES))]
     # A line inside torch says less than the line that called it.
@@ -75,7 +95,8 @@ def _where(error: Exception) -> str:
     if not frames:
         return _in_trace(str(error))  # errors of symbolic sizes hold the stack as text
     last = (outside or frames)[-1]
-    return f"\n  at {last.filename}:{last.lineno} in {last.name}\n    {last.line or ''}"
+    whose = "" if section in ("", "module", "objective") else f"in the {section}, "
+    return f"\n  {whose}at {last.filename}:{last.lineno} in {last.name}\n    {last.line or ''}"
 
 
 # The folders of this package (wherever this file lies in it), of its passes, and of torch.

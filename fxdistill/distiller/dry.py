@@ -74,19 +74,27 @@ def _for_shapes(models: Iterable[nn.Module], mode: FakeTensorMode) -> Iterator[N
     """Let the models have fake buffers and be in eval mode; restore all of their attributes.
 
     A step may count in its buffers, put others in their place, or keep a tensor for the next one.
-    In train mode some models choose at random what they mask, on the host.
+    A model's first run may put hooks into it, and note that in an attribute: both go, or the next
+    run would put them in again. In train mode some models choose at random what they mask, on the
+    host.
     """
     modules = [m for model in models for m in model.modules()]
-    before = [(m, dict(vars(m)), dict(m._buffers)) for m in modules]
+    before = [(m, dict(vars(m)), _tables(m)) for m in modules]
     try:
-        for module, _, buffers in before:
+        for module in modules:
             module.training = False
-            for name, buffer in buffers.items():
+            for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else mode.from_tensor(buffer)
         yield
     finally:
-        for module, attributes, buffers in before:
+        for module, attributes, tables in before:
             vars(module).clear()
             vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+            for table, content in tables:
+                table.clear()
+                table.update(content)
+
+
+def _tables(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+    """The tables of a module (of buffers, hooks, ...), each with what is in it now."""
+    return [(table, dict(table)) for table in vars(module).values() if isinstance(table, dict)]

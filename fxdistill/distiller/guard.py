@@ -7,6 +7,7 @@ from torch import nn
 
 from fxdistill.distiller.towers import Towers
 from fxdistill.errors import ModeError, OptionError
+from fxdistill.models.adapters import check_base
 from fxdistill.models.devices import check_devices, check_same_device
 from fxdistill.models.modes import settle_modes
 from fxdistill.models.tap import Tower
@@ -52,6 +53,7 @@ def check_call(towers: Towers, objective: Objective, call: Call) -> None:
             if tower != towers.main:
                 check_same_device(main, model, tower)
                 _check_apart(towers, objective, tower, call)
+            check_base(model, tower)
             check_devices(model, tower, call.inputs[tower].args, call.inputs[tower].kwargs)
     check_devices(main, towers.main, (), tokens)
     for i, projection in enumerate(towers.beside.projections):

@@ -1,9 +1,10 @@
-"""What the state dict of a distiller holds: each tensor once, and the settings.
+"""What the state dict of a distiller holds: each tensor once, no frozen base, and the settings.
 
 A tied head is saved as the embedding that it is: trainers save the state dict of a module that is
 not of transformers with safetensors, which refuses tensors that share memory. Both forms load, with
-every name or with the first of each tensor. The settings stand in the state dict's metadata, where
-torch keeps the versions of modules: ``torch.save`` keeps them, safetensors has tensors only.
+every name or with the first of each tensor. Of a student with adapters, the adapters are saved and
+not the frozen base below them, as PEFT saves them. The settings stand in the state dict's metadata,
+where torch keeps the versions of modules: ``torch.save`` keeps them, safetensors has tensors only.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxdistill.distiller.settings import Settings
+from fxdistill.models.adapters import base_parameters
 
 SETTINGS = "settings"
 
@@ -27,17 +29,21 @@ class Saved(nn.Module):
 
 
 def _saving(module: Saved, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    """Leave one name of each tensor in a state dict, and note the settings (a hook)."""
+    """Leave one name of each tensor that is not of a base, and note the settings (a hook)."""
     for name, first in second_names(module).items():
         if prefix + first in state:
             state.pop(prefix + name, None)
+    for name in _of_frozen_bases(module):
+        state.pop(prefix + name, None)
     metadata[SETTINGS] = module._settings.saved()
 
 
 def _loading(
     module: Saved, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_others: Any
 ) -> None:
-    """Give tensors of several names all of them, and take the settings (a hook)."""
+    """Put in what ``_saving`` has left out, and take the settings (a hook)."""
+    for name, value in _of_frozen_bases(module).items():
+        state.setdefault(prefix + name, value)
     for name, first in second_names(module).items():
         if prefix + name not in state and prefix + first in state:
             state[prefix + name] = state[prefix + first]
@@ -53,6 +59,13 @@ def second_names(module: nn.Module) -> dict[str, str]:
         if first != name:
             second[name] = first
     return second
+
+
+def _of_frozen_bases(module: nn.Module) -> dict[str, Tensor]:
+    """The frozen parameters below adapters, by all of their names."""
+    below = {i for child in module.children() for i in base_parameters(child)}
+    named = module.named_parameters(remove_duplicate=False) if below else ()
+    return {name: p for name, p in named if id(p) in below}
 
 
 def _all_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -18,13 +17,12 @@ from fxdistill.distiller.distiller import Distiller
 from fxdistill.distiller.guard import check_call
 from fxdistill.distiller.modes import Request, Steps
 from fxdistill.distiller.options import CompileLike, Options, read_options
+from fxdistill.distiller.pair import check_models, check_targets, check_trainable
 from fxdistill.distiller.settings import Settings, check_settings, warn_of_zero_weights
 from fxdistill.distiller.towers import Model, Towers
 from fxdistill.errors import (
     CaptureError,
-    FrozenStudentError,
     FxDistillError,
-    MatchWarning,
     OptionError,
     ProjectionError,
     StepError,
@@ -144,7 +142,7 @@ def wrap(
     Raises:
         FxDistillError: A subclass for each kind of mistake; see ``fxdistill.errors``.
     """
-    _check_models(student=student, teacher=teacher)
+    check_models(student=student, teacher=teacher)
     check_trainable(student)
     options = read_options(compile, None if outputs is None else tuple(outputs), tuple(passes))
     examples = _as_inputs(example_inputs)
@@ -172,7 +170,7 @@ def wrap(
     check_settings(settings)
     warn_of_zero_weights(objective.features)
     if freeze_teacher:
-        _warn_of_moving_targets(student, teacher)
+        check_targets(student, teacher)
     models = {"teacher": Model(teacher, not freeze_teacher), "student": Model(student)}
     losses = [
         loss_name(loss) for loss in (logit_loss, label_loss, feature_loss, pairs_loss) if loss
@@ -206,44 +204,6 @@ class Parts(NamedTuple):
     matches: Matches
     settings: Mapping[str, float]
     options: Options
-
-
-def _check_models(**models: Any) -> None:
-    """Raise OptionError where a model is none."""
-    for name, model in models.items():
-        if not isinstance(model, nn.Module):
-            raise OptionError(
-                f"{name} is a {type(model).__name__}{_shown(model)}, and an nn.Module is needed: a "
-                "model that from_pretrained(...) or a constructor of yours has made"
-            )
-
-
-def _shown(value: Any) -> str:
-    return f" {value!r}" if isinstance(value, str) else ""
-
-
-def check_trainable(student: nn.Module) -> None:
-    """Raise FrozenStudentError if no parameter of the student requires a gradient."""
-    parameters = list(student.parameters())
-    if not any(p.requires_grad for p in parameters):
-        raise FrozenStudentError(
-            f"none of the student's {len(parameters)} parameters requires a gradient: there is "
-            "nothing to train. student.requires_grad_(True), or unfreeze the part to train."
-        )
-
-
-def _warn_of_moving_targets(student: nn.Module, teacher: nn.Module) -> None:
-    """Warn of a frozen teacher that holds parameters that the student learns."""
-    learning = {id(p): name for name, p in student.named_parameters() if p.requires_grad}
-    shared = [learning[id(p)] for p in teacher.parameters() if id(p) in learning]
-    if shared and teacher is not student:
-        warnings.warn(
-            f"the frozen teacher holds {len(shared)} parameters that the student learns "
-            f"({shared[0]}, ...): its targets change with every step. Switch them off in the "
-            "teacher if they are adapters; else give it a copy.",
-            MatchWarning,
-            stacklevel=3,
-        )
 
 
 def _as_inputs(examples: Mapping[str, Any] | tuple[Any, ...] | None) -> Inputs | None:

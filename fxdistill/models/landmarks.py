@@ -5,8 +5,9 @@ import itertools
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from fxdistill.models.adapters import plain
 from fxdistill.models.structure import Stack, stacks_of
-from fxdistill.models.weights import norm_width, weights_in
+from fxdistill.models.weights import norm_width, under, weights_in
 
 
 def head_path(model: nn.Module) -> str | None:
@@ -38,20 +39,21 @@ def roles_in(model: nn.Module) -> dict[str, tuple[str, str]]:
 
 def embedding_of(model: nn.Module, stacks: list[Stack]) -> str | None:
     """The token embedding; without one, the module before the first block."""
+    named = [(name, plain(module)) for name, module in under(model, "")]
     own = asked(model, "get_input_embeddings")
-    if isinstance(own, nn.Embedding):
+    if own is not None and isinstance(own := plain(own), nn.Embedding):
         # T5 names an embedding that never runs: of those that share its weight, take the one whose
         # path is nearest to the blocks.
         shared: list[str] = [
             name
-            for name, module in model.named_modules()
+            for name, module in named
             if isinstance(module, nn.Embedding) and module.weight is own.weight
         ]
         beside = stacks[0].path if stacks else ""
         return max(shared, key=lambda name: _common(name, beside))
     outside = [
         (name, module)
-        for name, module in model.named_modules()
+        for name, module in named
         if isinstance(module, nn.Embedding) and not any(_inside(name, stack) for stack in stacks)
     ]
     if outside:

@@ -11,6 +11,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from fxdistill.models.adapters import plain
+
 WeightKind = Literal["linear", "convolution", "depthwise"]
 
 
@@ -25,7 +27,8 @@ class Weight:
 
 
 def weight_of(module: nn.Module, path: str) -> Weight | None:
-    """The weight that ``module`` itself is; ``None`` if it is none."""
+    """The weight that ``module`` itself is, below its adapters; ``None`` if it is none."""
+    module = plain(module)
     if isinstance(module, _ConvNd):
         pointwise = all(k == 1 for k in module.kernel_size)
         depthwise = module.groups > 1 and module.groups == module.in_channels
@@ -50,8 +53,10 @@ def weights_in(module: nn.Module, path: str) -> list[Weight]:
 
 
 def under(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """``module`` and all modules inside it, with full paths."""
-    yield from module.named_modules(prefix=path)
+    """``module`` and all modules inside it, with full paths; a layer with adapters is one."""
+    named = list(module.named_modules(prefix=path))
+    adapted = tuple(f"{name}." for name, m in named if plain(m) is not m)
+    yield from ((name, m) for name, m in named if not name.startswith(adapted))
 
 
 def norm_width(module: nn.Module) -> int | None:
@@ -71,9 +76,9 @@ def norm_width(module: nn.Module) -> int | None:
 def output_width(module: nn.Module) -> tuple[int, bool] | None:
     """The width of a leaf's output, and whether that is a feature map ``[B, C, H, W]``."""
     if (weight := weight_of(module, "")) is not None:
-        return weight.fan_out, isinstance(module, (nn.Conv2d, nn.Conv1d, nn.Conv3d))
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim, False
+        return weight.fan_out, isinstance(plain(module), (nn.Conv2d, nn.Conv1d, nn.Conv3d))
+    if isinstance(embedding := plain(module), nn.Embedding):
+        return embedding.embedding_dim, False
     if (width := norm_width(module)) is not None:
         return width, isinstance(module, (nn.BatchNorm2d, nn.GroupNorm))
     return None
