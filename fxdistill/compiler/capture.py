@@ -21,7 +21,7 @@ from torch._functorch import config as functorch_config
 
 from fxdistill.base.nodes import own_code
 from fxdistill.compiler.backend import Captured, Recipe, backend
-from fxdistill.compiler.explain import explained, is_of_compiling
+from fxdistill.compiler.explain import explained, is_of_compiling, own_cause
 from fxdistill.compiler.journal import Journal
 from fxdistill.compiler.split import split
 from fxdistill.compiler.waiting import waiting
@@ -88,8 +88,10 @@ def _call(compiled: Traced, table: TapTable, *args: Any) -> Any:
         if table.failure is not None:
             raise table.failure from None
         inner = getattr(error, "inner_exception", None)
-        if isinstance(inner, (FxDistillError, Captured)):
+        if isinstance(inner, Captured):
             raise inner from None
+        if (ours := own_cause(error)) is not None:
+            raise ours from None
         raise explained(error, table.section) from error
     except Exception as error:
         # Some errors of torch's own (sizes that depend on data, say) leave dynamo as they are.

@@ -73,6 +73,17 @@ def _not_lowered(error: exc.BackendCompilerFailed) -> FxDistillError:
     )
 
 
+def own_cause(error: BaseException | None) -> FxDistillError | None:
+    """The error of ours that made dynamo raise ``error``: a loss may refuse the values it gets."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
+        if isinstance(error, FxDistillError):
+            return error
+    return None
+
+
 def is_of_compiling(error: BaseException) -> bool:
     """Whether dynamo was compiling when ``error`` was raised, and not running what it had made."""
     trace = error.__traceback__

@@ -1,7 +1,7 @@
 """The losses by name."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -47,6 +47,31 @@ def is_named(loss: Any) -> bool:
 Compared = Literal["shapes", "places", "samples", "anything"]
 
 
+class Kind(NamedTuple):
+    """What a term has to know of its loss, read once.
+
+    ``sees`` are places one by one, samples whole, or the samples of the batch together. ``named``
+    losses are the library's own; ``across`` says that samples of all ranks are compared.
+    """
+
+    name: str
+    named: bool
+    sees: Literal["places", "whole samples", "samples together"]
+    across: bool
+
+
+def kind_of(loss: Any) -> Kind:
+    """The kind of a loss of features."""
+    sees: Literal["places", "whole samples", "samples together"] = "places"
+    if between_samples(loss):
+        sees = "samples together"
+    elif any(getattr(loss, "func", loss) is f for f in OF_MAPS):
+        sees = "whole samples"
+    options = getattr(loss, "keywords", None) or {}
+    across = bool(options.get("across_ranks", getattr(loss, "across_ranks", True)))
+    return Kind(loss_name(loss), is_named(loss), sees, across)
+
+
 def compares(loss: Any) -> Compared:
     """What must agree in the two values that a loss of features compares.
 
@@ -65,18 +90,6 @@ def between_samples(loss: Any) -> bool:
     """Whether a loss compares the samples of a batch with each other."""
     plain = getattr(loss, "func", loss)
     return isinstance(plain, CRD) or any(plain is f for f in OF_SAMPLES)
-
-
-def sees_samples_whole(loss: Any) -> bool:
-    """Whether a loss looks at all places of a sample at once, and cannot take them flattened."""
-    plain = getattr(loss, "func", loss)
-    return any(plain is f for f in OF_MAPS)
-
-
-def across_ranks(loss: Any) -> bool:
-    """Whether a loss between samples compares those of all ranks."""
-    options = getattr(loss, "keywords", None) or {}
-    return bool(options.get("across_ranks", getattr(loss, "across_ranks", True)))
 
 
 def aligns_labels(loss: Any) -> bool:

@@ -5,13 +5,11 @@ samples weigh their pairs; elsewhere the weights of tokens weigh the mean over t
 of which nothing counts has no part.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fxdistill.base.ranks import Ranks, of_each_rank, samples_of_all
-from fxdistill.losses.memory_bank import CRD
-from fxdistill.losses.names import across_ranks
 from fxdistill.losses.samples import Samples, samples
 from fxdistill.objective.beside import Beside, shared_by
 from fxdistill.objective.term import Term
@@ -44,15 +42,15 @@ def _times(weights: Tensor, side: Samples) -> Tensor:
 
 def compared_on_ranks(term: Term, sides: Sides, beside: Beside, ranks: Ranks | None) -> Tensor:
     """The term's loss, as this rank's part of the sum over ranks."""
-    loss = term.loss
-    if term.module is not None:
-        loss = module = beside.losses[term.module]
-        if isinstance(module, CRD):
-            sides = Sides(*shared_by(module.embedding, ranks)(*sides))
-            loss = module.compare
+    if term.module is None:
+        loss = term.loss
+    else:  # of the modules, CRD alone compares samples
+        module: Any = beside.losses[term.module]
+        sides = Sides(*shared_by(module.embedding, ranks)(*sides))
+        loss = module.compare
     if ranks is None:
         return loss(*sides)
-    if not across_ranks(term.loss):
+    if not term.kind.across:
         return loss(*sides) / ranks.size
     return of_each_rank(loss(*_of_all(sides, ranks)), ranks)
 

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fxdistill.base.ranks import Ranks
 from fxdistill.base.tensors import is_placed, on_every_rank
-from fxdistill.losses.names import between_samples, is_named, loss_name, sees_samples_whole
 from fxdistill.models.conventions import Task
 from fxdistill.models.tap import Tap, Tower
 from fxdistill.objective.arrange import arrange
@@ -57,7 +56,7 @@ def feature_terms(terms: Sequence[Term], lookup: Lookup, step: Step) -> Mapping[
         values = compared(term, lookup, step)
         if term.in_pairs:
             pairs.append(values)
-        elif between_samples(term.loss):
+        elif term.kind.sees == "samples together":
             loss = _between_samples(term, values, step)
             part = share if given is None else _share_of_items(values, given, step.ranks)
             losses[term.name] = loss if part is None else loss * part
@@ -78,14 +77,14 @@ def compared(term: Term, lookup: Lookup, step: Step) -> Compared:
     s, t = _laid_out(term, s, t, step.batch, step.task)
     if term.projection is not None:
         s = projected(step.beside.projections[term.projection], s, step.ranks)
-    if (is_placed(s) or is_placed(t)) and not is_named(term.loss):
+    if (is_placed(s) or is_placed(t)) and not term.kind.named:
         s, t = on_every_rank(s), on_every_rank(t)
     weights = _weights(term, s, step.batch, step.task)
-    if sees_samples_whole(term.loss) or between_samples(term.loss):
+    if term.kind.sees != "places":
         s, t, weights = _by_sample(term, s, t, weights, step.batch)
-    names = (term.student.name, term.teacher.name, loss_name(term.loss))
+    names = (term.student.name, term.teacher.name, term.kind.name)
     require_comparable(s, t, term.compares, *names)
-    if not between_samples(term.loss):
+    if term.kind.sees != "samples together":
         weights = times_named(weights, term, s, step.batch)
     return Compared(s, t, weights)
 

@@ -3,9 +3,9 @@
 Each term names the models that its values come from. Any number of models may be compared.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from fxdistill.losses.names import Compared, Loss
+from fxdistill.losses.names import Compared, Kind, Loss, kind_of
 from fxdistill.mapping.layout import Layout
 from fxdistill.models.conventions import Stream
 from fxdistill.models.tap import Tap, Tower
@@ -40,6 +40,12 @@ class Term:
     compares: Compared = "shapes"  # what must agree in the two values
     weights: str | None = None  # the name of weights that the call brings
     module: int | None = None  # the index of a loss that is a module
+    # Tracing asks this and not the loss: a step reads a loss that is a module from its arguments.
+    kind: Kind = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", kind_of(self.loss))
+
     in_pairs: bool = False  # the loss takes this pair of values together with all others
 
     @property

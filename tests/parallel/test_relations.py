@@ -1,0 +1,105 @@
+"""Losses between samples over ranks: all samples of all ranks, or each rank's own."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import fxdistill
+from fxdistill import Match, losses
+from mesh_steps import MODES, aot, compare, gradients_of
+from processes import run
+
+pytestmark = pytest.mark.slow
+
+RELATIONS = ("gram", "distance_wise", "angle_wise", "similarity_preserving", "info_nce")
+BANK = functools.partial(losses.CRD, width=3, size=10, in_batch=True)
+HOW = {  # the modes in which each way to hold samples runs
+    "ddp": ("eager", "one graph", "regional"),
+    "dp": ("eager", "one graph"),
+    "fsdp": ("eager", "regional"),
+}
+
+
+def net(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 8), nn.Linear(8, 4))
+
+
+def made(loss: Any, how: str, mode: str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    student, teacher = net(6), net(12)
+    options |= {"compile": MODES[mode], "task": "classification"}
+    if how == "dp":
+        options["mesh"] = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
+    if how == "fsdp":
+        mesh = init_device_mesh("cpu", (2,))
+        for model in (student, teacher):
+            fully_shard(model[2], mesh=mesh)
+            fully_shard(model, mesh=mesh)
+    torch.manual_seed(1)  # for the layers of a loss
+    return aot(fxdistill.wrap(student, teacher, [Match("2", "2", loss=loss)], **options))
+
+
+INPUTS = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(2))
+WEIGHTS = torch.tensor([1.0, 0.5, 0.0, 1.0, 2.0, 1.0, 1.0, 0.0])
+
+
+def trained(call: Any, distiller: Any, rows: Any, items: float | None = None) -> Any:
+    """Three steps, so that a queue is full; the losses and gradients of the last."""
+    found: dict[str, Tensor] = {}
+    for x in INPUTS:
+        distiller.zero_grad()
+        out = call(x[rows], token_weights=WEIGHTS[rows], num_feature_items=items)
+        out.loss.backward()
+        found = {"loss": out.loss.detach(), **out.losses}
+    return found, gradients_of(distiller)
+
+
+def parity(rank: int, how: str) -> None:
+    for mode in HOW[how]:
+        for loss in (*RELATIONS, BANK):
+            for items in (None, 40.0) if loss == "gram" else (None,):
+                alone, together = made(loss, "", "eager"), made(loss, how, mode)
+                wanted = trained(alone, alone, slice(None), items)
+                call = DistributedDataParallel(together) if how == "ddp" else together
+                mine = slice(4 * rank, 4 * rank + 4)
+                found = trained(call, together, mine, items)
+                compare(found, wanted, (how, mode, loss, items))
+                banks = zip(
+                    together.loss_modules.buffers(), alone.loss_modules.buffers(), strict=True
+                )
+                for a, b in banks:
+                    torch.testing.assert_close(a, b)
+                torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_samples_of_all_ranks_are_compared(how: str) -> None:
+    run(2, parity, how)
+
+
+def of_its_own(rank: int) -> None:
+    loss = functools.partial(losses.gram, across_ranks=False)
+    parts = [slice(0, 4), slice(4, 8)]
+    for mode in ("eager", "one graph"):
+        together = made(loss, "ddp", mode, logit_loss=None)
+        found = trained(DistributedDataParallel(together), together, parts[rank])
+        means: dict[str, Tensor] = {}
+        for part in parts:
+            alone = made(loss, "", "eager", logit_loss=None)
+            values, gradients = trained(alone, alone, part)
+            for name, value in {**values, **gradients}.items():
+                if value is not None:  # layers behind the match learn nothing
+                    means[name] = means.get(name, torch.zeros(())) + value / 2
+        for name, value in means.items():
+            torch.testing.assert_close((found[0] | found[1])[name], value)
+        torch._dynamo.reset()
+
+
+def test_samples_of_its_own_give_the_mean_of_the_ranks_losses() -> None:
+    run(2, of_its_own)
