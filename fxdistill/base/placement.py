@@ -1,6 +1,7 @@
 """Tensors and their placements on a mesh."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor
@@ -82,11 +83,13 @@ def chunk_of(mesh: DeviceMesh, dim: int, size: int) -> tuple[int, int]:
     return min(size, each * mesh.get_local_rank(dim)), each
 
 
+# torch 2.13 renames it.
+_all_gather: Any = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+
+
 def gather_over(x: Tensor, group: str) -> Tensor:
     """The rows of ``x`` of all ranks of ``group``, in their order; it has no gradient."""
-    gathered: Tensor = funcol.wait_tensor(
-        funcol.all_gather_tensor(x.contiguous(), 0, group)  # type: ignore[arg-type]
-    )
+    gathered: Tensor = funcol.wait_tensor(_all_gather(x.contiguous(), 0, group))
     return gathered
 
 

@@ -85,15 +85,27 @@ def samples_of_all(x: Tensor, groups: tuple[str, ...], positions: tuple[int, ...
     """The samples ``[B, ...]`` of all ranks, which have equally many; the gradient is of our own.
 
     A loss of all samples is computed on every rank, which forms the gradient of its own samples.
+    Raises RuntimeError, on every rank, where their numbers differ: backends do not look, and would
+    write beyond the end.
     """
     everyone: Tensor = _Gathered.apply(x, groups, positions)  # type: ignore[no-untyped-call]
     return everyone
+
+
+_UNEVEN = (
+    "ranks have different numbers of samples, and a loss between samples compares those of all "
+    "ranks: give each rank as many (drop_last=True), or the loss across_ranks=False"
+)
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: tuple[str, ...], positions: tuple[int, ...]) -> Tensor:
         ctx.positions, ctx.sizes = positions, []
+        counts = torch.full((1,), x.shape[0], dtype=torch.long, device=x.device)
+        for group in groups:
+            counts = base.placement.gather_over(counts, group)
+        torch._assert_async((counts == x.shape[0]).all(), _UNEVEN)
         for group in groups:
             ctx.sizes.append(x.shape[0])
             x = base.placement.gather_over(x, group)

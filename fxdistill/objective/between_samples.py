@@ -7,6 +7,7 @@ of which nothing counts has no part.
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fxdistill.base.ranks import Ranks, of_each_rank, samples_of_all
@@ -58,6 +59,8 @@ def compared_on_ranks(term: Term, sides: Sides, beside: Beside, ranks: Ranks | N
 def _of_all(sides: Sides, ranks: Ranks) -> Sides:
     """The samples of all ranks, with their weights."""
     s, t, w = sides
-    w = s.new_ones(s.shape[0]) if w is None else w
-    where = (ranks.groups, ranks.positions)
-    return Sides(*(samples_of_all(x, *where) for x in (s, t, w.to(s.dtype))))
+    w = s.new_ones(s.shape[0]) if w is None else w.to(s.dtype)
+    packed = torch.cat([s, t.to(s.dtype), w[:, None]], 1)  # one collective for the three
+    everyone = samples_of_all(packed, ranks.groups, ranks.positions)
+    s, t, w = everyone.split([s.shape[1], t.shape[1], 1], 1)
+    return Sides(s, t, w.squeeze(1))

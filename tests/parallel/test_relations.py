@@ -88,7 +88,8 @@ def of_its_own(rank: int) -> None:
     parts = [slice(0, 4), slice(4, 8)]
     for mode in ("eager", "one graph"):
         together = made(loss, "ddp", mode, logit_loss=None)
-        found = trained(DistributedDataParallel(together), together, parts[rank])
+        call = DistributedDataParallel(together, find_unused_parameters=True)
+        found = trained(call, together, parts[rank])
         means: dict[str, Tensor] = {}
         for part in parts:
             alone = made(loss, "", "eager", logit_loss=None)
@@ -103,3 +104,20 @@ def of_its_own(rank: int) -> None:
 
 def test_samples_of_its_own_give_the_mean_of_the_ranks_losses() -> None:
     run(2, of_its_own)
+
+
+def uneven(rank: int) -> list[str]:
+    said = []
+    for mode in ("eager", "one graph"):
+        distiller = made("gram", "ddp", mode)
+        with pytest.raises(RuntimeError) as caught:
+            DistributedDataParallel(distiller)(INPUTS[0][: 4 - rank])
+        said.append(str(caught.value))
+        torch._dynamo.reset()
+    return said
+
+
+def test_ranks_with_other_numbers_of_samples_are_told_so() -> None:
+    """Gloo would write beyond the end of its buffer, and the process would die."""
+    for said in run(2, uneven):
+        assert all("give each rank as many" in text for text in said)
