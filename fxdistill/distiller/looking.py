@@ -112,6 +112,7 @@ class Looking(nn.Module):
             frozen=towers.frozen,
             main=towers.main,
             projections=towers.beside.projections,
+            losses=towers.beside.losses,
             objective=self.objective.on(averaging_ranks(self)),
             settings=self._settings.values,
             mode=self.options.mode,

@@ -10,6 +10,8 @@ from fxdistill.models.tap import Tower
 SECTION = "fxdistill"
 OBJECTIVE = "objective"  # the section that is no model
 PROJECTIONS = "projections"
+LOSS_MODULES = "loss_modules"
+BESIDE = (PROJECTIONS, LOSS_MODULES)  # the modules that are trained beside the models
 ITSELF = "(itself)"  # the label for operators of a model outside of its modules
 Paths = Mapping[Tower, Collection[str]]  # of blocks
 
@@ -27,7 +29,8 @@ def section_of(node: fx.Node) -> str | None:
 def module_of(node: fx.Node) -> tuple[str, str]:
     """The model and the module path that ``node`` was called in; ``("", "")`` outside of modules.
 
-    The objective calls no modules but projections: those are ``("projections", index)``. The first
+    The objective calls no modules but projections, ``("projections", index)``, and losses that are
+    modules, ``("loss_modules", path)``. The first
     module on the stack of calls is the model itself, wherever it is called from.
     """
     if node.target in WITH_RANDOM_STATE:  # made by the partitioner, around an operator of a model
@@ -39,6 +42,8 @@ def module_of(node: fx.Node) -> tuple[str, str]:
     paths = [str(path) for path, _ in stack.values()]
     root, path = paths[0], paths[-1]
     if section == OBJECTIVE:
+        if PROJECTIONS not in root:
+            return LOSS_MODULES, path
         index = root.rpartition(f".{PROJECTIONS}.")[2].rpartition(f"['{PROJECTIONS}'].")[2]
         inside = path[len(root) + 1 :] if path.startswith(f"{root}.") else ""
         return PROJECTIONS, f"{index}.{inside}" if inside else index

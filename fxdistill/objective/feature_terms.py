@@ -143,32 +143,6 @@ def _weights(term: Term, value: Tensor, batch: Batch, task: Task | None) -> Tens
     return None
 
 
-_OF_STREAM = {
-    "tokens": "tokens",
-    "encoder": "the encoder's tokens",
-    "decoder": "the decoder's tokens",
-}
-
-
-def weighed_by(
-    term: Term, task: Task | None, batch: Batch | None = None, value: Tensor | None = None
-) -> str:
-    """What weighs a match, in words; for certain if the batch and the student's value are known."""
-    classified = task == "classification"
-    if not term.keeps_tokens and not classified:
-        return "tokens, in pooling" if any(term.pools_tokens) else "nothing"
-    tokens = None
-    if batch is not None:
-        batch = batch.of(term.of[1]) if term.by_teacher else batch
-        tokens = batch.decoder_tokens if term.stream == "decoder" else batch.tokens
-    known = batch is not None and value is not None
-    over = tokens is not None and value is not None and lies_over(value, tokens, term.said_tokens)
-    if not term.has_tokens or (known and not over):
-        return "samples" if classified else "nothing"
-    whose = "the teacher's tokens" if term.by_teacher else _OF_STREAM[term.stream]
-    return f"samples and {whose}" if classified else whose
-
-
 def _laid_out(
     term: Term, s: Tensor, t: Tensor, batch: Batch, task: Task | None
 ) -> tuple[Tensor, Tensor]:

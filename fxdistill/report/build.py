@@ -21,9 +21,9 @@ from fxdistill.graph.sections import Paths, section_of
 from fxdistill.losses.names import loss_name
 from fxdistill.models.landmarks import head_path, roles_in
 from fxdistill.objective.call import Call
-from fxdistill.objective.feature_terms import weighed_by
 from fxdistill.objective.objective import Objective
 from fxdistill.objective.term import PAIRS
+from fxdistill.objective.weighed_by import weighed_by
 from fxdistill.report.data import (
     SCHEMA,
     BlockLine,
@@ -203,6 +203,7 @@ def _value_of(tensor: Tensor | None) -> Value | None:
 def _pairs(subject: Subject, table: TapTable | None, call: Call) -> Iterator[Pair]:
     values = {} if table is None else table.values
     roles = {tower: roles_in(model) for tower, model in subject.models.items()}
+    task, ranks = subject.objective.task, subject.objective.ranks
     for term in subject.objective.features:
         student, teacher = (values.get(key) for key in term.taps)
         ours, theirs = (roles[tower].get(tap.path, ("",))[0] for tower, tap in term.taps)
@@ -219,7 +220,7 @@ def _pairs(subject: Subject, table: TapTable | None, call: Call) -> Iterator[Pai
             theirs,
             projection_of(term, subject.projections),
             *term.of,
-            weighed_by(term, subject.objective.task, call.batch, student),
+            weighed_by(term, task, call.batch, student, ranks),
         )
 
 

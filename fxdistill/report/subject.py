@@ -10,6 +10,7 @@ from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.journal import Journal
 from fxdistill.graph.halves import Halves
 from fxdistill.graph.joint import JointProgram
+from fxdistill.graph.sections import LOSS_MODULES, PROJECTIONS
 from fxdistill.models.tap import Tower
 from fxdistill.objective.call import Call
 from fxdistill.objective.objective import Objective
@@ -34,6 +35,7 @@ class Subject:
     frozen: frozenset[Tower]
     main: Tower
     projections: nn.ModuleList
+    losses: nn.ModuleList
     objective: Objective
     settings: Mapping[str, float | Tensor]
     mode: str
@@ -46,10 +48,10 @@ class Subject:
 
     @property
     def parts(self) -> Mapping[str, nn.Module]:
-        """The models, the main one first, and the projections: the first owns what they share."""
+        """The models, the main one first, and what is beside them; the first owns what is shared."""
         others = {name: model for name, model in self.models.items() if name != self.main}
         main = {self.main: self.models[self.main]}
-        return {**main, **others, "projections": self.projections}
+        return {**main, **others, PROJECTIONS: self.projections, LOSS_MODULES: self.losses}
 
     @property
     def teachers(self) -> frozenset[Tower]:
@@ -62,5 +64,5 @@ class Subject:
 
     @property
     def learning(self) -> tuple[str, ...]:
-        """The names of the parts that learn: models, the main one first, and the projections."""
+        """The names of the parts that learn: models, the main one first, and those beside them."""
         return tuple(name for name in self.parts if name not in self.frozen)

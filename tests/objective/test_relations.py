@@ -338,3 +338,24 @@ def test_a_loss_module_on_another_device_is_an_error():
     distiller.loss_modules.to("meta")
     with pytest.raises(errors.DeviceError, match=r"loss module 0 \(CRD\)"):
         distiller(IMAGES)
+
+
+# ---- what the report says
+
+
+def test_the_report_lists_loss_modules_and_what_weighs_a_match():
+    student, teacher = nets()
+    mapping = [
+        Match("deep", "deep", loss=functools.partial(losses.CRD, width=3, size=12)),
+        Match("stem", "stem", loss="gram", weights="foreground"),
+    ]
+    options = {"compile": AOT, "task": "classification"}
+    distiller = fxdistill.wrap(student, teacher, mapping, **options)
+    report = distiller.report(IMAGES, weights={"foreground": torch.ones(5)})
+    found = {tower.name: tower for tower in report.towers}["loss_modules"]
+    assert found.trainable == sum(p.numel() for p in distiller.loss_modules.parameters())
+    assert found.bytes == 4 * (found.parameters + 12 * 3) + 2 * 8
+    assert [pair.weighed_by for pair in report.pairs] == ["samples", "samples × 'foreground'"]
+    # Layers [5, 4] -> 3 and [5, 6] -> 3, products with the queue and of gram: none are projections.
+    assert report.flops.projections == 0
+    assert report.flops.losses >= 2 * 5 * (4 + 6) * 3

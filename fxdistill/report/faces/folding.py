@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from fxdistill.graph.sections import ITSELF
+from fxdistill.graph.sections import BESIDE, ITSELF
 from fxdistill.report.data import BlockLine, Facts, Pair
 
 _NUMBER = re.compile(r"(?<![^.@\[])\d+(?![^.@:\]])")  # as a whole segment, call or index
@@ -145,7 +145,7 @@ def couples(report: Facts) -> tuple[tuple[str, str], ...]:
     found = dict.fromkeys((pair.student_model, pair.teacher_model) for pair in report.pairs)
     if found:
         return tuple(found)
-    names = [tower.name for tower in report.towers if tower.name != "projections"]
+    names = [tower.name for tower in report.towers if tower.name not in BESIDE]
     learning = [t.name for t in report.towers if t.name in names and t.trainable]
     student = "student" if "student" in names else next(iter(learning), "")
     other = next((name for name in names if name != student), "")
@@ -156,7 +156,7 @@ def models_of(report: Facts) -> tuple[str, ...]:
     """The classes of the models: students first, then their teachers, then any other."""
     named = {tower.name: tower.model for tower in report.towers}
     students, teachers = zip(*couples(report), strict=True) if couples(report) else ((), ())
-    order = dict.fromkeys((*students, *teachers, *(n for n in named if n != "projections")))
+    order = dict.fromkeys((*students, *teachers, *(n for n in named if n not in BESIDE)))
     return tuple(named[name] for name in order if name in named)
 
 

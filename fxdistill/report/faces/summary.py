@@ -14,9 +14,9 @@ from fxdistill.graph.sections import section_of
 from fxdistill.losses.names import loss_name
 from fxdistill.models.tap import Tower
 from fxdistill.models.weights import weight_of
-from fxdistill.objective.feature_terms import weighed_by
 from fxdistill.objective.objective import Objective
 from fxdistill.objective.term import Term
+from fxdistill.objective.weighed_by import weighed_by
 from fxdistill.report.faces.terminal_tables import row, table
 
 
@@ -54,7 +54,8 @@ def _terms(objective: Objective, projections: nn.ModuleList) -> Table:
         row(made, *cells[: len(columns)])
 
     for term, layout in zip(objective.features, layouts, strict=True):
-        add(*_ends(term), loss_name(term.loss), weighed_by(term, objective.task), layout)
+        weighed = weighed_by(term, objective.task, ranks=objective.ranks)
+        add(*_ends(term), loss_name(term.loss), weighed, layout)
     predictions = "samples" if objective.task == "classification" else "tokens"
     for of_logits in objective.logits:
         ours, theirs = of_model(of_logits.student, "logits"), of_model(of_logits.teacher, "logits")

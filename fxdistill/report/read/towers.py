@@ -5,19 +5,20 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from fxdistill.base.tensors import is_placed
+from fxdistill.graph.sections import BESIDE
 from fxdistill.models.structure import Block, stacks_of
 from fxdistill.report.data import BlockLine, TowerFacts
 from fxdistill.report.subject import Subject
 
 
 def towers_of(subject: Subject) -> tuple[TowerFacts, ...]:
-    """The models in the order in which they run, and the projections, if there are any."""
+    """The models in the order in which they run, and what is beside them, if there is any."""
     found = [
         tower(name, model, trains=name not in subject.frozen)
         for name, model in subject.models.items()
     ]
-    if len(subject.projections):
-        found.append(tower("projections", subject.projections, trains=True))
+    beside = [(name, subject.parts[name]) for name in BESIDE]
+    found += [tower(name, part, trains=True) for name, part in beside if list(part.children())]
     return tuple(found)
 
 
