@@ -48,7 +48,7 @@ class Subject:
 
     @property
     def parts(self) -> Mapping[str, nn.Module]:
-        """The models, the main one first, and what is beside them; what they share is the first's."""
+        """The models, the main first, then what is beside them; the first owns what they share."""
         others = {name: model for name, model in self.models.items() if name != self.main}
         main = {self.main: self.models[self.main]}
         return {**main, **others, PROJECTIONS: self.projections, LOSS_MODULES: self.losses}
