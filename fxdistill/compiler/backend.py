@@ -21,7 +21,7 @@ from fxdistill.graph.joint import JointProgram
 from fxdistill.graph.pipeline import Dump, Observer
 from fxdistill.graph.program import Pass, PassRecord, Program, output_values
 from fxdistill.passes.order import Stage, Wanted, passes_at
-from fxdistill.taps.markers import CHECKS, LOCAL, begin, note_localised
+from fxdistill.taps.markers import CHECKS, LOCAL, begin, named, note_localised
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _terms(
     gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: Recipe | None
 ) -> Callable[..., Any]:
     """Compile a graph without models: the objective, on values of models that run as they are."""
-    names = tuple(f"output_{i}" for i in range(len(output_values(gm.graph))))
+    names = _unnamed(gm)
     terms, dump = JointProgram(gm, names, title="terms"), Dump()
     dump.write("terms", terms)
     if recipe is None:  # a user's function
@@ -110,6 +110,18 @@ def _terms(
     passes, observers = recipe.passes("terms step"), (dump, _note(recipe.journal, terms))
     with waiting("compiling the terms"):
         return lower(terms.gm, example_inputs, recipe.lowering, passes, observers)
+
+
+def _unnamed(gm: fx.GraphModule) -> tuple[str, ...]:
+    """The names of the outputs, whose markers are taken out of the graph."""
+    marks = {n: str(n.args[1]) for n in gm.graph.nodes if n.target is named}
+    values = output_values(gm.graph)
+    names = (marks.get(v) if isinstance(v, fx.Node) else None for v in values)
+    told = tuple(name or f"output_{i}" for i, name in enumerate(names))
+    for node in marks:
+        node.replace_all_uses_with(node.all_input_nodes[0])
+        gm.graph.erase_node(node)
+    return told
 
 
 def _learns(joint: JointProgram) -> bool:

@@ -241,7 +241,7 @@ class Distiller(StudentFace, Saved, Looking):
     # Dynamo cannot trace a weak reference: make the recipe outside any surrounding compile.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _recipe(self) -> Recipe:
-        return self.options.recipe(self._towers).noting(self.journal)
+        return self.options.recipe(self._towers, self.objective.weighed).noting(self.journal)
 
     def _note_warnings(self, request: Request) -> None:
         self._warnings = {**dict.fromkeys(request.warned, False), **self._warnings}

@@ -31,7 +31,7 @@ from fxdistill.objective.objective import Losses, Objective
 from fxdistill.objective.term import LOGITS
 from fxdistill.objective.tokens import Batch
 from fxdistill.taps.hooks import HookPlan, hooked
-from fxdistill.taps.markers import verified
+from fxdistill.taps.markers import named, verified
 from fxdistill.taps.table import Expectations, TapTable, recording
 
 T = TypeVar("T")
@@ -227,4 +227,5 @@ def terms_of(
     losses = objective(lookup, batch, settings, beside, anchor)
     returns = objective.returns
     logits = None if returns is None else lookup(returns, LOGITS).detach()
-    return losses, logits
+    terms = {name: named(value, name) for name, value in losses.terms.items()}
+    return Losses(losses.total, terms), logits

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from fxdistill import passes as passes_by_name
 from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.lower import Lowering, check_lowering, mode_options
 from fxdistill.distiller.towers import Towers
@@ -13,7 +14,7 @@ from fxdistill.graph.program import Pass
 from fxdistill.passes.order import Wanted
 
 Mode = Literal["one_graph", "regional", "eager"]
-_COMPILE_KEYS = ("backend", "options", "mode", "dynamic", "fallback", "fuse_head")
+_COMPILE_KEYS = ("backend", "options", "mode", "dynamic", "fallback", "fuse_head", "disable")
 CompileLike = bool | str | Mapping[str, Any]
 
 
@@ -27,18 +28,21 @@ class Options:
     fallback: bool = False
     passes: tuple[Pass, ...] = ()
     fuse_head: bool = True
+    disabled: tuple[str, ...] = ()  # passes that are left out
     gathers: bool = False  # whether the graph gathers parameters
     outputs: tuple[str, ...] | None = ()  # None: no logits in evaluation either
     notes: tuple[str, ...] = ()
 
-    def recipe(self, towers: Towers) -> Recipe:
-        """The backend's recipe, from these options and the models."""
+    def recipe(self, towers: Towers, terms: tuple[str, ...]) -> Recipe:
+        """The backend's recipe, from these options, the models and the names of feature terms."""
         wanted = Wanted(
             user=self.passes,
             fuse_head=self.fuse_head,
             gathers=self.gathers,
             beside=tuple(tower for tower in towers.modules if tower != towers.main),
             frozen=tuple(tower for tower in towers.modules if tower in towers.frozen),
+            terms=terms,
+            disabled=self.disabled,
         )
         return Recipe(self.lowering, wanted)
 
@@ -75,8 +79,21 @@ def read_options(
         fallback=options.get("fallback") is not None,
         passes=passes,
         fuse_head=bool(options.get("fuse_head", True)),
+        disabled=_disabled(options.get("disable", ())),
         outputs=outputs,
     )
+
+
+def _disabled(names: Any) -> tuple[str, ...]:
+    """The passes to leave out; OptionError for a name that is none, or that a step needs."""
+    given = (names,) if isinstance(names, str) else tuple(names)
+    for name in given:
+        if name == "ExposeOutputs":
+            raise OptionError("ExposeOutputs cannot be disabled: the terms read what it exposes")
+        if name not in passes_by_name.__all__:
+            near = did_you_mean(str(name), passes_by_name.__all__)
+            raise OptionError(f"compile={{'disable': ...}}: no pass {name!r}. Nearest: {near}.")
+    return given
 
 
 def _mode(compile: CompileLike) -> Mode:

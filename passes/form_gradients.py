@@ -1,0 +1,148 @@
+"""Form the gradients of feature terms in the forward, so that they keep nothing else."""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
+from torch.utils._pytree import tree_leaves
+
+from fxdistill.base.tensors import is_placed
+from fxdistill.graph.effects import effects_of
+from fxdistill.graph.program import Level, P, fork_module, output_values
+from fxdistill.graph.sections import OBJECTIVE, SECTION, section_of
+from fxdistill.losses.formed import formed
+
+FORMED = "fxdistill_formed"  # in meta["custom"]: the operators of a term that forms its gradient
+
+
+@dataclass(frozen=True)
+class FormGradients:
+    """Put each feature term into a part that forms its gradient at once.
+
+    1. The part holds what lies between the values that learn (of the student, and the parameters of
+       a projection) and the term's value; weights and the teacher's values are its constants.
+    2. A term stays as it is if one of its values is read elsewhere, if it writes into a value, or
+       if it holds a region (a checkpoint, a loop).
+    3. So does a term of float16 values: their gradients would be formed before a GradScaler has
+       scaled them, and be rounded to 0.
+    4. So does a term of DTensors, whose gradients torch 2.13 does not form inside of a forward that
+       AOTAutograd traces.
+
+    ``terms`` are the names of feature terms among the program's outputs.
+    """
+
+    terms: tuple[str, ...] = ()
+    level: ClassVar[Level] = "captured"
+
+    def __call__(self, program: P) -> P:
+        """Form what can be formed; a program without such terms is returned as it is."""
+        if not any(name in self.terms for name in program.outputs):
+            return program
+        gm = fork_module(program.gm)
+        written = _written(gm)
+        left, count = [], 0
+        for name, output in zip(program.outputs, output_values(gm.graph), strict=True):
+            if name in self.terms and isinstance(output, fx.Node):
+                part = _part_of(_value_of(output), written)
+                if part is None:
+                    left.append(name)
+                else:
+                    _replace(gm, name, part)
+                    count += 1
+        if not count:
+            return program
+        gm.graph.lint()
+        gm.recompile()
+        remark = f"{count} terms keep their gradients alone"
+        if left:
+            remark += f"; as they were: {', '.join(left)}"
+        return replace(program, gm=gm, remarks=(*program.remarks, remark))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The nodes of a term in order, the last of which is its value, and what they read."""
+
+    nodes: tuple[fx.Node, ...]
+    learnt: tuple[fx.Node, ...]
+    constants: tuple[fx.Node, ...]
+
+
+def _value_of(output: fx.Node) -> fx.Node:
+    """The value of a term: the step returns it without its gradient."""
+    detached = output.target == "detach" or getattr(output.target, "__name__", "") == "detach"
+    first = output.args[0] if detached and output.args else output
+    return first if isinstance(first, fx.Node) else output
+
+
+def _written(gm: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that write into a storage, and those whose storage is written."""
+    effects = effects_of(gm)
+    storages = frozenset().union(*effects.writes.values()) if effects.writes else frozenset()
+    aliases = {n for n, own in effects.storages.items() if own & storages}
+    return aliases | set(effects.writes)
+
+
+def _learns(node: fx.Node) -> bool:
+    """Whether a node's value, or a part of it, has a gradient."""
+    leaves = tree_leaves(node.meta.get("example_value"))
+    return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
+
+
+def _part_of(value: fx.Node, written: set[fx.Node]) -> _Part | None:
+    """The part of a graph that computes ``value``; ``None`` if it cannot stand for itself."""
+    if section_of(value) not in (None, OBJECTIVE) or not _learns(value):
+        return None
+    inside: set[fx.Node] = set()
+    todo = [value]
+    while todo:
+        node = todo.pop()
+        ours = node.op in ("call_function", "call_method") and section_of(node) in (None, OBJECTIVE)
+        if node not in inside and ours and _learns(node):
+            inside.add(node)
+            todo += node.all_input_nodes
+    if any(isinstance(node.target, HigherOrderOperator) or node in written for node in inside):
+        return None
+    if any(user not in inside for node in inside - {value} for user in node.users):
+        return None
+    ordered = tuple(node for node in value.graph.nodes if node in inside)
+    read = dict.fromkeys(n for node in ordered for n in node.all_input_nodes if n not in inside)
+    learnt = tuple(node for node in read if _learns(node))
+    values = [node.meta["example_value"] for node in learnt]
+    if any(not isinstance(value, Tensor) or value.dtype == torch.float16 for value in values):
+        return None
+    if any(is_placed(node.meta.get("example_value")) for node in (*read, *inside)):
+        return None
+    if any("example_value" not in node.meta and node.op != "get_attr" for node in read):
+        return None  # it may have a gradient
+    return _Part(ordered, learnt, tuple(node for node in read if node not in learnt))
+
+
+def _replace(gm: fx.GraphModule, name: str, part: _Part) -> None:
+    """Put a call of the part, as a module of its own, in the place of its nodes."""
+    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in (*part.learnt, *part.constants):
+        env[node] = graph.placeholder(node.name)
+        env[node].meta = dict(node.meta)
+    for node in part.nodes:
+        env[node] = graph.node_copy(node, lambda n: env[n])
+        env[node].meta = _labelled(node, name)
+    graph.output(env[part.nodes[-1]])
+    attribute = f"formed_{sum(node.target is formed for node in gm.graph.nodes)}"
+    gm.add_submodule(attribute, fx.GraphModule(gm, graph, "Term"))
+    last = part.nodes[-1]
+    with gm.graph.inserting_before(last):
+        inner = gm.graph.get_attr(attribute)
+        given: tuple[Any, ...] = (inner, len(part.learnt), *part.learnt, *part.constants)
+        call = gm.graph.call_function(formed, given)
+    inner.meta = call.meta = _labelled(last, name)
+    last.replace_all_uses_with(call)
+    for node in reversed(part.nodes):
+        gm.graph.erase_node(node)
+
+
+def _labelled(node: fx.Node, name: str) -> dict[str, Any]:
+    custom = {**node.meta.get("custom", {}), SECTION: OBJECTIVE, FORMED: name}
+    return {**node.meta, "custom": custom}
