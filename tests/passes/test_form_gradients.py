@@ -143,7 +143,9 @@ def test_a_teacher_that_draws_random_numbers_keeps_its_place():
     torch.testing.assert_close(*values)
 
 
-@pytest.mark.parametrize("loss", [remat, functools.partial(losses.CRD, width=3, size=8)], ids=str)
+@pytest.mark.parametrize(
+    "loss", [remat, functools.partial(losses.CRD, width=3, size=8)], ids=["region", "state"]
+)
 def test_what_cannot_stand_for_itself_stays_and_the_record_says_so(loss):
     case = {"mapping": {"blocks.0.mlp": "blocks.0.mlp", "blocks.1.mlp": "blocks.2.mlp"}}
     matches = [Match(s, t) for s, t in case["mapping"].items()]
