@@ -95,7 +95,10 @@ def wrap(
             stands for one segment, ``**`` for any number of them, and ``{i}`` for a number that the
             other side may compute with (``{2*i+1}``). ``fxdistill.match`` proposes a mapping.
         feature_loss: The loss of matches that name none: "mse", "l2", "smooth_l1", "l1", "cosine",
-            or a callable ``(student, teacher, weights) -> scalar``. A callable must return
+            "fitnet"; "attention_transfer", "fpn" (maps); "gram", "distance_wise", "angle_wise",
+            "similarity_preserving", "info_nce", "CRD" (samples); "detection_classification",
+            "detection_box"; or a callable ``(student, teacher, weights) -> scalar``, which may be a
+            module with parameters. A callable must return
             Σ w·value / Σ w over the weights it gets: the losses of ranks with different samples are
             combined on that assumption.
         pairs_loss: A callable ``(students, teachers, weights) -> scalar`` that takes the place of
@@ -123,7 +126,7 @@ def wrap(
             one graph, with ``backend``, ``options``, ``mode`` and ``dynamic`` as in
             ``torch.compile``; ``fallback="regional"`` switches to that mode, with a warning, when
             the models cannot be captured; ``fuse_head=False`` makes the logits even if only losses
-            read them.
+            read them; ``disable=("FormGradients",)`` leaves passes out by name.
         outputs: ``("logits",)`` adds the student's logits, detached, to the output. In eval mode
             under ``no_grad`` they are there unasked, where a term reads them; ``None`` leaves them
             out there too.
