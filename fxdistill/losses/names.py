@@ -6,6 +6,12 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from fxdistill.errors import OptionError, did_you_mean
+from fxdistill.losses.attention import (
+    attention_kl,
+    attention_mse,
+    relation_kl,
+    transfer_matrix,
+)
 from fxdistill.losses.contrastive import info_nce
 from fxdistill.losses.ctc import ctc
 from fxdistill.losses.detection import detection_box, detection_classification
@@ -23,12 +29,15 @@ from fxdistill.losses.relational import (
 
 Loss = Callable[..., Tensor]
 # What a loss compares: values of one shape, place by place; the places of a sample, whose widths
-# may differ; or the samples of the batch, whose widths may differ, too, but for info_nce.
+# may differ; the samples of the batch, whose widths may differ, too, but for info_nce; or how
+# tokens attend each other, in any number of heads.
 OF_PLACES = (mse, l2, smooth_l1, l1, cosine, fitnet, detection_classification, detection_box)
 OF_MAPS = (attention_transfer, fpn)
 OF_SAMPLES = (gram, distance_wise, angle_wise, similarity_preserving, info_nce, CRD)
+OF_ATTENTION = (attention_kl, attention_mse, relation_kl, transfer_matrix)
 
-FEATURE_LOSSES: dict[str, Any] = {f.__name__: f for f in (*OF_PLACES, *OF_MAPS, *OF_SAMPLES)}
+_OF_FEATURES = (*OF_PLACES, *OF_MAPS, *OF_SAMPLES, *OF_ATTENTION)
+FEATURE_LOSSES: dict[str, Any] = {f.__name__: f for f in _OF_FEATURES}
 LOGIT_LOSSES: dict[str, Loss] = {
     f.__name__: f for f in (forward_kl, reverse_kl, jsd, soft_cross_entropy)
 }
