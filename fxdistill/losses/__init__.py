@@ -4,8 +4,8 @@ A loss is a plain function of tensors. It is one node of a captured graph (``one
 passes can read it; AOTAutograd traces through it.
 """
 
+from fxdistill.base.attention import Attention
 from fxdistill.losses.attention import (
-    Attention,
     attention_kl,
     attention_mse,
     relation_kl,

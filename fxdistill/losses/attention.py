@@ -12,11 +12,12 @@ heads are (``heads="mean"``). A list of pairs, (student's, teacher's), says othe
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fxdistill.base.attention import Attention
 from fxdistill.base.nodes import one_node
 from fxdistill.base.tensors import on_every_rank, wide
 from fxdistill.errors import OptionError, ShapeError
@@ -32,23 +33,6 @@ from fxdistill.losses.attention_blocks import (
 from fxdistill.losses.reduce import weighted_mean
 
 Heads = Literal["mean"] | Sequence[tuple[int, int]] | None
-
-
-class Attention(NamedTuple):
-    """What ``scaled_dot_product_attention`` is called with, and so a map that nobody has to form.
-
-    ``query`` is ``[B, H, Q, D]``, ``key`` and ``value`` ``[B, H, K, D]``, or of fewer heads, each
-    of which serves as many of the queries' as follow each other. ``mask``, of truth values (True:
-    attended) or added to the scores, broadcasts to ``[B, H, Q, K]``. ``causal`` lets a query attend
-    the keys up to its own place. ``scale`` is 1/√D unless it is given.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None = None
-    causal: Tensor | bool = False
-    scale: Tensor | float | None = None
 
 
 def attention_kl(

@@ -22,7 +22,8 @@ from fxdistill.base.tensors import wide
 from fxdistill.losses.gradient_in_forward import keeps_its_gradients, needed
 
 Kind = Literal["kl", "maps", "scores", "frobenius"]
-Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+LETTERS = "qkmQKM"  # queries, keys and mask of the student, and of the teacher
 
 BLOCK = 2**17  # numbers of a block of a small map; large ones have 256 blocks
 BLOCKS = 256
@@ -66,9 +67,9 @@ def block_loss(
     ``pairs`` are heads of student and teacher in turn; without any, the means over heads are
     compared.
     """
-    learning = student.query, student.key, teacher.query, teacher.key
-    rest = (*student[2:], *teacher[2:], weights, kind, list(pairs))
-    value: Tensor = _blocks(*learning, *rest, needed(*learning, letters="qkQK"))[0]
+    learning = *student[:3], *teacher[:3]
+    rest = (*student[3:], *teacher[3:], weights, kind, list(pairs))
+    value: Tensor = _blocks(*learning, *rest, needed(*learning, letters=LETTERS))[0]
     return value
 
 
@@ -76,34 +77,38 @@ def block_loss(
 def _blocks(
     s_query: Tensor,
     s_key: Tensor,
+    s_mask: Tensor,
     t_query: Tensor,
     t_key: Tensor,
-    s_mask: Tensor,
+    t_mask: Tensor,
     s_causal: Tensor,
     s_scale: Tensor,
-    t_mask: Tensor,
     t_causal: Tensor,
     t_scale: Tensor,
     weights: Tensor,
     kind: str,
     pairs: list[int],
     needs: str,
-) -> Five:
-    """The loss and its gradients by queries and keys of both models."""
+) -> Seven:
+    """The loss and its gradients by queries, keys and what the masks add, of both models."""
     with torch.no_grad():
         sides = (
-            _Side(Operand(s_query, s_key, s_mask, s_causal, s_scale), kind, pairs[::2], "qk"),
-            _Side(Operand(t_query, t_key, t_mask, t_causal, t_scale), kind, pairs[1::2], "QK"),
+            _Side(
+                Operand(s_query, s_key, s_mask, s_causal, s_scale), kind, pairs[::2], LETTERS[:3]
+            ),
+            _Side(
+                Operand(t_query, t_key, t_mask, t_causal, t_scale), kind, pairs[1::2], LETTERS[3:]
+            ),
         )
         for side in sides:
             side.start(needs)
         total = _frobenius if kind == "frobenius" else _mean
         value, factor = total(sides, weights.to(wide(s_query).dtype), kind, needs)
-        found = [gradient for side in sides for gradient in side.gradients(factor)]
-        return value, found[0], found[1], found[2], found[3]
+        ours, theirs = (side.gradients(factor) for side in sides)
+        return value, *ours, *theirs
 
 
-keeps_its_gradients(_blocks, "a loss of attention maps", "qkQK")
+keeps_its_gradients(_blocks, "a loss of attention maps", LETTERS)
 
 Sides = tuple["_Side", "_Side"]
 
@@ -216,24 +221,30 @@ class _Side:
         self.mean = not heads
         self.scale = given.scale.to(self.key.dtype)
         self.mask = given.mask[(None,) * (4 - given.mask.ndim)]
-        self.by_query: Tensor | None = None
-        self.by_key: Tensor | None = None
+        self.by_query, self.by_key, self.by_mask = list[Tensor | None]((None, None, None))
 
     def start(self, needs: str) -> None:
         """Make room for the gradients that ``needs`` names."""
-        first, second = (letter in needs for letter in self.letters)
+        first, second, third = (letter in needs for letter in self.letters)
         self.by_query = _wide_zeros(self.given.query) if first else None
         self.by_key = _wide_zeros(self.given.key) if second else None
+        self.by_mask = _wide_zeros(self.mask) if third else None
 
     @property
     def learns(self) -> bool:
         """Whether any gradient is wanted."""
-        return self.by_query is not None or self.by_key is not None
+        return any(g is not None for g in (self.by_query, self.by_key, self.by_mask))
 
-    def gradients(self, factor: Tensor) -> list[Tensor]:
-        """The gradients times ``factor``, in the dtypes of queries and keys."""
-        of = zip((self.by_query, self.by_key), (self.given.query, self.given.key), strict=True)
-        return [x.new_zeros(0) if g is None else (g.mul_(factor)).to(x.dtype) for g, x in of]
+    def gradients(self, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients times ``factor``, shaped like queries, keys and mask."""
+
+        def made(gradient: Tensor | None, x: Tensor) -> Tensor:
+            if gradient is None:
+                return x.new_zeros(0)
+            return gradient.mul_(factor).to(x.dtype).reshape(x.shape)
+
+        query, key, mask = self.given[:3]
+        return made(self.by_query, query), made(self.by_key, key), made(self.by_mask, mask)
 
     def rows(self, at: slice) -> Rows:
         """The rows of the queries ``at``: ``[B, H, rows, K]``."""
@@ -306,14 +317,18 @@ class _Side:
             slope = torch.where(rows.kept, slope, 0)
         else:
             slope = slope - rows.a * slope.sum(-1, keepdim=True)
+        slope = slope.to(self.key.dtype)
+        if self.by_mask is not None:
+            # Masks broadcast: their gradient is the sum over the axes that they do not have.
+            into = self.by_mask if self.mask.shape[-2] == 1 else self.by_mask[..., at, :]
+            into += slope.sum_to_size(into.shape)
         slope = slope * self.scale
         if self.by_query is not None:
             self.by_query[:, :, at] = self._products(slope, self.key)
         if self.by_key is not None:
             batch, few = self.key.shape[:2]
             query = wide(self.given.query[:, :, at])
-            flat = (x.reshape(batch, few, -1, x.shape[3]) for x in (slope, query))
-            by_score, query = flat
+            by_score, query = (x.reshape(batch, few, -1, x.shape[3]) for x in (slope, query))
             self.by_key += by_score.transpose(-1, -2) @ query
 
 

@@ -107,14 +107,15 @@ def close(found: Tensor, want: Tensor, *of: Tensor) -> None:
 
 
 def learnt(*sides: Attention) -> list[Tensor]:
-    return [x for a in sides for x in (a.query, a.key)]
+    taken = [x for a in sides for x in (a.query, a.key, a.mask)]
+    return [x for x in taken if isinstance(x, Tensor) and x.requires_grad]
 
 
 def masks() -> dict[str, Tensor | None]:
     left = torch.ones(BATCH, 1, 1, LENGTH, dtype=torch.bool)
     left[0, ..., :2] = False
     window = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(-1)
-    bias = torch.randn(1, 1, LENGTH, LENGTH, dtype=F64)
+    bias, of_heads = (torch.randn(1, n, LENGTH, LENGTH, dtype=F64) for n in (1, 4))
     return {
         "none": None,
         "padded": left,
@@ -122,6 +123,8 @@ def masks() -> dict[str, Tensor | None]:
         "window": window,
         "bias": torch.where(window & left, bias, torch.finfo(F64).min),
         "infinite": torch.where(left, bias, -torch.inf),
+        "learnt": torch.randn(LENGTH, dtype=F64, requires_grad=True),
+        "learnt by heads": torch.where(left, of_heads, -torch.inf).requires_grad_(),
     }
 
 
@@ -277,9 +280,9 @@ def test_blocks_form_no_map_and_keep_none():
     if attention_blocks.BLOCK == 1:
         pytest.skip("the size of blocks is the library's")
     heads, length = 8, 2048
-    given = [torch.randn(1, heads, length, 8) for _ in range(4)]
     always, no, scale = torch.ones(1, 1, 1, 1).bool(), torch.tensor(True), torch.tensor(0.3)
-    rest = (always, no, scale, always, no, scale, torch.ones(1, length))
+    given = [*(torch.randn(1, heads, length, 8) for _ in range(2)), always] * 2
+    rest = (no, scale, no, scale, torch.ones(1, length))
     pairs = [i for h in range(heads) for i in (h, h)]
     largest = {}
     for kind in ("kl", "frobenius"):
