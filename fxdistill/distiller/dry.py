@@ -18,6 +18,7 @@ from fxdistill.errors import StepError
 from fxdistill.graph.halves import Halves
 from fxdistill.graph.joint import JointProgram
 from fxdistill.models.tap import Tap, Tower
+from fxdistill.taps.attention import values_of
 from fxdistill.taps.table import TapTable
 
 
@@ -42,7 +43,7 @@ def tapped_shapes(request: Request, steps: Steps) -> Mapping[tuple[Tower, Tap], 
         captured_warm(request.towers, lambda: capture.dry_values(run_towers, table, *given))
     return {
         end: torch.empty([int(size) for size in value.shape], device="meta")
-        for end, value in table.values.items()
+        for end, value in values_of(table).items()
     }
 
 
@@ -62,7 +63,7 @@ def fake_values(request: Request, steps: Steps) -> Mapping[tuple[Tower, Tap], Te
         inputs = tree_map(lambda x: _like(x, mode), dict(request.call.inputs))
         with tapping(request, steps, capturing=True) as table:
             run_towers(request.towers, objective, inputs)
-        return dict(table.values)
+        return values_of(table)
 
 
 def _like(value: Any, mode: FakeTensorMode) -> Any:

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from fxdistill.base.attention import Attention
 from fxdistill.compiler import capture
 from fxdistill.compiler.backend import Recipe
-from fxdistill.distiller.step import lookup_marker, run_towers, step
+from fxdistill.distiller.step import run_towers, step
 from fxdistill.distiller.towers import Towers
 from fxdistill.errors import CaptureError
 from fxdistill.heads.curve import logits_from
@@ -30,13 +31,14 @@ from fxdistill.objective.checks import verify
 from fxdistill.objective.objective import Losses, Objective
 from fxdistill.objective.term import LOGITS
 from fxdistill.objective.tokens import Batch
+from fxdistill.taps.attention import lookup
 from fxdistill.taps.hooks import HookPlan, hooked
 from fxdistill.taps.markers import named, verified
 from fxdistill.taps.table import Expectations, TapTable, recording
 
 T = TypeVar("T")
 Result = tuple[Losses, Tensor | None]
-Collected = Mapping[tuple[Tower, Tap], Tensor | HeadInputs]
+Collected = Mapping[tuple[Tower, Tap], Tensor | Attention | HeadInputs]
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ def tapping(request: Request, steps: Steps, *, capturing: bool) -> Iterator[TapT
 def collect(objective: Objective) -> Collected:
     """The tapped values that the terms read; raises TapError where a module did not run."""
     verified()
-    return {end: as_loss_input(lookup_marker(*end)) for end in objective.reads}
+    return {end: as_loss_input(lookup(*end)) for end in objective.reads}
 
 
 def terms_of(
@@ -220,12 +222,12 @@ def terms_of(
 ) -> Result:
     """Compute the objective on collected values. Regional mode compiles this function."""
 
-    def lookup(tower: Tower, tap: Tap) -> Tensor:
+    def collected(tower: Tower, tap: Tap) -> Any:
         value = values[tower, tap]
         return logits_from(*value) if isinstance(value, HeadInputs) else value
 
-    losses = objective(lookup, batch, settings, beside, anchor)
+    losses = objective(collected, batch, settings, beside, anchor)
     returns = objective.returns
-    logits = None if returns is None else lookup(returns, LOGITS).detach()
+    logits = None if returns is None else collected(returns, LOGITS).detach()
     terms = {name: named(value, name) for name, value in losses.terms.items()}
     return Losses(losses.total, terms), logits

@@ -10,12 +10,13 @@ from fxdistill.distiller.towers import Towers
 from fxdistill.errors import LogitsError
 from fxdistill.heads.unmade import UnmadeLogits
 from fxdistill.models.conventions import logits_of
-from fxdistill.models.tap import Tap, Tower
+from fxdistill.models.tap import Tower
 from fxdistill.objective.call import Inputs
 from fxdistill.objective.objective import Losses, Objective
 from fxdistill.objective.term import LOGITS
 from fxdistill.objective.tokens import Batch
-from fxdistill.taps.markers import begin, check, keep, named, tap, tapped, verified
+from fxdistill.taps.attention import lookup
+from fxdistill.taps.markers import begin, check, keep, named, tap, verified
 
 
 def step(
@@ -29,10 +30,10 @@ def step(
     anchor = run_towers(towers, objective, inputs)
     begin("objective")
     verified()
-    losses = objective(lookup_marker, batch, settings, towers.beside, anchor)
+    losses = objective(lookup, batch, settings, towers.beside, anchor)
     logits = None
     if objective.returns is not None:
-        logits = named(lookup_marker(objective.returns, LOGITS).detach(), "logits_output")
+        logits = named(lookup(objective.returns, LOGITS).detach(), "logits_output")
     terms = {name: named(value, name) for name, value in losses.terms.items()}
     return Losses(named(losses.total, "loss"), terms), logits
 
@@ -58,11 +59,6 @@ def _run(towers: Towers, tower: Tower, inputs: Inputs, *, logits: bool) -> None:
     output = towers.run(tower, inputs)
     if logits:
         _tap_logits(output, tower)
-
-
-def lookup_marker(tower: Tower, tap: Tap) -> Tensor:
-    """Look up a tapped value through its marker, in traced and eager runs alike."""
-    return tapped(tower, tap.path, tap.port, tap.call_text)
 
 
 def _tap_logits(output: Any, tower: Tower) -> None:

@@ -4,6 +4,13 @@ A loss is a plain function of tensors. It is one node of a captured graph (``one
 passes can read it; AOTAutograd traces through it.
 """
 
+from fxdistill.base.attention import Attention
+from fxdistill.losses.attention import (
+    attention_kl,
+    attention_mse,
+    relation_kl,
+    transfer_matrix,
+)
 from fxdistill.losses.contrastive import info_nce
 from fxdistill.losses.ctc import ctc
 from fxdistill.losses.detection import detection_box, detection_classification
@@ -22,8 +29,11 @@ from fxdistill.losses.vocab import VocabLoss, vocab_loss, vocab_loss_topk
 
 __all__ = [
     "CRD",
+    "Attention",
     "VocabLoss",
     "angle_wise",
+    "attention_kl",
+    "attention_mse",
     "attention_transfer",
     "cosine",
     "cross_entropy",
@@ -40,10 +50,12 @@ __all__ = [
     "l1",
     "l2",
     "mse",
+    "relation_kl",
     "reverse_kl",
     "similarity_preserving",
     "smooth_l1",
     "soft_cross_entropy",
+    "transfer_matrix",
     "vocab_loss",
     "vocab_loss_topk",
 ]

@@ -6,6 +6,12 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from fxdistill.errors import OptionError, did_you_mean
+from fxdistill.losses.attention import (
+    attention_kl,
+    attention_mse,
+    relation_kl,
+    transfer_matrix,
+)
 from fxdistill.losses.contrastive import info_nce
 from fxdistill.losses.ctc import ctc
 from fxdistill.losses.detection import detection_box, detection_classification
@@ -23,12 +29,15 @@ from fxdistill.losses.relational import (
 
 Loss = Callable[..., Tensor]
 # What a loss compares: values of one shape, place by place; the places of a sample, whose widths
-# may differ; or the samples of the batch, whose widths may differ, too, but for info_nce.
+# may differ; the samples of the batch, whose widths may differ, too, but for info_nce; or how
+# tokens attend each other, in any number of heads.
 OF_PLACES = (mse, l2, smooth_l1, l1, cosine, fitnet, detection_classification, detection_box)
 OF_MAPS = (attention_transfer, fpn)
 OF_SAMPLES = (gram, distance_wise, angle_wise, similarity_preserving, info_nce, CRD)
+OF_ATTENTION = (attention_kl, attention_mse, relation_kl, transfer_matrix)
 
-FEATURE_LOSSES: dict[str, Any] = {f.__name__: f for f in (*OF_PLACES, *OF_MAPS, *OF_SAMPLES)}
+_OF_FEATURES = (*OF_PLACES, *OF_MAPS, *OF_SAMPLES, *OF_ATTENTION)
+FEATURE_LOSSES: dict[str, Any] = {f.__name__: f for f in _OF_FEATURES}
 LOGIT_LOSSES: dict[str, Loss] = {
     f.__name__: f for f in (forward_kl, reverse_kl, jsd, soft_cross_entropy)
 }
@@ -44,26 +53,30 @@ def is_named(loss: Any) -> bool:
     return any(plain is f for f in _NAMED)
 
 
-Compared = Literal["shapes", "places", "samples", "anything"]
+Compared = Literal["shapes", "places", "samples", "attention", "anything"]
+Sees = Literal["places", "whole samples", "samples together", "attention", "whole maps"]
 
 
 class Kind(NamedTuple):
     """What a term has to know of its loss, read once.
 
-    ``sees`` are places one by one, samples whole, or the samples of the batch together. ``named``
-    losses are the library's own; ``across`` says that samples of all ranks are compared.
+    ``sees`` are places one by one, samples whole, or the samples of the batch together; or how
+    tokens attend, a query at a time or all of a sample. ``named`` losses are the library's own;
+    ``across`` says that samples of all ranks are compared.
     """
 
     name: str
     named: bool
-    sees: Literal["places", "whole samples", "samples together"]
+    sees: Sees
     across: bool
 
 
 def kind_of(loss: Any) -> Kind:
     """The kind of a loss of features."""
-    sees: Literal["places", "whole samples", "samples together"] = "places"
-    if between_samples(loss):
+    sees: Sees = "places"
+    if of_attention(loss):
+        sees = "whole maps" if getattr(loss, "func", loss) is transfer_matrix else "attention"
+    elif between_samples(loss):
         sees = "samples together"
     elif any(getattr(loss, "func", loss) is f for f in OF_MAPS):
         sees = "whole samples"
@@ -75,15 +88,29 @@ def kind_of(loss: Any) -> Kind:
 def compares(loss: Any) -> Compared:
     """What must agree in the two values that a loss of features compares.
 
-    Their shapes; the places of maps and tokens, with any width; the samples, with any width; or
-    nothing, which a callable says by an attribute, ``loss.compares_shapes = "any"``.
+    Their shapes; the places of maps and tokens, with any width; the samples, with any width; how
+    tokens attend each other; or nothing, which a callable says by an attribute,
+    ``loss.compares_shapes = "any"``.
     """
     plain = getattr(loss, "func", loss)
     if plain is attention_transfer:
         return "places"
+    if of_attention(loss):
+        return "attention"
     if between_samples(loss) and plain is not info_nce:
         return "samples"
     return "anything" if getattr(plain, "compares_shapes", "equal") == "any" else "shapes"
+
+
+def of_attention(loss: Any) -> bool:
+    """Whether a loss compares how tokens attend each other."""
+    return any(getattr(loss, "func", loss) is f for f in OF_ATTENTION)
+
+
+def needs_queries(loss: Any) -> bool:
+    """Whether a loss of attention needs queries and keys, so that a map alone will not do."""
+    options = getattr(loss, "keywords", None) or {}
+    return getattr(loss, "func", loss) is relation_kl or bool(options.get("scores"))
 
 
 def between_samples(loss: Any) -> bool:

@@ -81,6 +81,13 @@ def spread(weights: Tensor, over: tuple[int, ...]) -> Tensor:
     return (weights.float().reshape(*weights.shape, *more) / places).expand(over)
 
 
+def of_samples(weights: Tensor) -> Tensor:
+    """The weight of each sample ``[B]``: the mean of those of its places that count."""
+    w = weights.flatten(1) if weights.ndim > 1 else weights.unsqueeze(1)
+    number = (w != 0).sum(1)
+    return w.sum(1) / number.clamp(min=1)
+
+
 def laid_out(
     student: Tensor, teacher: Tensor, weights: Tensor | None, *, vectors: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -22,7 +22,7 @@ from fxdistill.mapping.matches import Matches, parse_entries
 from fxdistill.mapping.patterns import Binding, Pattern, in_words, natural
 from fxdistill.models.tap import Tap, module_names
 
-PORT = re.compile(r"output(\[\d+\]|\.\w+)?|input(\[\d+\]|\.\w+)?")
+PORT = re.compile(r"output(\[\d+\]|\.\w+)?|input(\[\d+\]|\.\w+)?|attention(\.(q|k|v|heads))?")
 _SHOWN = 6
 
 ModulePaths = Mapping[str, Collection[str]]  # by tower
@@ -66,7 +66,8 @@ def _expand(match: Match, paths: ModulePaths) -> list[Match]:
         if not isinstance(port, str) or not PORT.fullmatch(port):
             raise PortError(
                 f"{tower}_port={port!r}: a port is 'output', 'output[i]', 'output.field', "
-                "'input', 'input[i]' or 'input.name'"
+                "'input', 'input[i]' or 'input.name'; of attention 'attention', 'attention.q', "
+                "'attention.k', 'attention.v' or 'attention.heads'"
             )
     sides = [Pattern.parse(str(getattr(match, t)), t) for t in ("student", "teacher")]
     names = sides[0].names | sides[1].names

@@ -14,6 +14,10 @@ Section = str
 """A part of a step's graph: a tower, by its name, or ``"objective"``."""
 
 
+ATTENTION = "attention"
+"""The port of what a module attends with; behind a point, its parts."""
+
+
 def module_names(module: nn.Module) -> list[str]:
     """The paths of all submodules of ``module``, in order: those that a mapping can name."""
     return [name for name, _ in module.named_modules(remove_duplicate=False) if name]

@@ -5,10 +5,12 @@ both cases before the student changes. All errors are raised together.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxdistill.base.attention import each, of_queries, tensors_of
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import (
     DeviceError,
@@ -17,15 +19,17 @@ from fxdistill.errors import (
     FxDistillError,
     LayoutError,
     MeshError,
+    PortError,
     ProjectionError,
     ShapeError,
     raise_together,
 )
-from fxdistill.losses.names import Compared, loss_name
-from fxdistill.models.tap import Tap, Tower
+from fxdistill.losses.names import Compared, loss_name, needs_queries
+from fxdistill.models.tap import ATTENTION, Tap, Tower
 from fxdistill.models.weights import weight_of
 from fxdistill.objective.arrange import arranged_shape
 from fxdistill.objective.term import Term
+from fxdistill.taps.attention import value_of
 from fxdistill.taps.table import TapTable, not_executed
 
 
@@ -40,7 +44,7 @@ def verify(
     problems: list[FxDistillError] = []
     frozen: list[Term] = []
     for term in terms:
-        found = [table.values.get(end) for end in term.taps]
+        found = [value_of(table, *end) for end in term.taps]
         missing = [
             table.problems.get((tower, tap.path, tap.port)) or not_executed(table, tower, tap)
             for (tower, tap), value in zip(term.taps, found, strict=True)
@@ -49,13 +53,18 @@ def verify(
         if missing:
             problems += missing
             continue
-        student, teacher = (value for value in found if value is not None)
+        learns = any(x.requires_grad for x in tensors_of(found[0]))
+        if term.of_attention:
+            problems += _of_attention(term, *found)
+            found = [of_queries(value) for value in found if value is not None]
+        student, teacher = (value for value in found if isinstance(value, Tensor))
         for (tower, tap), value in zip(term.taps, (student, teacher), strict=True):
             problems += _parts(table, tower, tap, value)
         problems += _kinds(term, student, teacher)
         problems += _meshes(term, student, teacher)
-        problems += _shapes(term, student, teacher, projections)
-        if torch.is_grad_enabled() and not student.requires_grad:
+        if not term.of_attention:
+            problems += _shapes(term, student, teacher, projections)
+        if torch.is_grad_enabled() and not learns:
             frozen.append(term)
             ours, theirs = _named(term)
             table.warnings.append(
@@ -76,6 +85,35 @@ def _named(term: Term) -> tuple[str, str]:
     """Both values as messages name them: the model and its tap."""
     ours, theirs = (f"{tower} {str(tap)!r}" for tower, tap in term.taps)
     return ours, theirs
+
+
+def _of_attention(term: Term, student: Any, teacher: Any) -> list[FxDistillError]:
+    """The error that a loss of attention raises on tensors of these shapes."""
+    if not term.kind.named or student is None or teacher is None:
+        return []
+    if needs_queries(term.loss):
+        made = [
+            PortError(
+                f"{tower} {str(tap)!r} is a map that the model makes itself: it has no queries and "
+                f"no scores, which {loss_name(term.loss)} needs. Load the model with "
+                "attn_implementation='sdpa', or take another loss."
+            )
+            for (tower, tap), value in zip(term.taps, (student, teacher), strict=True)
+            if tap.port == ATTENTION and isinstance(value, Tensor)
+        ]
+        if made:
+            return [*made]
+    try:
+        with torch.no_grad():
+            term.loss(*(each(_like, x) for x in (student, teacher)))
+    except FxDistillError as error:
+        ours, theirs = _named(term)
+        return [type(error)(f"{ours} and {theirs}: {error}")]
+    return []
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device="meta")
 
 
 def _parts(table: TapTable, tower: Tower, tap: Tap, value: Tensor) -> list[FxDistillError]:

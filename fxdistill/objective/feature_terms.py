@@ -1,13 +1,15 @@
 """The terms of the matches: values are looked up, laid out, projected, weighed and compared."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fxdistill.base.attention import each, of_queries
 from fxdistill.base.ranks import Ranks
 from fxdistill.base.tensors import is_placed, on_every_rank
+from fxdistill.losses.reduce import of_samples
 from fxdistill.models.conventions import Task
 from fxdistill.models.tap import Tap, Tower
 from fxdistill.objective.arrange import arrange
@@ -19,7 +21,7 @@ from fxdistill.objective.term import PAIRS, Term
 from fxdistill.objective.tokens import Batch, chosen_weights, feature_weights, lies_over
 from fxdistill.objective.values import ordinary, projected, require_comparable
 
-Lookup = Callable[[Tower, Tap], Tensor]
+Lookup = Callable[[Tower, Tap], Any]  # to a tensor, or to Attention for the port of that name
 
 
 class Step(NamedTuple):
@@ -35,9 +37,14 @@ class Step(NamedTuple):
 class Compared(NamedTuple):
     """Two values as a loss takes them, and the weights of their tokens."""
 
-    student: Tensor
-    teacher: Tensor
+    student: Any  # a tensor, or Attention
+    teacher: Any
     weights: Tensor | None
+
+    @property
+    def items(self) -> int:
+        """How many samples, or flattened tokens, there are."""
+        return int(of_queries(self.student).shape[0])
 
 
 def feature_terms(terms: Sequence[Term], lookup: Lookup, step: Step) -> Mapping[str, Tensor]:
@@ -45,7 +52,7 @@ def feature_terms(terms: Sequence[Term], lookup: Lookup, step: Step) -> Mapping[
     given, share = of_features(step.batch, step.task, step.counted, step.ranks)
 
     def averaged(loss: Tensor, name: str, values: Compared) -> Tensor:
-        loss, count, weights = ordinary(loss, name), values.student.shape[0], values.weights
+        loss, count, weights = ordinary(loss, name), values.items, values.weights
         items = denominator(given, weights, count, step.ranks, loss)
         loss = rescaled(loss, weights, count, items)
         return loss if share is None else loss * share
@@ -53,7 +60,7 @@ def feature_terms(terms: Sequence[Term], lookup: Lookup, step: Step) -> Mapping[
     losses = {}
     pairs: list[Compared] = []
     for term in terms:
-        values = compared(term, lookup, step)
+        values = (attended if term.of_attention else compared)(term, lookup, step)
         if term.in_pairs:
             pairs.append(values)
         elif term.kind.sees == "samples together":
@@ -62,6 +69,8 @@ def feature_terms(terms: Sequence[Term], lookup: Lookup, step: Step) -> Mapping[
             losses[term.name] = loss if part is None else loss * part
         else:
             loss = step.beside.loss_of(term, step.ranks)(*values)
+            if term.kind.sees == "whole maps" and given is None and values.weights is not None:
+                values = values._replace(weights=of_samples(values.weights))
             losses[term.name] = averaged(loss, term.name, values)
     if pairs:
         first = next(term for term in terms if term.in_pairs)
@@ -86,6 +95,15 @@ def compared(term: Term, lookup: Lookup, step: Step) -> Compared:
     require_comparable(s, t, term.compares, *names)
     if term.kind.sees != "samples together":
         weights = times_named(weights, term, s, step.batch)
+    return Compared(s, t, weights)
+
+
+def attended(term: Term, lookup: Lookup, step: Step) -> Compared:
+    """How both models attend, and the weights of the queries."""
+    s, t = (each(on_every_rank, lookup(tower, tap)) for tower, tap in term.taps)
+    queries = of_queries(s)
+    weights = _weights(term, queries, step.batch, step.task)
+    weights = times_named(weights, term, queries, step.batch)
     return Compared(s, t, weights)
 
 

@@ -17,11 +17,13 @@ from fxdistill.errors import (
 from fxdistill.losses.memory_bank import CRD
 from fxdistill.losses.names import (
     FEATURE_LOSSES,
+    OF_ATTENTION,
     Loss,
     compares,
     is_named,
     loss_name,
     loss_of,
+    of_attention,
 )
 from fxdistill.mapping import projections
 from fxdistill.mapping.layout import Layout, keeps_tokens, layouts, pools_tokens
@@ -30,7 +32,7 @@ from fxdistill.mapping.matches import Matches
 from fxdistill.mapping.projections import Width, structural_widths
 from fxdistill.mapping.resolve import tap_of
 from fxdistill.models.conventions import Stream, Task, stream_of
-from fxdistill.models.tap import Tap, Tower
+from fxdistill.models.tap import ATTENTION, Tap, Tower
 from fxdistill.objective.arrange import arranged_shape
 from fxdistill.objective.term import GLOBAL_SETTINGS, PAIRS, Term
 
@@ -127,9 +129,33 @@ def check_options(
     gather(problems, projections.check_option, match, student)
     loss = gather(problems, loss_of, match.loss or default, FEATURE_LOSSES, "loss")
     gather(problems, _check_shapes, match, loss)
+    gather(problems, _check_attention, match, loss)
     gather(problems, _check_tokens, match)
     gather(problems, _check_weights, match)
     return loss, gather(problems, layouts, match.rearrange, match.reduce, name)
+
+
+def _check_attention(match: Match, loss: Loss | None) -> None:
+    """Raise OptionError where the port ``"attention"`` has a loss or options that it cannot have.
+
+    Its value is no tensor: queries, keys and mask, from which a loss of attention forms a map.
+    """
+    inside = ATTENTION in (match.student_port, match.teacher_port)
+    if loss is None or not (inside or of_attention(loss)):
+        return
+    if is_named(loss) and not of_attention(loss):
+        names = ", ".join(f.__name__ for f in OF_ATTENTION)
+        raise OptionError(
+            f"the port 'attention' for {match.student!r}: {loss_name(loss)} compares tensors, and "
+            f"this port gives what a map is formed from. Take {names}, or a loss of your own; or "
+            "the ports 'attention.q', '.k', '.v' and '.heads', which are tensors."
+        )
+    given = [n for n in ("project", "rearrange", "reduce") if getattr(match, n) is not None]
+    if given:
+        raise OptionError(
+            f"{' and '.join(given)} for {match.student!r}: {loss_name(loss)} of the port "
+            "'attention' takes it as it is, with any widths; heads= says which heads are compared"
+        )
 
 
 def _check_weights(match: Match) -> None:

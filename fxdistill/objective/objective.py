@@ -8,11 +8,12 @@ the form of the total: the sum of a stack of ``weight · loss``, where a loss ma
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fxdistill.base.attention import each
 from fxdistill.base.ranks import Ranks, over_ranks, total_over_ranks
 from fxdistill.base.tensors import on_every_rank
 from fxdistill.losses.names import Loss, aligns_labels, is_named
@@ -299,13 +300,13 @@ def together(total: Tensor, terms: dict[str, Tensor], ranks: Ranks) -> Losses:
 
 def with_constants(lookup: Lookup, frozen: frozenset[Tower]) -> Lookup:
     """Detach the values of frozen models, which may switch gradients on inside; each value once."""
-    found: dict[tuple[Tower, Tap], Tensor] = {}
+    found: dict[tuple[Tower, Tap], Any] = {}
 
-    def detached(tower: Tower, tap: Tap) -> Tensor:
+    def detached(tower: Tower, tap: Tap) -> Any:
         if tower not in frozen:
             return lookup(tower, tap)
         if (tower, tap) not in found:
-            found[tower, tap] = lookup(tower, tap).detach()
+            found[tower, tap] = each(torch.Tensor.detach, lookup(tower, tap))
         return found[tower, tap]
 
     return detached

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fxdistill.losses.names import Compared, Kind, Loss, kind_of
 from fxdistill.mapping.layout import Layout
 from fxdistill.models.conventions import Stream
-from fxdistill.models.tap import Tap, Tower
+from fxdistill.models.tap import ATTENTION, Tap, Tower
 
 PAIRS = "pairs"  # the name of the term of a loss that takes all pairs
 LOGITS = Tap("", "logits")  # the logits that a model returns
@@ -47,6 +47,12 @@ class Term:
         object.__setattr__(self, "kind", kind_of(self.loss))
 
     in_pairs: bool = False  # the loss takes this pair of values together with all others
+
+    @property
+    def of_attention(self) -> bool:
+        """Whether the term compares how tokens attend, rather than values of tokens."""
+        by_port = ATTENTION in (self.student.port, self.teacher.port)
+        return by_port or self.kind.sees in ("attention", "whole maps")
 
     @property
     def taps(self) -> tuple[tuple[Tower, Tap], tuple[Tower, Tap]]:

@@ -12,12 +12,14 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import fxdistill
+from fxdistill.base.attention import Attention, of_queries
 from fxdistill.base.tensors import is_placed
 from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.lower import Lowering
 from fxdistill.errors import CaptureError, FxDistillError, StepError
 from fxdistill.graph.halves import Halves
 from fxdistill.graph.sections import Paths, section_of
+from fxdistill.losses.attention import map_shape
 from fxdistill.losses.names import loss_name
 from fxdistill.models.landmarks import head_path, roles_in
 from fxdistill.objective.call import Call
@@ -46,6 +48,7 @@ from fxdistill.report.read.towers import blocks_of, bytes_here, dtype_name, towe
 from fxdistill.report.read.warnings import warnings_of
 from fxdistill.report.report import Report
 from fxdistill.report.subject import Subject
+from fxdistill.taps.attention import value_of as value_at
 from fxdistill.taps.table import TapTable
 
 
@@ -200,12 +203,20 @@ def _value_of(tensor: Tensor | None) -> Value | None:
         return None
 
 
+def _as_map(x: Any) -> Any:
+    """A tensor like the map that nobody forms; any other value as it is."""
+    if not isinstance(x, Attention):
+        return x
+    return torch.empty(map_shape(x), dtype=x.query.dtype, device="meta")
+
+
 def _pairs(subject: Subject, table: TapTable | None, call: Call) -> Iterator[Pair]:
-    values = {} if table is None else table.values
     roles = {tower: roles_in(model) for tower, model in subject.models.items()}
     task, ranks = subject.objective.task, subject.objective.ranks
     for term in subject.objective.features:
-        student, teacher = (values.get(key) for key in term.taps)
+        found = [None if table is None else value_at(table, *end) for end in term.taps]
+        student, teacher = map(_as_map, found)
+        seen = of_queries(found[0]) if term.of_attention and found[0] is not None else student
         ours, theirs = (roles[tower].get(tap.path, ("",))[0] for tower, tap in term.taps)
         yield Pair(
             term.name,
@@ -220,7 +231,7 @@ def _pairs(subject: Subject, table: TapTable | None, call: Call) -> Iterator[Pai
             theirs,
             projection_of(term, subject.projections),
             *term.of,
-            weighed_by(term, task, call.batch, student, ranks),
+            weighed_by(term, task, call.batch, seen, ranks),
         )
 
 

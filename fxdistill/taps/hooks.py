@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fxdistill.errors import TapError
 from fxdistill.models.tap import Tap, Tower
+from fxdistill.taps import attention
 from fxdistill.taps.markers import note_localised, raw, reject, tap
 from fxdistill.taps.table import capturing
 
@@ -94,34 +95,56 @@ def hooked(
     try:
         handles += _watch_styles(model) if styles else []
         wanted = tuple(dict.fromkeys((tap.path, tap.port) for tap in taps))
+        if any(attention.is_of_attention(port) for _, port in wanted):
+            handles.append(attention.StandIn())
         if traced and plan is not None:
             plan = plan if plan.is_for(model, wanted) else plan.made(model, tower, wanted)
             handles.append(plan)
             plan.put()
         else:
-            for path, port in wanted:
-                module = model.get_submodule(path)
+            for path, ports in _by_module(wanted):
+                module, port = model.get_submodule(path), ports[0]
                 if not traced:
                     _reject_compiled_parents(model, tower, path)
-                if not traced and compiles_itself(module):
-                    handles.append(_CompiledCall(module, tower, path, port, required))
+                if traced or not compiles_itself(module):
+                    hooks = _hooks(module, tower, path, ports, required)
+                    handles += [_register(module, hook, before) for hook, before in hooks]
+                elif attention.is_of_attention(port):
+                    raise attention.compiled(tower, path)
                 else:
-                    hook = _hook(module, tower, path, port, required)
-                    handles.append(_register(module, hook, port))
+                    handles.append(_CompiledCall(module, tower, path, port, required))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _hook(module: nn.Module, tower: Tower, path: str, port: str, required: bool) -> Any:
-    if port.startswith("input"):
-        return _input_hook(tower, path, port, required, _names(module))
-    return _output_hook(tower, path, port, required)
+def _by_module(wanted: Iterable[tuple[str, str]]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each path with one port; the ports of attention of one module go together."""
+    inside: dict[str, tuple[str, ...]] = {}
+    for path, port in wanted:
+        if attention.is_of_attention(port):
+            inside[path] = (*inside.get(path, ()), port)
+        else:
+            yield path, (port,)
+    yield from inside.items()
 
 
-def _register(module: nn.Module, hook: Any, port: str) -> Any:
+def _hooks(
+    module: nn.Module, tower: Tower, path: str, ports: tuple[str, ...], required: bool
+) -> list[tuple[Any, bool]]:
+    """The hooks that tap ``ports``, each with whether it runs before the module."""
+    port = ports[0]
+    if attention.is_of_attention(port):
+        enter, leave = attention.hooks_of(tower, path, ports)
+        return [(enter, True), (leave, False)]
     if port.startswith("input"):
+        return [(_input_hook(tower, path, port, required, _names(module)), True)]
+    return [(_output_hook(tower, path, port, required), False)]
+
+
+def _register(module: nn.Module, hook: Any, before: bool) -> Any:
+    if before:
         return module.register_forward_pre_hook(hook, with_kwargs=True)
     return module.register_forward_hook(hook)
 
@@ -153,18 +176,18 @@ class HookPlan:
     ) -> "HookPlan":
         """Make the plan anew, for these taps."""
         self._model, self._wanted, self._steps, self._entries = model, wanted, [], []
-        for path, port in wanted:
+        for path, ports in _by_module(wanted):
             module: Any = model
             for name in path.split(".") if path else ():
                 self._steps.append((module._modules, name, module.get_submodule(name)))
                 module = self._steps[-1][2]
-            hook = _hook(module, tower, path, port, True)
-            handle = _register(module, hook, port)
-            tables = [module._forward_hooks]
-            if port.startswith("input"):
-                tables = [module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs]
-            self._entries += [(table, handle.id, table[handle.id]) for table in tables]
-            handle.remove()
+            for hook, before in _hooks(module, tower, path, ports, True):
+                handle = _register(module, hook, before)
+                tables = [module._forward_hooks]
+                if before:
+                    tables = [module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs]
+                self._entries += [(table, handle.id, table[handle.id]) for table in tables]
+                handle.remove()
         return self
 
     def put(self) -> None:

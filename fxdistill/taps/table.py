@@ -45,12 +45,14 @@ class TapTable:
         self.problems: dict[tuple[Tower, str, str], FxDistillError] = {}  # by model, path and port
         # The tensors before the hooks of a parallel style, and local tensors after them by id.
         self.raw: tuple[Tensor, ...] = ()
+        # The modules that run and whose attention is tapped, outermost first, with their ports.
+        self.attending: list[tuple[Tower, str, tuple[str, ...]]] = []
         self.behind: dict[int, tuple[weakref.ref[Tensor], Callable[[Tensor], Tensor]]] = {}
 
     def begin(self, section: Section) -> None:
         """Start ``section`` afresh: dynamo may restart a trace from the top."""
         self.section, self.level = section, level()
-        self.raw, self.behind = (), {}
+        self.raw, self.behind, self.attending = (), {}, []
         for key in [key for key in self.values if key[0] == section]:
             del self.values[key]
         self.hidden = {key for key in self.hidden if key[0] != section}
@@ -111,7 +113,9 @@ def not_executed(table: TapTable, tower: Tower, tap: Tap) -> TapError:
             f"{tower} {str(tap)!r} lies inside a function that torch.vmap or torch.func "
             "transforms: its values do not leave it. Match the module around it."
         )
-    calls = sum(k[0] == tower and k[1].path == tap.path for k in (*table.values, *table.hidden))
+    # A call may have several values: those of attention.
+    seen = (*table.values, *table.hidden)
+    calls = len({k[1].call for k in seen if k[0] == tower and k[1].path == tap.path})
     module = f"{tower} module {tap.path!r}"
     what = f"call {tap.call} of {module}" if calls else module
     return TapError(

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 import fxdistill
 from fxdistill import errors
-from fxdistill.losses.names import FEATURE_LOSSES
+from fxdistill.losses.names import FEATURE_LOSSES, OF_ATTENTION
 from toys import MAPPING, WIDTH, Toy, gradients, tokens, toy_pair
 
 AOT = {"backend": "aot_eager"}
@@ -400,8 +400,9 @@ def same_towers():
     return student, teacher
 
 
-# Not those that are not 0 where both agree (entropies), and boxes, which are 4 wide.
-_OTHERS = ("detection_classification", "detection_box", "info_nce", "CRD")
+# Not those that are not 0 where both agree (entropies), boxes, which are 4 wide, and attention.
+ATTENTION = tuple(f.__name__ for f in OF_ATTENTION)
+_OTHERS = ("detection_classification", "detection_box", "info_nce", "CRD", *ATTENTION)
 FEATURES = tuple(name for name in FEATURE_LOSSES if name not in _OTHERS)
 LOGITS = ("forward_kl", "reverse_kl", "jsd")
 EAGERLY = [(False, f, g) for f in FEATURES for g in LOGITS]

@@ -1,0 +1,230 @@
+"""Taps inside of attention: what ``scaled_dot_product_attention`` takes, and what it returns.
+
+For the time of a step another function stands in its place, in ``torch.nn.functional``. It calls
+the original with the very same arguments, and then taps them for the modules that run and are to be
+tapped: hooks say which these are. A module that makes its map itself, and returns it as its second
+output, is tapped there.
+
+A hook alone would not see the call, and dynamo lets no code in a checkpointed region enter a
+``TorchFunctionMode``. What is no tensor (the scale, whether it is causal) becomes one, so that
+it reaches the terms as other values do.
+"""
+
+import functools
+import threading
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxdistill.base.attention import Attention, of_queries
+from fxdistill.base.tensors import wide
+from fxdistill.errors import PortError, TapError
+from fxdistill.models.tap import ATTENTION, Tap, Tower
+from fxdistill.taps.markers import check, tap, tapped
+from fxdistill.taps.table import TapTable, active
+
+_PARTS = tuple(f"{ATTENTION}:{name}" for name in Attention._fields)
+_MAP = f"{ATTENTION}:map"
+_ORIGINAL = F.scaled_dot_product_attention
+
+
+def is_of_attention(port: str) -> bool:
+    """Whether a port is ``"attention"``, or one of its parts."""
+    return port.partition(".")[0] == ATTENTION
+
+
+# ---- hooks
+
+
+def hooks_of(tower: Tower, path: str, ports: tuple[str, ...]) -> tuple[Any, Any]:
+    """The hooks before and after a module that tap its attention."""
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        _enter(tower, path, *ports)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        made = output[1] if isinstance(output, (tuple, list)) and len(output) > 1 else None
+        is_map = False
+        if isinstance(made, Tensor) and made.ndim == 4:
+            is_map = True
+            if ATTENTION in ports:
+                tap(made, tower, path, _MAP)
+        _leave(tower, path, is_map, *ports)
+
+    return enter, leave
+
+
+@check
+def _enter(tower: Tower, path: str, *ports: str) -> None:
+    table = active()
+    if table is not None and table.section == tower:
+        table.attending.append((tower, path, ports))
+
+
+@check
+def _leave(tower: Tower, path: str, is_map: bool, *ports: str) -> None:
+    table = active()
+    if table is None or table.section != tower:
+        return
+    table.attending.remove((tower, path, ports))
+    for port in ports:
+        first = Tap(path, port)
+        if value_of(table, tower, first) is None and not _hidden(table, tower, first):
+            error = PortError(_no_attention(tower, path, is_map))
+            table.problems.setdefault((tower, path, port), error)
+
+
+def _hidden(table: TapTable, tower: Tower, of: Tap) -> bool:
+    """Whether it runs inside a transform, where there are no values."""
+    return any((tower, Tap(of.path, port)) in table.hidden for port in (of.port, _PARTS[0], _MAP))
+
+
+def compiled(tower: Tower, path: str) -> TapError:
+    """The error for a module that ``module.compile()`` has compiled."""
+    return TapError(
+        f"the attention of {tower} module {path!r} lies inside a part that torch.compile compiles "
+        "by itself. Do not compile the parts of the models that hold taps (compile=True compiles "
+        "all as one graph)."
+    )
+
+
+def _no_attention(tower: Tower, path: str, is_map: bool) -> str:
+    module = f"{tower} module {path!r}"
+    calls = "torch.nn.functional.scaled_dot_product_attention"
+    if is_map:
+        return (
+            f"{module} makes its map of attention itself, without {calls}: there are no queries "
+            "and keys to read. Compare the map by the port 'attention', or load the model with "
+            "attn_implementation='sdpa'."
+        )
+    return (
+        f"{module} has no attention to tap: it does not call {calls}, and its second output is no "
+        "map [B, heads, queries, keys]. Name the module that attends (fxdistill.module_names lists "
+        "them); with Hugging Face load the model with attn_implementation='sdpa', or with 'eager', "
+        "whose attention returns its map."
+    )
+
+
+# ---- the function that stands in
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _attending() -> tuple[tuple[Tower, str, tuple[str, ...]], ...]:
+    """The modules that run now and are to be tapped; a trace takes them as constants."""
+    table = active()
+    return () if table is None else tuple(table.attending)
+
+
+@functools.wraps(_ORIGINAL)
+def _standing_in(*args: Any, **kwargs: Any) -> Tensor:
+    output = _ORIGINAL(*args, **kwargs)
+    for tower, path, ports in _attending():
+        _tap_call(tower, path, ports, output, *args, **kwargs)
+    return output
+
+
+def _tap_call(
+    tower: Tower,
+    path: str,
+    ports: tuple[str, ...],
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    if query.ndim != 4:
+        _reject_axes(tower, path, ports, query)
+        return
+    if ATTENTION in ports:
+        mask = query.new_ones((1, 1, 1, 1), dtype=torch.bool) if attn_mask is None else attn_mask
+        causal = query.new_full((), is_causal, dtype=torch.bool)
+        of_width = query.shape[-1] ** -0.5 if scale is None else scale
+        by = wide(query.new_empty(())).new_full((), of_width)
+        for part, x in zip(_PARTS, (query, key, value, mask, causal, by), strict=True):
+            tap(x, tower, path, part)
+    for name, x in (("q", query), ("k", key), ("v", value), ("heads", output)):
+        if f"{ATTENTION}.{name}" in ports:
+            tap(x.transpose(1, 2).flatten(2), tower, path, f"{ATTENTION}.{name}")
+
+
+@check
+def _reject_axes(tower: Tower, path: str, ports: tuple[str, ...], query: Tensor) -> None:
+    if (table := active()) is not None and table.section == tower:
+        for port in ports:
+            table.problems[tower, path, port] = PortError(
+                f"{tower} module {path!r} attends with queries {list(query.shape)}: the port "
+                f"{port!r} is of queries [B, heads, queries, width]"
+            )
+
+
+_lock = threading.Lock()
+_steps = [0]  # how many steps have it stand in, in all threads
+
+
+class StandIn:
+    """Lets calls of ``F.scaled_dot_product_attention`` be tapped until it is removed.
+
+    Threads whose step taps nothing go through to the original.
+    """
+
+    def __init__(self) -> None:
+        with _lock:
+            _steps[0] += 1
+            F.scaled_dot_product_attention = _standing_in
+
+    def remove(self) -> None:
+        """Put the original back, unless another step still needs it."""
+        with _lock:
+            _steps[0] -= 1
+            if _steps[0] == 0:
+                F.scaled_dot_product_attention = _ORIGINAL
+
+
+# ---- reading
+
+
+def value_of(table: TapTable, tower: Tower, of: Tap) -> Tensor | Attention | None:
+    """The value in ``table`` of any tap; ``None`` if there is none."""
+    if of.port != ATTENTION:
+        return table.values.get((tower, of))
+    parts = [table.values.get((tower, Tap(of.path, part, of.call))) for part in _PARTS]
+    found = [part for part in parts if part is not None]
+    if len(found) == len(parts):
+        return Attention(*found)
+    return table.values.get((tower, Tap(of.path, _MAP, of.call)))
+
+
+def lookup(tower: Tower, of: Tap) -> Any:
+    """Look up a tapped value through its markers, in traced and eager runs alike.
+
+    It is a tensor; of the port ``"attention"`` it is ``Attention``, or the map that a model makes.
+    """
+    if of.port != ATTENTION:
+        return tapped(tower, of.path, of.port, of.call_text)
+    if not _is_called(tower, of.path, of.call_text):
+        return tapped(tower, of.path, _MAP, of.call_text)
+    return Attention(*[tapped(tower, of.path, part, of.call_text) for part in _PARTS])
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_called(tower: Tower, path: str, call: str) -> bool:
+    table = active()
+    return table is not None and (tower, Tap(path, _PARTS[0], int(call))) in table.values
+
+
+def values_of(table: TapTable) -> dict[tuple[Tower, Tap], Tensor]:
+    """All values of ``table``; of attention, a value whose first axes are those of its queries."""
+    found = {end: value for end, value in table.values.items() if ":" not in end[1].port}
+    for tower, part in table.values:
+        if part.port in (_PARTS[0], _MAP):
+            whole = Tap(part.path, ATTENTION, part.call)
+            if (value := value_of(table, tower, whole)) is not None:
+                found[tower, whole] = of_queries(value)
+    return found
