@@ -103,9 +103,10 @@ def wrap(
             ``feature_loss``: it gets lists with an entry for each match that names no loss, after
             ``rearrange``, ``reduce`` and ``project``. Its value is one term, named "pairs".
         feature_weight: The weight of the mean over all N matches ("pairs" counts as one).
-        logit_loss: "forward_kl", "reverse_kl", "jsd", "soft_cross_entropy", or a callable
-            ``(student_logits, teacher_logits, *, temperature, weights) -> scalar``; ``None`` for
-            none.
+        logit_loss: "forward_kl", "reverse_kl", "jsd", "soft_cross_entropy", "total_variation",
+            "mse_logits" (without τ), "sigmoid_kl" (classes that do not exclude each other), or a
+            callable ``(student_logits, teacher_logits, *, temperature, weights) -> scalar``;
+            ``None`` for none.
         logit_weight: The weight of the logit loss.
         temperature: The τ of the logit loss.
         label_loss: "cross_entropy", "ctc" (speech), or a callable ``(student_logits, labels, *,

@@ -15,7 +15,7 @@ from fxdistill.base.ranks import over_ranks, total_over_ranks
 from fxdistill.heads.curve import Unreadable
 from fxdistill.heads.read_head import target_name
 from fxdistill.losses import cross_entropy
-from fxdistill.losses.fused.chunk import DIVERGENCES, Divergence
+from fxdistill.losses.fused.formulas import DIVERGENCES, Divergence
 from fxdistill.losses.names import LOGIT_LOSSES
 from fxdistill.objective.denominators import over_items
 

@@ -9,13 +9,25 @@ from fxdistill.errors import OptionError, did_you_mean
 from fxdistill.losses.ctc import ctc
 from fxdistill.losses.hidden import cosine, l1, l2, mse, smooth_l1
 from fxdistill.losses.labels import cross_entropy
-from fxdistill.losses.logits import forward_kl, jsd, reverse_kl, soft_cross_entropy
+from fxdistill.losses.logits import (
+    forward_kl,
+    jsd,
+    mse_logits,
+    reverse_kl,
+    sigmoid_kl,
+    soft_cross_entropy,
+    total_variation,
+)
 
 Loss = Callable[..., Tensor]
 
 FEATURE_LOSSES: dict[str, Loss] = {f.__name__: f for f in (mse, l2, smooth_l1, l1, cosine)}
 LOGIT_LOSSES: dict[str, Loss] = {
-    f.__name__: f for f in (forward_kl, reverse_kl, jsd, soft_cross_entropy)
+    f.__name__: f
+    for f in (
+        *(forward_kl, reverse_kl, jsd, soft_cross_entropy),
+        *(total_variation, mse_logits, sigmoid_kl),
+    )
 }
 LABEL_LOSSES: dict[str, Loss] = {f.__name__: f for f in (cross_entropy, ctc)}
 _NAMED = (*FEATURE_LOSSES.values(), *LOGIT_LOSSES.values(), *LABEL_LOSSES.values())

@@ -18,7 +18,7 @@ from fxdistill.errors import OptionError, ShapeError, VocabularyError
 from fxdistill.losses import fused
 from fxdistill.losses.fused.call import HeadCall, HeadSide, HeadTerms, Stored
 from fxdistill.losses.fused.chunk import ChunkSpec
-from fxdistill.losses.fused.mix import DivergenceLike, divergences
+from fxdistill.losses.fused.mix import DivergenceLike, divergences, require_no_logits
 from fxdistill.losses.fused.operator import vocab_operator
 from fxdistill.losses.fused.sizes import chunk_tokens_for
 from fxdistill.losses.reduce import IGNORE
@@ -71,12 +71,12 @@ def vocab_loss(
         teacher_hidden: ``[..., D_T]``; gets no gradient. ``None`` with ``divergence=None``.
         teacher_weight: ``[V_T, D_T]``; gets no gradient.
         labels: ``[...]``; -100 is ignored. Without labels there is no cross entropy.
-        divergence: forward_kl, reverse_kl, jsd, soft_cross_entropy; one of these functions or a
-            ``functools.partial`` of ``jsd`` with ``beta``; a mix, ``{"forward_kl": 0.5, ...}``; or
-            ``None``.
+        divergence: forward_kl, reverse_kl, jsd, soft_cross_entropy, total_variation, mse_logits,
+            sigmoid_kl; one of these functions or a ``functools.partial`` of ``jsd`` with ``beta``;
+            a mix, ``{"forward_kl": 0.5, ...}``; or ``None``.
         logit_weight: The weight of the divergence in the total. A tensor recompiles nothing.
         label_weight: The weight of the cross entropy.
-        temperature: τ of the divergence, which carries τ².
+        temperature: τ of the divergence, which carries τ² (see ``losses.logits``).
         weights: ``[...]``, the weight of each token in Σ w·value / Σ w.
         student_bias: ``[V]``.
         teacher_bias: ``[V_T]``; gets no gradient.
@@ -181,7 +181,7 @@ def vocab_loss_topk(
         teacher_logprobs: ``[..., k]``, their log-probabilities over the teacher's whole vocabulary,
             at the same ``temperature``.
         labels: ``[...]``, and all else as in ``vocab_loss``.
-        divergence: As in ``vocab_loss``.
+        divergence: As in ``vocab_loss``, but for mse_logits and sigmoid_kl, which compare logits.
         logit_weight: Likewise.
         label_weight: Likewise.
         temperature: Likewise.
@@ -197,8 +197,8 @@ def vocab_loss_topk(
 
     Raises:
         ShapeError: Hidden states, heads, ids, labels or weights do not fit each other.
-        OptionError: The divergence is unknown, hidden states are float16, or an argument requires a
-            gradient that gets none.
+        OptionError: The divergence is unknown or compares logits, hidden states are float16, or an
+            argument requires a gradient that gets none.
     """
     _check_shapes(student_hidden, student_weight, teacher_ids, None, labels, weights)
     if teacher_ids.shape != teacher_logprobs.shape:
@@ -206,11 +206,13 @@ def vocab_loss_topk(
             f"teacher_ids is {list(teacher_ids.shape)}, teacher_logprobs "
             f"{list(teacher_logprobs.shape)}: both [..., k]"
         )
+    chosen = divergences(divergence)
+    require_no_logits(chosen)
     numbers = (logit_weight, label_weight, temperature)
     _require_constants(weights, num_items, *numbers)
     student = _autocast(HeadSide(student_hidden.flatten(0, -2), student_weight, student_bias))
     spec = ChunkSpec(
-        divergences(divergence),
+        chosen,
         0,
         (float(student_scale), 1.0),
         (_cap(student_softcap), None),

@@ -3,12 +3,18 @@
 import matrix
 import oracle
 from fxdistill import losses
+from fxdistill.losses.fused.formulas import DIVERGENCES
 from fxdistill.losses.names import FEATURE_LOSSES, LABEL_LOSSES, LOGIT_LOSSES
 
 
 def test_every_feature_loss_is_in_the_oracle_and_in_the_matrix_of_placements():
     assert set(oracle.FEATURE_LOSSES) == set(FEATURE_LOSSES)
     assert {name.partition("/")[0] for name in matrix.FEATURES} == set(FEATURE_LOSSES)
+
+
+def test_every_divergence_is_in_the_matrix_of_placements_and_in_the_fused_head():
+    names = {name.partition("/")[0] for name in matrix.LOGITS}
+    assert names == set(LOGIT_LOSSES) == set(DIVERGENCES)
 
 
 def test_every_loss_by_name_is_public():

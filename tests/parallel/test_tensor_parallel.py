@@ -21,6 +21,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "jsd": {"logit_loss": functools.partial(jsd, beta=0.3), "temperature": 2.0},
     "reverse": {"logit_loss": "reverse_kl", "label_weight": 0.5},
     "soft": {"logit_loss": "soft_cross_entropy"},
+    "variation": {"logit_loss": "total_variation", "temperature": 2.0},
+    "squares": {"logit_loss": "mse_logits"},
+    "sigmoids": {"logit_loss": "sigmoid_kl", "temperature": 2.0},
     "labels": {
         "logit_loss": None,
         "label_loss": functools.partial(cross_entropy, label_smoothing=0.1, z_loss=0.01),

@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from fxdistill.base.placement import chunk_of, countable, mesh_of, placed, summed
 from fxdistill.base.tensors import wide
 from fxdistill.errors import OptionError, ShapeError, VocabularyError
-from fxdistill.losses.fused.chunk import Chunk, ChunkSpec, Divergence
+from fxdistill.losses.fused.chunk import Chunk, ChunkSpec
+from fxdistill.losses.fused.formulas import Divergence
 from fxdistill.losses.fused.gradients import require_first_order, require_indices, scaled
 from fxdistill.losses.fused.shard import ColumnRange
 from fxdistill.losses.fused.sharded_body import ShardedBody
