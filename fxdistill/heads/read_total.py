@@ -4,6 +4,7 @@ The objective has a fixed form in the graph, Σ weight · loss over a few summan
 can be read too, if it is a sum of this library's divergences with constant coefficients.
 """
 
+import ast
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,26 @@ from fxdistill.heads.read_head import target_name
 from fxdistill.losses import cross_entropy
 from fxdistill.losses.fused.formulas import DIVERGENCES, Divergence
 from fxdistill.losses.names import LOGIT_LOSSES
+from fxdistill.losses.scores import token_scores
 from fxdistill.objective.denominators import over_items
+from fxdistill.objective.importance import factors, with_importance
 
 NAMES: dict[Any, str] = {LOGIT_LOSSES[name]: name for name in DIVERGENCES}
 ON_LOGITS = (*NAMES, cross_entropy)
 _OPTIONS = {"beta", "temperature", "weights"}  # options of a divergence that vocab_loss takes too
 OVER = (over_ranks, total_over_ranks)
 _ADD, _MUL = (operator.add, torch.add), (operator.mul, torch.mul)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Weights that follow from scores of the logits that a divergence compares.
+
+    ``keep`` is the share of tokens of which no more have a weight; ``None`` if all may have one.
+    """
+
+    scores: fx.Node
+    keep: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,20 @@ class Summand:
         if not isinstance(taken[0], fx.Node) or any(value is not taken[0] for value in taken):
             raise Unreadable("the losses of one term read different values")
         return taken[0]
+
+    @property
+    def scored(self) -> Scored | None:
+        """The scores that the weights follow from, if they do."""
+        found: Any = self.option("weights")
+        if not self.is_divergence or getattr(found, "target", None) is not with_importance:
+            return None
+        found = found.args[1]
+        scores = found.args[0] if found.target is factors else None
+        if scores is None or scores.target is not token_scores:
+            return None
+        if scores.args != (self.argument(0), self.argument(1)):
+            return None
+        return Scored(scores, ast.literal_eval(found.args[2])[0])
 
     def option(self, name: str, default: Any = None) -> Any:
         """The keyword argument ``name``, which all of the losses must share."""

@@ -128,18 +128,18 @@ class _Loop:
         count = min(self.size, self.h.shape[0] - start)
         filled = -(-count // self.rows) * self.rows
         shares = [
-            _taken(share, start, count, filled) for share in (call.logit_share, call.label_share)
+            taken(share, start, count, filled) for share in (call.logit_share, call.label_share)
         ]
-        own = None if call.labels is None else _taken(call.labels, start, count, filled)
-        hidden = _taken(self.h, start, count, filled)
+        own = None if call.labels is None else taken(call.labels, start, count, filled)
+        hidden = taken(self.h, start, count, filled)
         z, y, ids = self.z[:filled], None, None
-        _project(hidden, self.w, call.bias, z)
+        project(hidden, self.w, call.bias, z)
         if self.teacher is not None and self.y is not None:
             t, t_weight, t_bias = self.teacher
             y = self.y[:filled]
-            _project(_taken(t, start, count, filled), t_weight, t_bias, y)
+            project(taken(t, start, count, filled), t_weight, t_bias, y)
         if self.stored is not None:
-            y, ids = (_taken(x, start, count, filled) for x in self.stored)
+            y, ids = (taken(x, start, count, filled) for x in self.stored)
         chunk = Chunk(z, y, ids, own, shares[0], shares[1], call.settings)
         terms: Tensor = call.settings.new_zeros(2)
         for some in range(0, filled, self.rows):
@@ -167,7 +167,7 @@ class _Loop:
         return self.dh, self.dw.to(self.w.dtype), self.db.to(self.w.dtype)
 
 
-def _taken(x: Tensor, start: int, count: int, filled: int) -> Tensor:
+def taken(x: Tensor, start: int, count: int, filled: int) -> Tensor:
     """The tokens of a chunk, padded with zeros to ``filled``; the padding does not count."""
     rows = x[start : start + count]
     if count == filled:
@@ -177,11 +177,11 @@ def _taken(x: Tensor, start: int, count: int, filled: int) -> Tensor:
     return more
 
 
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Write the output of a linear layer into ``out``, and return it."""
     if bias is None:
-        torch.mm(hidden, weight.T, out=out)
-    else:  # rounds once, as a linear layer does
-        torch.addmm(bias, hidden, weight.T, out=out)
+        return torch.mm(hidden, weight.T, out=out)
+    return torch.addmm(bias, hidden, weight.T, out=out)  # rounds once, as a linear layer does
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:

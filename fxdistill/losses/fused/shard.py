@@ -61,7 +61,8 @@ def _compared(c: Chunk, z: Tensor, whole: Tensor, shape: ChunkSpec, mine: Column
     return Compared((s - whole[:, 0:1], t - whole[:, 1:2]) if reads_logs else None, (s, t))
 
 
-def _partial_lse(x: Tensor) -> list[Tensor]:
+def partial_lse(x: Tensor) -> list[Tensor]:
+    """The maximum of each row, and the sum of exponentials below it."""
     most = x.amax(-1).clamp_min(LOWEST)
     return [most, (x - most[:, None]).exp().sum(-1)]
 
@@ -74,14 +75,14 @@ def statistics(c: Chunk, shape: ChunkSpec, mine: ColumnRange) -> Tensor:
     found = [nothing] * 4
     if c.teacher is not None and shape.divergences:
         s, t = _logits(c, z, shape, mine)
-        found = [*_partial_lse(s), *_partial_lse(t)]
+        found = [*partial_lse(s), *partial_lse(t)]
     picked = nothing
     if c.labels is not None and shape.labelled:
         index = c.labels - mine.offset
         own = (index >= 0) & (index < z.shape[-1])
         index = index.clamp(0, z.shape[-1] - 1)
         picked = torch.where(own, z.gather(-1, index[:, None]).squeeze(-1), 0.0)
-    of_labels = _partial_lse(torch.where(exists, z, -torch.inf))
+    of_labels = partial_lse(torch.where(exists, z, -torch.inf))
     return torch.stack([*found, *of_labels, picked, torch.where(exists, z, 0.0).sum(-1)], -1)
 
 
