@@ -33,6 +33,8 @@ def versions(o: argparse.Namespace) -> dict[str, Step]:
     def total(importance: Importance | None) -> Tensor:
         if importance is None:
             return vocab_loss(**x, **own, weights=weights).loss
+        if importance.proportional and not o.labels and len(importance.names) == 1:
+            return vocab_loss(**x, weights=weights, score=o.score).loss
         asked = Asked(importance.names, (("forward_kl", 1.0, 0.5),)).text
         scores = vocab_scores(**x, asked=asked, weights=weights)
         given = {"logit_weights": factors(scores, weights, importance.rule), "weights": weights}

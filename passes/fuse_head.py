@@ -49,8 +49,8 @@ class FuseHead:
     5. A divergence and the label loss on the same logits become one node. Every further divergence
        (another teacher's) and every further student gets a node of its own.
     6. Scores of the logits, from which the weights of a divergence follow, become a
-       ``vocab_scores`` node. Where so many tokens have a weight at most, and there is no label
-       loss, the heads are applied to these tokens only.
+       ``vocab_scores`` node. Without a label loss on the same logits, ``vocab_loss`` multiplies
+       weights by a score itself, or leaves out the tokens that have none.
 
     ``compiled`` says whether the body of a chunk is compiled; ``made`` says why the models made
     their logits before this graph, for the remark.
@@ -163,7 +163,7 @@ class _Fusion:
         size = value_of(self.student.linear).element_size()
         chunk = chunk_tokens_for(columns, size, made[0].device)
         old = set(self.graph.nodes)
-        if self.scored is not None:
+        if self.scored is not None and not self.score:
             self._write_scores(self.scored.scores, chunk, compiled)
         with self.graph.inserting_before(self.stack):
             args, kwargs = self._arguments()
@@ -178,7 +178,9 @@ class _Fusion:
             each.meta["example_value"] = scalar
         self._rewire(out)
         said = _remark(made, chunk, columns * size)
-        if self.scored is not None:
+        if self.score:
+            said += "; tokens are scored in the same pass"
+        elif self.scored is not None:
             said += "; tokens are scored first"
         if self.kept is not None:
             said += f", and {self.kept[0] / self.kept[1]:.3g} of them go through the heads again"
@@ -189,6 +191,12 @@ class _Fusion:
         """The share of tokens that the heads are applied to; ``None`` for all of them."""
         alone = self.labelled is None and self.layout is None
         return self.scored.keep if alone and self.scored is not None else None
+
+    @property
+    def score(self) -> str:
+        """The score that the loss itself multiplies the weights by, where it can."""
+        alone = self.labelled is None and self.layout is None
+        return self.scored.score if alone and self.scored is not None else ""
 
     def _write_scores(self, scores: fx.Node, chunk: int, compiled: bool) -> None:
         """Replace scores of logits by those of the heads, at their place."""
@@ -237,6 +245,8 @@ class _Fusion:
                 kwargs["logit_items"] = self.divergence.items
         kwargs["keep"] = self.kept
         kwargs["weights"] = self.summands[-1].option("weights")
+        if self.score and self.scored is not None:
+            kwargs |= {"weights": self.scored.plain, "score": self.score}
         kwargs["num_items"] = self.summands[-1].items
         return args, kwargs
 
@@ -251,6 +261,7 @@ class _Fusion:
         dead = {node for s in self.summands for node in (*s.nodes, *s.told, *s.losses)}
         dead |= {node for loss in dead if loss.target in ON_LOGITS for node in loss.all_input_nodes}
         dead |= {node for head in self.heads for node in head.nodes}
+        dead.update(self.scored.nodes if self.score and self.scored is not None else ())
         dead |= {head.gathered for head in self.heads if head.gathered is not None}
         for node in reversed(list(self.graph.nodes)):
             if node in dead and not node.users and node.op != "placeholder":

@@ -18,7 +18,7 @@ from fxdistill.heads.read_head import target_name
 from fxdistill.losses import cross_entropy
 from fxdistill.losses.fused.formulas import DIVERGENCES, Divergence
 from fxdistill.losses.names import LOGIT_LOSSES
-from fxdistill.losses.scores import token_scores
+from fxdistill.losses.scores import Asked, token_scores
 from fxdistill.objective.denominators import over_items
 from fxdistill.objective.importance import factors, with_importance
 
@@ -34,10 +34,15 @@ class Scored:
     """Weights that follow from scores of the logits that a divergence compares.
 
     ``keep`` is the share of tokens of which no more have a weight; ``None`` if all may have one.
+    ``score`` names the score that ``plain`` weights are multiplied by, where that is all, and
+    nothing else reads ``nodes``.
     """
 
     scores: fx.Node
     keep: tuple[int, int] | None
+    plain: Any
+    score: str
+    nodes: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -91,16 +96,21 @@ class Summand:
     @property
     def scored(self) -> Scored | None:
         """The scores that the weights follow from, if they do."""
-        found: Any = self.option("weights")
-        if not self.is_divergence or getattr(found, "target", None) is not with_importance:
+        weights: Any = self.option("weights")
+        if not self.is_divergence or getattr(weights, "target", None) is not with_importance:
             return None
-        found = found.args[1]
+        plain, found = weights.args
         scores = found.args[0] if found.target is factors else None
         if scores is None or scores.target is not token_scores:
             return None
         if scores.args != (self.argument(0), self.argument(1)):
             return None
-        return Scored(scores, ast.literal_eval(found.args[2])[0])
+        keep, _, proportional = ast.literal_eval(found.args[2])
+        names = Asked.read(scores.kwargs["asked"]).names
+        alone = proportional and len(names) == 1 and self.items is None
+        alone = alone and set(weights.users) <= set(self.losses)
+        alone = alone and len(found.users) == len(scores.users) == 1
+        return Scored(scores, keep, plain, names[0] if alone else "", (weights, found, scores))
 
     def option(self, name: str, default: Any = None) -> Any:
         """The keyword argument ``name``, which all of the losses must share."""

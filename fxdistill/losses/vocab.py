@@ -52,6 +52,7 @@ def vocab_loss(
     logit_weights: Tensor | None = None,
     logit_items: float | Tensor | None = None,
     keep: tuple[int, int] | None = None,
+    score: str = "",
     vocab_size: int | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -92,6 +93,8 @@ def vocab_loss(
         logit_items: The denominator that goes with them, in place of their sum.
         keep: A share (numerator, denominator): at most ⌈share·tokens⌉ tokens have a weight, and the
             heads are applied to so many tokens only. Not with labels, nor on a sharded vocabulary.
+        score: A score of ``fused.scores``, by which each token's weight is multiplied before the
+            mean is taken. As for ``keep``, and without ``num_items``.
         vocab_size: How many columns the divergence compares; ``None``: the smaller vocabulary. The
             columns beyond have probability zero in both models.
         label_smoothing: ε of the cross entropy.
@@ -126,6 +129,7 @@ def vocab_loss(
         float(label_smoothing),
         float(z_loss),
         labels is not None,
+        score,
     )
     numbers = (logit_weight, label_weight, temperature)
     of_logits = (weights, num_items) if logit_weights is None else (logit_weights, logit_items)
@@ -137,7 +141,10 @@ def vocab_loss(
         bias = None if teacher_bias is None else teacher_bias.detach()
         teacher = cast_side(HeadSide(teacher_hidden.detach(), teacher_weight.detach(), bias))
     sides = [side for side in (student, teacher) if side is not None]
-    if any(is_placed(x) for side in sides for x in side[:2]):
+    placed = any(is_placed(x) for side in sides for x in side[:2])
+    if score and (labels is not None or num_items is not None or placed):
+        raise OptionError("score multiplies weights: give no labels, no num_items, no shards")
+    if placed:
         return _sharded(student, teacher, asked)
     if keep is not None:
         if labels is not None or of_logits[0] is None:

@@ -55,7 +55,7 @@ class Importance:
             highest score, and of equal ones the earlier. All others have weight 0.
         threshold: Predictions whose score is not above it have weight 0. Given both, ``keep``
             counts those above the threshold. Given neither, weights are multiplied by the score
-            over its mean; a negative score counts as 0.
+            over its mean; a negative score counts as 0, and nothing counts where all are 0.
         features: Whether the positions that predict weigh as much in the terms of matches.
 
     Raises:
@@ -203,8 +203,7 @@ def factors(scores: Tensor, weights: Tensor, rule: str, sums: Tensor | None = No
     if proportional:
         total, count = (score_sums(scores, weights) if sums is None else sums).unbind()
         mean = total / count.clamp_min(1)
-        found = torch.where(mean == 0, torch.ones_like(score), score.clamp_min(0) / mean)
-        return torch.where(counted, found, 0.0)
+        return torch.where(mean == 0, 0.0, score.clamp_min(0) / mean)
     kept = counted if threshold is None else counted & (score > threshold)
     if part is not None:
         kept = kept & (_order(score, kept) < _part_of(kept.sum(), part))

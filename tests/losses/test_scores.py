@@ -10,6 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributions import Categorical, kl_divergence
 
+from fxdistill import errors
+from fxdistill.losses import vocab_loss
 from fxdistill.losses.fused.chunk import ChunkSpec
 from fxdistill.losses.fused.score_operator import score_operator
 from fxdistill.losses.fused.scores import READS
@@ -104,6 +106,32 @@ def test_what_does_not_count_may_be_anything() -> None:
     close(found[weights != 0], wanted[weights != 0])
     made = token_scores(*logits_of(x, 31), asked=ALL, weights=weights)
     close(made[weights != 0], wanted[weights != 0])
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", READS)
+def test_a_loss_that_scores_in_the_same_pass(name: str, compile: bool) -> None:
+    """Value and gradients as with weights that are scored first; chunks change nothing."""
+    x = operands()
+    weights = torch.rand(B, L)
+    weights[0, 3] = weights[1, 0] = 0
+    one = Asked((name,), (("reverse_kl", 1.0, 0.5),)).text
+    scores = vocab_scores(**x, asked=one, temperature=2.0, weights=weights, compile=False)
+    found = []
+    for given in ({"weights": weights * scores[..., 0]}, {"weights": weights, "score": name}):
+        x["student_hidden"][0, 3] = math.nan
+        own = {k: v.clone().requires_grad_() for k, v in x.items() if k.startswith("student")}
+        options = {"divergence": "reverse_kl", "temperature": 2.0, "logit_weight": 0.7, **given}
+        out = vocab_loss(**{**x, **own}, chunk_tokens=16, compile=compile, **options)
+        found.append(
+            [out.loss.detach(), out.logits, *torch.autograd.grad(out.loss * 3, list(own.values()))]
+        )
+    for a, b in zip(*found, strict=True):
+        close(a, b)
+    nothing = vocab_loss(**x, weights=torch.zeros(B, L), score=name, compile=False)
+    assert nothing.loss == 0
+    with pytest.raises(errors.OptionError, match="no num_items"):
+        vocab_loss(**x, score=name, num_items=3, compile=False)
 
 
 def test_a_head_that_no_score_reads_is_not_applied() -> None:

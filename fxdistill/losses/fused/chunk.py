@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fxdistill.base.tensors import wide
 from fxdistill.losses.fused.formulas import Compared, Divergence, Mix
+from fxdistill.losses.fused.score_formulas import score_of
 
 Slope = tuple[Tensor, Tensor]  # for each token: the value [c], and its gradient [c, V]
 
@@ -28,7 +29,8 @@ class ChunkSpec:
     The divergence compares the first ``columns`` entries of the vocabulary; the label loss takes
     the student's whole vocabulary. For the output x of its weight, a head returns
     ``softcap·tanh(scale·x / softcap)``, or ``scale·x`` without a cap. ``scales`` and ``softcaps``
-    are the student's and the teacher's.
+    are the student's and the teacher's. With a ``score``, which is for a divergence alone, each
+    token's share is multiplied by it, and the second term is the sum of these shares.
     """
 
     divergences: tuple[Divergence, ...] = ()
@@ -38,6 +40,7 @@ class ChunkSpec:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     labelled: bool = False
+    score: str = ""
 
     def mix(self, tau: Tensor) -> Mix:
         """The mix of divergences at the temperature ``tau``."""
@@ -102,9 +105,13 @@ def chunk_terms(c: Chunk, shape: ChunkSpec, want_gradient: bool) -> Tensor:
     terms = [c.settings.new_zeros(()), c.settings.new_zeros(())]
     gradient = torch.zeros_like(z)
     if c.teacher is not None and shape.divergences:
-        value, by_s = _divergence(z, c.teacher, c.ids, c.live, tau, shape)
-        terms[0] = tau.square() * shared(value, c.logit_share)
-        gradient = (logit_weight * tau * c.logit_share)[:, None] * by_s
+        value, by_s, score = _divergence(z, c.teacher, c.ids, c.live, tau, shape)
+        share = c.logit_share
+        if score is not None:
+            share = torch.where(share != 0, share * score, 0.0)
+            terms[1] = share.sum()
+        terms[0] = tau.square() * shared(value, share)
+        gradient = (logit_weight * tau * share)[:, None] * by_s
     if c.labels is not None and shape.labelled:
         value, by_z = _cross_entropy(z, c.labels, shape)
         terms[1] = shared(value, c.label_share)
@@ -126,19 +133,22 @@ def write_gradient(c: Chunk, by_z: Tensor, slope: Tensor | None) -> None:
 
 def _divergence(
     z: Tensor, teacher: Tensor, ids: Tensor | None, live: Tensor, tau: Tensor, shape: ChunkSpec
-) -> Slope:
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """For each token the value, the gradient by s, and the score if there is one."""
     if ids is not None:
         # A token that does not count needs finite values: all buckets alike.
         top = torch.where(live, teacher, -math.log(ids.shape[-1] + 1))
-        return bucket_slopes(z, ids, top, shape.mix(tau))
+        return *bucket_slopes(z, ids, top, shape.mix(tau)), None
     y, _ = through_head(teacher, shape.scales[1], shape.softcaps[1])
     s = z[:, : shape.columns] / tau
     t = torch.where(live, y, 0.0)[:, : shape.columns] / tau
     mix = shape.mix(tau)
-    logs = (s.log_softmax(-1), t.log_softmax(-1)) if mix.reads_logs else None
-    value, by_s = _value_and_slope(mix, Compared(logs, (s, t)))
+    logs = (s.log_softmax(-1), t.log_softmax(-1)) if mix.reads_logs or shape.score else None
+    x = Compared(logs, (s, t))
+    value, by_s = _value_and_slope(mix, x)
+    score = score_of(shape.score, x, value, tau) if shape.score else None
     beyond = z.shape[-1] - shape.columns
-    return value, torch.nn.functional.pad(by_s, (0, beyond)) if beyond else by_s
+    return value, torch.nn.functional.pad(by_s, (0, beyond)) if beyond else by_s, score
 
 
 def _value_and_slope(mix: Mix, x: Compared) -> Slope:

@@ -97,6 +97,7 @@ class _Loop:
     def __init__(self, call: HeadCall, size: int, rows: int) -> None:
         self.call, self.size = call, size
         self.rows = rows  # tokens that the body takes at a time
+        self.scored = bool(ChunkSpec.read(call.spec).score)
         self.h, self.w, self.needs = call.h, call.w, call.needs
         h, w, needs = call.h, call.w, call.needs
         self.teacher = None if call.t_weight is None else (call.t, call.t_weight, call.t_bias)
@@ -119,6 +120,8 @@ class _Loop:
             terms = settings.new_zeros(2)
             for start in range(0, self.h.shape[0], self.size):
                 terms += self._step(body, start)
+            if self.scored:
+                terms = self._over_shares(terms)
             total = (settings[:2] * terms).sum()
             return total, terms, *self.gradients()
 
@@ -152,6 +155,14 @@ class _Loop:
         if "b" in self.needs:
             self.db += z.sum(0, dtype=self.db.dtype)
         return terms
+
+    def _over_shares(self, terms: Tensor) -> Tensor:
+        """Divide value and gradients by the sum of the shares, which the scores have changed."""
+        value, shares = terms.unbind()
+        scale = torch.where(shares == 0, 0.0, 1 / shares)
+        for gradient in (self.dh, self.dw, self.db):
+            gradient *= scale
+        return torch.stack([value * scale, torch.zeros_like(value)])
 
     def _add_weight(self, z: Tensor, hidden: Tensor) -> None:
         if z.dtype == self.dw.dtype:

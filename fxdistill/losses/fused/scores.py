@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fxdistill.losses.fused.chunk import ChunkSpec, through_head
 from fxdistill.losses.fused.formulas import Compared, Mix, Pair
+from fxdistill.losses.fused.score_formulas import entropy, largest_two, squared_distance
 from fxdistill.losses.fused.shard import partial_lse
 
 # For each score, whether it reads the student and the teacher.
@@ -89,13 +90,7 @@ def statistics(sides: Sides, names: Names) -> Tensor:
     for x in sides:
         found += nothing if x is None else partial_lse(x)
     wanted = sides.teacher is not None and "teacher_margin" in names
-    return torch.stack([*found, *(_top(sides.teacher) if wanted else nothing)], -1)  # type: ignore[arg-type]
-
-
-def _top(x: Tensor) -> list[Tensor]:
-    most, at = x.max(-1)
-    others = torch.where(torch.arange(x.shape[-1], device=x.device) == at[:, None], -torch.inf, x)
-    return [most, others.amax(-1)]
+    return torch.stack([*found, *(largest_two(sides.teacher) if wanted else nothing)], -1)  # type: ignore[arg-type]
 
 
 def merged(gathered: Tensor) -> Tensor:
@@ -118,13 +113,12 @@ def _sum(name: str, sides: Sides, logs: Sides, mix: Mix) -> Tensor:
     if name == "divergence":
         return mix.sums(Compared(_both(logs), _both(sides)))[0]
     if name == "gradient_norm":
-        log_q, log_p = _both(logs)
-        return (log_q.exp() - log_p.exp()).square().sum(-1)
+        return squared_distance(*_both(logs))
     log = logs.student if name == "student_entropy" else logs.teacher
     assert log is not None
     if name == "teacher_margin":  # statistics have all that it needs
         return torch.zeros_like(log[:, 0])
-    return -torch.where(log == -torch.inf, 0.0, log.exp() * log).sum(-1)
+    return entropy(log)
 
 
 def _both(x: Sides) -> Pair:
