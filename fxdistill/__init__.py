@@ -20,6 +20,7 @@ _HOMES = {
     "DistillOutput": "distiller.output",
     "Distiller": "distiller.distiller",
     "FxDistillError": "errors",
+    "Importance": "objective.importance",
     "JointProgram": "graph.joint",
     "LossLog": "training.loss_log",
     "LossRow": "training.loss_log",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from fxdistill.mapping.resolve import resolve
     from fxdistill.models.adapters import base_of
     from fxdistill.models.tap import module_names
+    from fxdistill.objective.importance import Importance
     from fxdistill.training import loss_log as live
     from fxdistill.training.loss_log import LossLog, LossRow
 else:
@@ -82,6 +84,7 @@ __all__ = [
     "DistillOutput",
     "Distiller",
     "FxDistillError",
+    "Importance",
     "JointProgram",
     "LossLog",
     "LossRow",

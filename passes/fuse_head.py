@@ -23,10 +23,11 @@ from fxdistill.graph.program import Level, P, fork_module
 from fxdistill.graph.sections import SECTION
 from fxdistill.heads.curve import Unreadable
 from fxdistill.heads.read_head import Head, is_cut, read_head, target_name, value_of
-from fxdistill.heads.read_total import ON_LOGITS, Summand, read_total
+from fxdistill.heads.read_total import ON_LOGITS, Scored, Summand, read_total
 from fxdistill.losses import fused
 from fxdistill.losses.fused.call import HeadSide
 from fxdistill.losses.fused.sizes import chunk_tokens_for
+from fxdistill.losses.scores import vocab_scores
 
 if TYPE_CHECKING:
     from fxdistill.losses.fused.sharded_heads import ShardedHeads
@@ -47,6 +48,9 @@ class FuseHead:
     4. Logits ``[B, C]`` of fewer than 4096 classes are left alone: they cost little.
     5. A divergence and the label loss on the same logits become one node. Every further divergence
        (another teacher's) and every further student gets a node of its own.
+    6. Scores of the logits, from which the weights of a divergence follow, become a
+       ``vocab_scores`` node. Without a label loss on the same logits, ``vocab_loss`` multiplies
+       weights by a score itself, or leaves out the tokens that have none.
 
     ``compiled`` says whether the body of a chunk is compiled; ``made`` says why the models made
     their logits before this graph, for the remark.
@@ -79,6 +83,7 @@ def _fusions(gm: fx.GraphModule) -> "list[_Fusion]":
     if not summands:
         raise Unreadable("no loss of this library reads them")
     readers = {loss for summand in summands for loss in summand.losses}
+    readers |= {scored.scores for summand in summands if (scored := summand.scored) is not None}
     pairs = [pair for group in _by_student(summands) for pair in _pairs(group)]
     return [_Fusion.read(gm.graph, effects, stack, pair, readers) for pair in pairs]
 
@@ -105,7 +110,8 @@ def _pairs(group: list[Summand]) -> list[tuple[Summand | None, Summand | None]]:
     labelled = [s for s in group if not s.is_divergence]
     if len(labelled) > 1:
         raise Unreadable("several label losses have weights of their own")
-    counts = {(s.option("weights"), s.items) for s in group}
+    # Where a divergence weighs tokens by scores, it is known to count those of the label loss.
+    counts = {(s.option("weights"), s.items) for s in group if s.scored is None}
     if labelled and len(counts) > 1:
         raise Unreadable("divergence and label loss count different tokens")
     labels = [*labelled, None][0]
@@ -123,6 +129,7 @@ class _Fusion:
     student: Head
     teacher: Head | None
     layout: "ShardedHeads | None"  # for heads that are sharded
+    scored: Scored | None  # the scores that the divergence's weights follow from
 
     @classmethod
     def read(
@@ -137,7 +144,8 @@ class _Fusion:
         student, teacher = _heads(divergence, labelled, readers)
         _require_same_surroundings(graph, effects, stack, student, teacher)
         layout = _layout(student, teacher)
-        return cls(graph, stack, divergence, labelled, student, teacher, layout)
+        scored = None if divergence is None else divergence.scored
+        return cls(graph, stack, divergence, labelled, student, teacher, layout, scored)
 
     @property
     def summands(self) -> tuple[Summand, ...]:
@@ -155,6 +163,8 @@ class _Fusion:
         size = value_of(self.student.linear).element_size()
         chunk = chunk_tokens_for(columns, size, made[0].device)
         old = set(self.graph.nodes)
+        if self.scored is not None and not self.score:
+            self._write_scores(self.scored.scores, chunk, compiled)
         with self.graph.inserting_before(self.stack):
             args, kwargs = self._arguments()
             kwargs |= {"chunk_tokens": chunk, "compile": compiled}
@@ -168,11 +178,45 @@ class _Fusion:
             each.meta["example_value"] = scalar
         self._rewire(out)
         said = _remark(made, chunk, columns * size)
+        if self.score:
+            said += "; tokens are scored in the same pass"
+        elif self.scored is not None:
+            said += "; tokens are scored first"
+        if self.kept is not None:
+            said += f", and {self.kept[0] / self.kept[1]:.3g} of them go through the heads again"
         return said if self.layout is None else f"{said}; {self.layout.how}"
 
-    def _arguments(self) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments of ``vocab_loss``: nodes and constants."""
-        kwargs: dict[str, Any] = {"divergence": None}
+    @property
+    def kept(self) -> tuple[int, int] | None:
+        """The share of tokens that the heads are applied to; ``None`` for all of them."""
+        alone = self.labelled is None and self.layout is None
+        return self.scored.keep if alone and self.scored is not None else None
+
+    @property
+    def score(self) -> str:
+        """The score that the loss itself multiplies the weights by, where it can."""
+        alone = self.labelled is None and self.layout is None
+        return self.scored.score if alone and self.scored is not None else ""
+
+    def _write_scores(self, scores: fx.Node, chunk: int, compiled: bool) -> None:
+        """Replace scores of logits by those of the heads, at their place."""
+        with self.graph.inserting_before(scores):
+            args, kwargs = self._of_heads()
+            kwargs |= {**scores.kwargs, "vocab_size": value_of(self._compared).shape[-1]}
+            kwargs |= {"chunk_tokens": chunk, "compile": compiled}
+            node = self.graph.call_function(vocab_scores, tuple(args), kwargs)
+        node.meta["example_value"] = value_of(scores)
+        scores.replace_all_uses_with(node)
+        self.graph.erase_node(scores)
+
+    @property
+    def _compared(self) -> fx.Node:
+        assert self.divergence is not None
+        return self.divergence.argument(0)
+
+    def _of_heads(self) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments that say what the heads are: nodes and constants."""
+        kwargs: dict[str, Any] = {}
         args: list[Any] = []
         for tower, head in (("student", self.student), ("teacher", self.teacher)):
             hidden, weight, bias = (None,) * 3 if head is None else head.emit(self.graph)
@@ -180,6 +224,12 @@ class _Fusion:
             if head is not None:
                 curve = {"scale": head.curve.scale, "softcap": head.curve.softcap, "bias": bias}
                 kwargs |= {f"{tower}_{name}": value for name, value in curve.items()}
+        return args, kwargs
+
+    def _arguments(self) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments of ``vocab_loss``: nodes and constants."""
+        args, kwargs = self._of_heads()
+        kwargs["divergence"] = None
         if self.labelled is not None:
             args.append(self.labelled.argument(1))
             kwargs["label_weight"] = self.labelled.weight
@@ -189,9 +239,15 @@ class _Fusion:
             kwargs["divergence"] = self.divergence.mix
             kwargs["logit_weight"] = self.divergence.weight
             kwargs["temperature"] = self.divergence.option("temperature", 1.0)
-            kwargs["vocab_size"] = value_of(self.divergence.argument(0)).shape[-1]
-        kwargs["weights"] = self.summands[0].option("weights")
-        kwargs["num_items"] = self.summands[0].items
+            kwargs["vocab_size"] = value_of(self._compared).shape[-1]
+            if self.labelled is not None and self.scored is not None:
+                kwargs["logit_weights"] = self.divergence.option("weights")
+                kwargs["logit_items"] = self.divergence.items
+        kwargs["keep"] = self.kept
+        kwargs["weights"] = self.summands[-1].option("weights")
+        if self.score and self.scored is not None:
+            kwargs |= {"weights": self.scored.plain, "score": self.score}
+        kwargs["num_items"] = self.summands[-1].items
         return args, kwargs
 
     def _rewire(self, out: list[fx.Node]) -> None:
@@ -205,6 +261,7 @@ class _Fusion:
         dead = {node for s in self.summands for node in (*s.nodes, *s.told, *s.losses)}
         dead |= {node for loss in dead if loss.target in ON_LOGITS for node in loss.all_input_nodes}
         dead |= {node for head in self.heads for node in head.nodes}
+        dead.update(self.scored.nodes if self.score and self.scored is not None else ())
         dead |= {head.gathered for head in self.heads if head.gathered is not None}
         for node in reversed(list(self.graph.nodes)):
             if node in dead and not node.users and node.op != "placeholder":

@@ -50,6 +50,19 @@ def divergence(of: Formula, tau: float, s: Tensor, t: Tensor) -> Tensor:
     return tau**2 * of((t / tau).softmax(-1), (s / tau).softmax(-1))
 
 
+def variation(tau: float, s: Tensor, t: Tensor) -> Tensor:
+    return ((s / tau).softmax(-1) - (t / tau).softmax(-1)).clamp(min=0).sum(-1)
+
+
+def squares(tau: float, s: Tensor, t: Tensor) -> Tensor:
+    return (s - t).square().mean(-1)
+
+
+def sigmoids(tau: float, s: Tensor, t: Tensor) -> Tensor:
+    q, p = (s / tau).sigmoid(), (t / tau).sigmoid()
+    return tau**2 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean(-1)
+
+
 def label_loss(s: Tensor, y: Tensor, smoothing: float, z_loss: float) -> Tensor:
     surprise = -s.log_softmax(-1)
     values = (1 - smoothing) * surprise.gather(-1, y[:, None])[:, 0]
@@ -78,13 +91,21 @@ DIVERGENCES: dict[str, tuple[Any, Formula]] = {
     f"jsd/{b}": (functools.partial(losses.jsd, beta=b), functools.partial(jsd, beta=b))
     for b in (0.5, 0.3, 0.0, 1.0)
 }
+AT_TAU: dict[str, tuple[Any, Callable[[float, Tensor, Tensor], Tensor]]] = {
+    "total_variation": (losses.total_variation, variation),
+    "mse_logits": (losses.mse_logits, squares),
+    "sigmoid_kl": (losses.sigmoid_kl, sigmoids),
+} | {
+    name: (loss, functools.partial(divergence, formula))
+    for name, (loss, formula) in DIVERGENCES.items()
+}
 LOGITS: dict[str, tuple[Any, Formula]] = {
     f"{name}/{tau!r}": (
         functools.partial(loss, temperature=tau),
-        functools.partial(divergence, formula, float(tau)),
+        functools.partial(formula, float(tau)),
     )
     for (name, (loss, formula)), tau in product(
-        DIVERGENCES.items(), (1.0, 2.0, torch.tensor(1.0), torch.tensor(2.0))
+        AT_TAU.items(), (1.0, 2.0, torch.tensor(1.0), torch.tensor(2.0))
     )
 }
 LABELS: dict[str, tuple[Any, Formula]] = {

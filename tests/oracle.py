@@ -79,6 +79,14 @@ def logit_value(
         log_m = (beta * p_t + (1 - beta) * p_s).log()
         value = beta * F.kl_div(log_m, p_t, reduction="sum")
         value = value + (1 - beta) * F.kl_div(log_m, p_s, reduction="sum")
+    elif name == "total_variation":
+        return (F.softmax(student, -1) - F.softmax(teacher, -1)).clamp(min=0).sum()
+    elif name == "mse_logits":
+        value = F.mse_loss(student, teacher)
+    elif name == "sigmoid_kl":
+        p = teacher.sigmoid()
+        entropy = F.binary_cross_entropy_with_logits(teacher, p)
+        value = F.binary_cross_entropy_with_logits(student, p) - entropy
     else:
         raise KeyError(name)
     return value * temperature**2

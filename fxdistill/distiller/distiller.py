@@ -16,7 +16,7 @@ from fxdistill.distiller.guard import check_call, check_not_crossed, freezes, se
 from fxdistill.distiller.looking import Looking, averaging_ranks
 from fxdistill.distiller.modes import Request, Result, Steps, eager, in_one_graph, regional
 from fxdistill.distiller.options import Options
-from fxdistill.distiller.output import DistillOutput
+from fxdistill.distiller.output import DistillOutput, output_of
 from fxdistill.distiller.saved import Saved
 from fxdistill.distiller.settings import Setting, Settings
 from fxdistill.distiller.student_face import StudentFace, StudentForward
@@ -164,10 +164,7 @@ class Distiller(StudentFace, Saved, Looking):
             losses, logits = self._fall_back(error, request)
         self._announce()
         self._towers.compare(losses.terms)
-        out = DistillOutput(loss=losses.total, losses=losses.terms)
-        if logits is not None:
-            out["logits"] = logits
-        return out
+        return output_of(losses, logits)
 
     def _warn_without_terms(self, request: Request) -> None:
         objective = request.objective

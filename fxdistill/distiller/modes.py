@@ -230,4 +230,4 @@ def terms_of(
     returns = objective.returns
     logits = None if returns is None else collected(returns, LOGITS).detach()
     terms = {name: named(value, name) for name, value in losses.terms.items()}
-    return Losses(losses.total, terms), logits
+    return losses._replace(terms=terms), logits

@@ -7,18 +7,23 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
+from fxdistill.objective.objective import Losses
+
 
 class DistillOutput(OrderedDict[str, Any]):
     """An ordered mapping with attribute access: ``out.loss``, ``out["loss"]``, ``out[0]``.
 
     ``loss`` is the total, a 0-d tensor with gradients. ``losses`` maps the name of every term to
     its unweighted value, a detached 0-d tensor on the device: reading one waits for the device.
-    ``logits`` are the student's, detached: in an evaluation (eval mode, without gradients) where a
-    term reads them, and elsewhere if ``wrap(..., outputs=("logits",))`` asked for them.
+    ``metrics`` has "kept", the share of predictions that ``importance`` leaves in the logit term (1
+    where nothing is dropped), on the device too. ``logits`` are the student's, detached: in an
+    evaluation (eval mode, without gradients) where a term reads them, and elsewhere if
+    ``wrap(..., outputs=("logits",))`` asked for them.
     """
 
     loss: Tensor
     losses: Mapping[str, Tensor]
+    metrics: Mapping[str, Tensor]
     logits: Tensor
 
     def __getattr__(self, name: str) -> Any:
@@ -41,6 +46,15 @@ class DistillOutput(OrderedDict[str, Any]):
     def to_tuple(self) -> tuple[Any, ...]:
         """The values in order."""
         return tuple(super(DistillOutput, self).__getitem__(key) for key in self)
+
+
+def output_of(losses: Losses, logits: Tensor | None) -> DistillOutput:
+    """The output of a step; logits keep their place behind the losses."""
+    out = DistillOutput(loss=losses.total, losses=losses.terms)
+    if logits is not None:
+        out["logits"] = logits
+    out["metrics"] = {"kept": losses.total.new_ones(()), **losses.metrics}
+    return out
 
 
 register_pytree_node(

@@ -35,7 +35,8 @@ def step(
     if objective.returns is not None:
         logits = named(lookup(objective.returns, LOGITS).detach(), "logits_output")
     terms = {name: named(value, name) for name, value in losses.terms.items()}
-    return Losses(named(losses.total, "loss"), terms), logits
+    metrics = {name: named(value, f"metrics.{name}") for name, value in losses.metrics.items()}
+    return Losses(named(losses.total, "loss"), terms, metrics), logits
 
 
 def run_towers(towers: Towers, objective: Objective, inputs: Mapping[Tower, Inputs]) -> Tensor:

@@ -162,4 +162,6 @@ def config_of(student: nn.Module) -> Any:
 @functools.cache
 def _without_losses(kind: Any) -> type:
     keys: Any = kind.keys_to_ignore_at_inference
-    return type(kind.__name__, (kind,), {"keys_to_ignore_at_inference": [*keys, "losses"]})
+    return type(
+        kind.__name__, (kind,), {"keys_to_ignore_at_inference": [*keys, "losses", "metrics"]}
+    )

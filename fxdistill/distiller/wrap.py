@@ -41,6 +41,7 @@ from fxdistill.models.modes import buffers_kept_on_error, modes_kept_on_error
 from fxdistill.models.tap import Tower
 from fxdistill.objective.beside import Beside
 from fxdistill.objective.call import Inputs, sort_call
+from fxdistill.objective.importance import Importance, require_importance
 from fxdistill.objective.make_terms import (
     Shapes,
     asks_for_width,
@@ -71,6 +72,7 @@ def wrap(
     label_weight: float = 1.0,
     task: str = "auto",
     vocab_size: int | None = None,
+    importance: Importance | None = None,
     freeze_teacher: bool = True,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     compile: CompileLike = True,
@@ -105,9 +107,10 @@ def wrap(
             ``feature_loss``: it gets lists with an entry for each match that names no loss, after
             ``rearrange``, ``reduce`` and ``project``. Its value is one term, named "pairs".
         feature_weight: The weight of the mean over all N matches ("pairs" counts as one).
-        logit_loss: "forward_kl", "reverse_kl", "jsd", "soft_cross_entropy", or a callable
-            ``(student_logits, teacher_logits, *, temperature, weights) -> scalar``; ``None`` for
-            none.
+        logit_loss: "forward_kl", "reverse_kl", "jsd", "soft_cross_entropy", "total_variation",
+            "mse_logits" (without τ), "sigmoid_kl" (classes that do not exclude each other), or a
+            callable ``(student_logits, teacher_logits, *, temperature, weights) -> scalar``;
+            ``None`` for none.
         logit_weight: The weight of the logit loss.
         temperature: The τ of the logit loss.
         label_loss: "cross_entropy", "ctc" (speech), or a callable ``(student_logits, labels, *,
@@ -117,6 +120,7 @@ def wrap(
             "classification", or "auto" to read it from the model.
         vocab_size: The number of real vocabulary columns, needed where the two models' numbers of
             columns differ by more than 5 %.
+        importance: An ``fxdistill.Importance``: which predictions weigh how much in the logit loss.
         freeze_teacher: ``False`` trains the teacher too.
         example_inputs: Keyword arguments of a call, or a tuple of positional ones. ``wrap`` checks
             the capture, paths and shapes on them, and reads the widths of projections from them; it
@@ -157,6 +161,7 @@ def wrap(
         labels=tuple(map(LabelTerm, _named(label_loss, LABEL_LOSSES, "label_loss"))),
         task=found_task,
         vocab_size=vocab_size,
+        importance=require_importance(importance, logit_loss),
         own_losses=is_named(logit_loss) and is_named(label_loss),
         returns="student" if options.outputs else None,
     )
@@ -179,6 +184,7 @@ def wrap(
         loss_name(loss) for loss in (logit_loss, label_loss, feature_loss, pairs_loss) if loss
     ]
     asked = f"{matches}\n{losses} {settings}\n{options.mode} {options.outputs} {found_task}"
+    asked += f" {importance}"
     plans = {"student": student_plan, "teacher": teacher_plan}
     with modes_kept_on_error(teacher), _placed(models, objective, mesh, plans, asked) as placed:
         parts = Parts(

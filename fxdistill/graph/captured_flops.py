@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from fxdistill.graph.flops import LACKING, head_flops, of_bodies
 from fxdistill.losses.fused.call import HeadCall
 from fxdistill.losses.fused.operator import HEAD
+from fxdistill.losses.fused.score_operator import SCORES, score_flops
 
 
 class Costs:
@@ -106,3 +107,4 @@ def _raw(formula: Any) -> Any:
 
 _FORMULAS = {packet: _raw(formula) for packet, formula in LACKING.items()}
 _FORMULAS[HEAD.overloadpacket] = _raw(lambda *args: head_flops(HeadCall(*args)))
+_FORMULAS[SCORES.overloadpacket] = _raw(score_flops)

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import (
 
 from fxdistill.losses.fused.call import HeadCall
 from fxdistill.losses.fused.operator import HEAD
+from fxdistill.losses.fused.score_operator import SCORES, score_flops
 
 aten = torch.ops.aten
 WITH_RANDOM_STATE = (run_with_rng_state, run_and_save_rng_state, graphsafe_run_with_rng_state)
@@ -45,6 +46,8 @@ def flops_of(node: fx.Node) -> int:
         kwargs = {name: value for name, value in kwargs.items() if name != "rng_state"}
     if target is HEAD:
         return head_flops(HeadCall(*args, **kwargs))
+    if target is SCORES:
+        return score_flops(*args)
     if bodies := list(bodies_of(node)):
         return of_bodies(target, [sum(map(flops_of, body.graph.nodes)) for body in bodies], args)
     packet = target if isinstance(target, HigherOrderOperator) else _packet(target)

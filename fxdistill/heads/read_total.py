@@ -4,6 +4,7 @@ The objective has a fixed form in the graph, Σ weight · loss over a few summan
 can be read too, if it is a sum of this library's divergences with constant coefficients.
 """
 
+import ast
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +16,33 @@ from fxdistill.base.ranks import over_ranks, total_over_ranks
 from fxdistill.heads.curve import Unreadable
 from fxdistill.heads.read_head import target_name
 from fxdistill.losses import cross_entropy
-from fxdistill.losses.fused.chunk import DIVERGENCES, Divergence
+from fxdistill.losses.fused.formulas import DIVERGENCES, Divergence
 from fxdistill.losses.names import LOGIT_LOSSES
+from fxdistill.losses.scores import Asked, token_scores
 from fxdistill.objective.denominators import over_items
+from fxdistill.objective.importance import factors, with_importance
 
 NAMES: dict[Any, str] = {LOGIT_LOSSES[name]: name for name in DIVERGENCES}
 ON_LOGITS = (*NAMES, cross_entropy)
 _OPTIONS = {"beta", "temperature", "weights"}  # options of a divergence that vocab_loss takes too
 OVER = (over_ranks, total_over_ranks)
 _ADD, _MUL = (operator.add, torch.add), (operator.mul, torch.mul)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Weights that follow from scores of the logits that a divergence compares.
+
+    ``keep`` is the share of tokens of which no more have a weight; ``None`` if all may have one.
+    ``score`` names the score that ``plain`` weights are multiplied by, where that is all, and
+    nothing else reads ``nodes``.
+    """
+
+    scores: fx.Node
+    keep: tuple[int, int] | None
+    plain: Any
+    score: str
+    nodes: tuple[fx.Node, ...]
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,25 @@ class Summand:
         if not isinstance(taken[0], fx.Node) or any(value is not taken[0] for value in taken):
             raise Unreadable("the losses of one term read different values")
         return taken[0]
+
+    @property
+    def scored(self) -> Scored | None:
+        """The scores that the weights follow from, if they do."""
+        weights: Any = self.option("weights")
+        if not self.is_divergence or getattr(weights, "target", None) is not with_importance:
+            return None
+        plain, found = weights.args
+        scores = found.args[0] if found.target is factors else None
+        if scores is None or scores.target is not token_scores:
+            return None
+        if scores.args != (self.argument(0), self.argument(1)):
+            return None
+        keep, _, proportional = ast.literal_eval(found.args[2])
+        names = Asked.read(scores.kwargs["asked"]).names
+        alone = proportional and len(names) == 1 and self.items is None
+        alone = alone and set(weights.users) <= set(self.losses)
+        alone = alone and len(found.users) == len(scores.users) == 1
+        return Scored(scores, keep, plain, names[0] if alone else "", (weights, found, scores))
 
     def option(self, name: str, default: Any = None) -> Any:
         """The keyword argument ``name``, which all of the losses must share."""

@@ -16,7 +16,15 @@ from fxdistill.losses.ctc import ctc
 from fxdistill.losses.detection import detection_box, detection_classification
 from fxdistill.losses.hidden import cosine, fitnet, l1, l2, mse, smooth_l1
 from fxdistill.losses.labels import cross_entropy
-from fxdistill.losses.logits import forward_kl, jsd, reverse_kl, soft_cross_entropy
+from fxdistill.losses.logits import (
+    forward_kl,
+    jsd,
+    mse_logits,
+    reverse_kl,
+    sigmoid_kl,
+    soft_cross_entropy,
+    total_variation,
+)
 from fxdistill.losses.maps import attention_transfer, fpn
 from fxdistill.losses.memory_bank import CRD
 from fxdistill.losses.relational import (
@@ -50,11 +58,14 @@ __all__ = [
     "l1",
     "l2",
     "mse",
+    "mse_logits",
     "relation_kl",
     "reverse_kl",
+    "sigmoid_kl",
     "similarity_preserving",
     "smooth_l1",
     "soft_cross_entropy",
+    "total_variation",
     "transfer_matrix",
     "vocab_loss",
     "vocab_loss_topk",

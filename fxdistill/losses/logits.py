@@ -3,10 +3,11 @@
 ``student_logits`` and ``teacher_logits`` are ``[..., V]``; ``weights`` is shaped like their leading
 axes, or ``None``. p = softmax(z/τ) with temperature τ, a number or a 0-d tensor. The value of a
 token is a sum over the vocabulary times τ², which keeps gradients comparable across temperatures
-(Hinton et al., 2015, section 2); the result is Σ w·value / Σ w.
+(Hinton et al., 2015, section 2; ``total_variation`` and ``mse_logits`` have no such factor); the
+result is Σ w·value / Σ w.
 
-The forms are chosen so that equal logits give exactly 0 and exactly zero gradients (``jsd``: up to
-rounding).
+The forms are chosen so that equal logits give exactly 0 and exactly zero gradients (``jsd`` and the
+gradient of ``sigmoid_kl``: up to rounding).
 """
 
 import functools
@@ -14,6 +15,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from fxdistill.base.nodes import one_node
 from fxdistill.base.tensors import is_placed, wide
@@ -137,3 +139,72 @@ def soft_cross_entropy(
     surprise = torch.where(p > 0, s.logsumexp(-1, keepdim=True) - s, torch.zeros_like(s))
     values = (p * surprise).sum(-1)
     return _result(values, temperature, weights)
+
+
+@one_node
+def total_variation(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: Tensor | float = 1.0,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """½ Σ abs(p_T - p_S), between 0 and 1, without the factor τ² (f-distill, Wen et al., 2023).
+
+    Entries whose probabilities are equal have the subgradient 0.
+    """
+    if is_placed(student_logits) or is_placed(teacher_logits):
+        return on_mesh("total_variation", student_logits, teacher_logits, temperature, weights)
+    q = _scaled(student_logits, temperature, weights).softmax(-1)
+    p = _scaled(teacher_logits, temperature, weights).softmax(-1)
+    return weighted_mean((q - p).abs().sum(-1) / 2, weights)
+
+
+@one_node
+def mse_logits(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: Tensor | float = 1.0,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """The mean over the vocabulary of (z_S - z_T)² (Ba and Caruana, 2014); no τ has a part in it.
+
+    Unlike the divergences of probabilities, it changes if all logits of a token are shifted. An
+    entry that a model rules out (logit -inf) adds 0 to the mean.
+    """
+    if is_placed(student_logits) or is_placed(teacher_logits):
+        return on_mesh("mse_logits", student_logits, teacher_logits, temperature, weights)
+    s, t = _scaled(student_logits, 1.0, weights), _scaled(teacher_logits, 1.0, weights)
+    ruled_out = (s == -torch.inf) | (t == -torch.inf)
+    gap = torch.where(ruled_out, torch.zeros_like(s), s - t)
+    return weighted_mean(gap.square().sum(-1) / s.shape[-1], weights)
+
+
+@one_node
+def sigmoid_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: Tensor | float = 1.0,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """τ² times the mean over classes of KL(Bernoulli σ(z_T/τ) ‖ Bernoulli σ(z_S/τ)).
+
+    For classes that do not exclude each other (several labels, detection): each has a sigmoid of
+    its own, and binary cross entropy minus the teacher's entropy as its value (Yang et al., 2023,
+    "Bridging Cross-task Protocol Inconsistency"). Everything is computed from logits, never from
+    probabilities. A class whose logit is -inf in both models adds 0.
+    """
+    if is_placed(student_logits) or is_placed(teacher_logits):
+        return on_mesh("sigmoid_kl", student_logits, teacher_logits, temperature, weights)
+    s = _scaled(student_logits, temperature, weights)
+    t = _scaled(teacher_logits, temperature, weights)
+    values = (_of_outcome(s, t) + _of_outcome(-s, -t)).sum(-1) / s.shape[-1]
+    return _result(values, temperature, weights)
+
+
+def _of_outcome(s: Tensor, t: Tensor) -> Tensor:
+    """σ(t) log(σ(t) / σ(s)); an outcome that the teacher rules out adds nothing."""
+    p = t.sigmoid()
+    return p * torch.where(p > 0, logsigmoid(t) - logsigmoid(s), torch.zeros_like(s))

@@ -17,7 +17,15 @@ from fxdistill.losses.ctc import ctc
 from fxdistill.losses.detection import detection_box, detection_classification
 from fxdistill.losses.hidden import cosine, fitnet, l1, l2, mse, smooth_l1
 from fxdistill.losses.labels import cross_entropy
-from fxdistill.losses.logits import forward_kl, jsd, reverse_kl, soft_cross_entropy
+from fxdistill.losses.logits import (
+    forward_kl,
+    jsd,
+    mse_logits,
+    reverse_kl,
+    sigmoid_kl,
+    soft_cross_entropy,
+    total_variation,
+)
 from fxdistill.losses.maps import attention_transfer, fpn
 from fxdistill.losses.memory_bank import CRD
 from fxdistill.losses.relational import (
@@ -39,7 +47,11 @@ OF_ATTENTION = (attention_kl, attention_mse, relation_kl, transfer_matrix)
 _OF_FEATURES = (*OF_PLACES, *OF_MAPS, *OF_SAMPLES, *OF_ATTENTION)
 FEATURE_LOSSES: dict[str, Any] = {f.__name__: f for f in _OF_FEATURES}
 LOGIT_LOSSES: dict[str, Loss] = {
-    f.__name__: f for f in (forward_kl, reverse_kl, jsd, soft_cross_entropy)
+    f.__name__: f
+    for f in (
+        *(forward_kl, reverse_kl, jsd, soft_cross_entropy),
+        *(total_variation, mse_logits, sigmoid_kl),
+    )
 }
 LABEL_LOSSES: dict[str, Loss] = {f.__name__: f for f in (cross_entropy, ctc)}
 _NAMED = (*FEATURE_LOSSES.values(), *LOGIT_LOSSES.values(), *LABEL_LOSSES.values())

@@ -17,8 +17,9 @@ from fxdistill.base.tensors import is_placed
 from fxdistill.errors import OptionError, ShapeError, VocabularyError
 from fxdistill.losses import fused
 from fxdistill.losses.fused.call import HeadCall, HeadSide, HeadTerms, Stored
+from fxdistill.losses.fused.cast import cast_side
 from fxdistill.losses.fused.chunk import ChunkSpec
-from fxdistill.losses.fused.mix import DivergenceLike, divergences
+from fxdistill.losses.fused.mix import DivergenceLike, divergences, require_no_logits
 from fxdistill.losses.fused.operator import vocab_operator
 from fxdistill.losses.fused.sizes import chunk_tokens_for
 from fxdistill.losses.reduce import IGNORE
@@ -48,6 +49,10 @@ def vocab_loss(
     teacher_bias: Tensor | None = None,
     chunk_tokens: int | None = None,
     num_items: float | Tensor | None = None,
+    logit_weights: Tensor | None = None,
+    logit_items: float | Tensor | None = None,
+    keep: tuple[int, int] | None = None,
+    score: str = "",
     vocab_size: int | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -71,18 +76,25 @@ def vocab_loss(
         teacher_hidden: ``[..., D_T]``; gets no gradient. ``None`` with ``divergence=None``.
         teacher_weight: ``[V_T, D_T]``; gets no gradient.
         labels: ``[...]``; -100 is ignored. Without labels there is no cross entropy.
-        divergence: forward_kl, reverse_kl, jsd, soft_cross_entropy; one of these functions or a
-            ``functools.partial`` of ``jsd`` with ``beta``; a mix, ``{"forward_kl": 0.5, ...}``; or
-            ``None``.
+        divergence: forward_kl, reverse_kl, jsd, soft_cross_entropy, total_variation, mse_logits,
+            sigmoid_kl; one of these functions or a ``functools.partial`` of ``jsd`` with ``beta``;
+            a mix, ``{"forward_kl": 0.5, ...}``; or ``None``.
         logit_weight: The weight of the divergence in the total. A tensor recompiles nothing.
         label_weight: The weight of the cross entropy.
-        temperature: τ of the divergence, which carries τ².
+        temperature: τ of the divergence, which carries τ² (see ``losses.logits``).
         weights: ``[...]``, the weight of each token in Σ w·value / Σ w.
         student_bias: ``[V]``.
         teacher_bias: ``[V_T]``; gets no gradient.
         chunk_tokens: The number of tokens in a chunk; ``None``: as many as fit 96 MiB of logits
             (768 MiB on a GPU), and 160 at least.
         num_items: The denominator of both terms in place of Σ w.
+        logit_weights: ``[...]``, the weights of the tokens in the divergence, where these are
+            others than ``weights``.
+        logit_items: The denominator that goes with them, in place of their sum.
+        keep: A share (numerator, denominator): at most ⌈share·tokens⌉ tokens have a weight, and the
+            heads are applied to so many tokens only. Not with labels, nor on a sharded vocabulary.
+        score: A score of ``fused.scores``, by which each token's weight is multiplied before the
+            mean is taken. As for ``keep``, and without ``num_items``.
         vocab_size: How many columns the divergence compares; ``None``: the smaller vocabulary. The
             columns beyond have probability zero in both models.
         label_smoothing: ε of the cross entropy.
@@ -117,18 +129,27 @@ def vocab_loss(
         float(label_smoothing),
         float(z_loss),
         labels is not None,
+        score,
     )
     numbers = (logit_weight, label_weight, temperature)
-    asked = _Asked(labels, weights, num_items, numbers, spec, chunk_tokens, compile)
-    _require_constants(weights, num_items, *numbers)
-    student = _autocast(HeadSide(student_hidden, student_weight, student_bias))
+    of_logits = (weights, num_items) if logit_weights is None else (logit_weights, logit_items)
+    asked = _Asked(labels, weights, num_items, *of_logits, numbers, spec, chunk_tokens, compile)
+    _require_constants(weights, num_items, *of_logits, *numbers)
+    student = cast_side(HeadSide(student_hidden, student_weight, student_bias))
     teacher = None
     if chosen and teacher_hidden is not None and teacher_weight is not None:
         bias = None if teacher_bias is None else teacher_bias.detach()
-        teacher = _autocast(HeadSide(teacher_hidden.detach(), teacher_weight.detach(), bias))
+        teacher = cast_side(HeadSide(teacher_hidden.detach(), teacher_weight.detach(), bias))
     sides = [side for side in (student, teacher) if side is not None]
-    if any(is_placed(x) for side in sides for x in side[:2]):
+    placed = any(is_placed(x) for side in sides for x in side[:2])
+    if score and (labels is not None or num_items is not None or placed):
+        raise OptionError("score multiplies weights: give no labels, no num_items, no shards")
+    if placed:
         return _sharded(student, teacher, asked)
+    if keep is not None:
+        if labels is not None or of_logits[0] is None:
+            raise OptionError("keep leaves out tokens without a weight: give weights, no labels")
+        student, teacher, asked = _kept(student, teacher, asked, keep)
     student, teacher = _flat(student), None if teacher is None else _flat(teacher)
     columns = sum(side.weight.shape[0] for side in sides)
     return _run(student, teacher, asked, columns)
@@ -138,10 +159,12 @@ def _sharded(student: HeadSide, teacher: HeadSide | None, asked: "_Asked") -> Vo
     placement = base.placement
     tokens = student.hidden.shape[:-1].numel()
     like = placement.local_part(student.hidden.detach()).new_empty(tokens, 0)
-    labels, weights = (
-        None if x is None else placement.whole(x) for x in (asked.labels, asked.weights)
+    labels, weights, logit_weights = (
+        None if x is None else placement.whole(x)
+        for x in (asked.labels, asked.weights, asked.logit_weights)
     )
-    terms = _terms(asked._replace(labels=labels, weights=weights), like)
+    asked = asked._replace(labels=labels, weights=weights, logit_weights=logit_weights)
+    terms = _terms(asked, like)
     total, each = fused.sharded_heads.sharded_vocab_loss(student, teacher, terms)
     return VocabLoss(total, each[0].detach(), each[1].detach())
 
@@ -181,7 +204,7 @@ def vocab_loss_topk(
         teacher_logprobs: ``[..., k]``, their log-probabilities over the teacher's whole vocabulary,
             at the same ``temperature``.
         labels: ``[...]``, and all else as in ``vocab_loss``.
-        divergence: As in ``vocab_loss``.
+        divergence: As in ``vocab_loss``, but for mse_logits and sigmoid_kl, which compare logits.
         logit_weight: Likewise.
         label_weight: Likewise.
         temperature: Likewise.
@@ -197,8 +220,8 @@ def vocab_loss_topk(
 
     Raises:
         ShapeError: Hidden states, heads, ids, labels or weights do not fit each other.
-        OptionError: The divergence is unknown, hidden states are float16, or an argument requires a
-            gradient that gets none.
+        OptionError: The divergence is unknown or compares logits, hidden states are float16, or an
+            argument requires a gradient that gets none.
     """
     _check_shapes(student_hidden, student_weight, teacher_ids, None, labels, weights)
     if teacher_ids.shape != teacher_logprobs.shape:
@@ -206,11 +229,13 @@ def vocab_loss_topk(
             f"teacher_ids is {list(teacher_ids.shape)}, teacher_logprobs "
             f"{list(teacher_logprobs.shape)}: both [..., k]"
         )
+    chosen = divergences(divergence)
+    require_no_logits(chosen)
     numbers = (logit_weight, label_weight, temperature)
     _require_constants(weights, num_items, *numbers)
-    student = _autocast(HeadSide(student_hidden.flatten(0, -2), student_weight, student_bias))
+    student = cast_side(HeadSide(student_hidden.flatten(0, -2), student_weight, student_bias))
     spec = ChunkSpec(
-        divergences(divergence),
+        chosen,
         0,
         (float(student_scale), 1.0),
         (_cap(student_softcap), None),
@@ -218,7 +243,8 @@ def vocab_loss_topk(
         float(z_loss),
         labels is not None,
     )
-    asked = _Asked(labels, weights, num_items, numbers, spec, chunk_tokens, compile)
+    of_both = (weights, num_items)
+    asked = _Asked(labels, *of_both, *of_both, numbers, spec, chunk_tokens, compile)
     stored = Stored(teacher_logprobs.detach().flatten(0, -2), teacher_ids.flatten(0, -2))
     columns = 2 * student_weight.shape[0]
     return _run(student, stored, asked, columns)
@@ -230,10 +256,29 @@ class _Asked(NamedTuple):
     labels: Tensor | None
     weights: Tensor | None
     num_items: float | Tensor | None
+    logit_weights: Tensor | None
+    logit_items: float | Tensor | None
     numbers: tuple[float | Tensor, ...]
     spec: ChunkSpec
     chunk: int | None
     compiled: bool
+
+
+def _kept(
+    student: HeadSide, teacher: HeadSide | None, asked: _Asked, keep: tuple[int, int]
+) -> tuple[HeadSide, HeadSide | None, _Asked]:
+    """The tokens that have a weight, in their order, filled up with some that have none."""
+    assert asked.logit_weights is not None
+    weights = asked.logit_weights.flatten()
+    count = (weights.shape[0] * keep[0] + keep[1] - 1) // keep[1]
+    at = (weights != 0).int().sort(descending=True, stable=True).indices[:count]
+
+    def taken(side: HeadSide) -> HeadSide:
+        return side._replace(hidden=side.hidden.flatten(0, -2).index_select(0, at))
+
+    some = weights.index_select(0, at)
+    asked = asked._replace(weights=some, logit_weights=some)
+    return taken(student), None if teacher is None else taken(teacher), asked
 
 
 def _flat(side: HeadSide) -> HeadSide:
@@ -253,9 +298,23 @@ def _run(
 
 def _terms(asked: _Asked, h: Tensor) -> HeadTerms:
     """Turn the arguments into tensors with one entry for each token of ``h`` ``[tokens, ...]``."""
-    logit_share, label_share, labels = _shares(h, asked.labels, asked.weights, asked.num_items)
+    kind = torch.float64 if h.dtype == torch.float64 else torch.float32
+
+    def share(weights: Tensor | None, items: float | Tensor | None, flat: Tensor | None) -> Tensor:
+        """The share w / Σw of each token, of those whose label is given."""
+        w = h.new_ones(h.shape[0], dtype=kind) if weights is None else weights.flatten().to(kind)
+        w = w if flat is None else w * (flat != IGNORE)
+        total = w.sum() if items is None else _number(items, h.device, kind)
+        return w / torch.where(total == 0, torch.ones_like(total), total)
+
+    of_logits, of_labels = share(asked.logit_weights, asked.logit_items, None), None
+    labels = None
+    if asked.labels is not None:
+        flat = asked.labels.flatten()
+        of_labels = share(asked.weights, asked.num_items, flat)
+        labels = torch.where(flat == IGNORE, 0, flat)
+    shares = (of_logits, torch.zeros_like(of_logits) if of_labels is None else of_labels)
     settings = _settings(asked.numbers, h)
-    shares = (logit_share, label_share)
     return HeadTerms(labels, shares, settings, asked.spec, asked.chunk, asked.compiled)
 
 
@@ -265,48 +324,10 @@ def _settings(numbers: tuple[float | Tensor, ...], h: Tensor) -> Tensor:
     return torch.stack([_number(value, h.device, kind) for value in numbers])
 
 
-def _shares(
-    h: Tensor, labels: Tensor | None, weights: Tensor | None, num_items: float | Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The shares w / Σw of each token in both terms, and the labels with 0 in place of -100."""
-    kind = torch.float64 if h.dtype == torch.float64 else torch.float32
-    w = h.new_ones(h.shape[0], dtype=kind) if weights is None else weights.flatten().to(kind)
-    of_labels, flat = torch.zeros_like(w), None
-    if labels is not None:
-        flat = labels.flatten()
-        of_labels = w * (flat != IGNORE)
-        flat = torch.where(flat == IGNORE, 0, flat)
-    items = None if num_items is None else _number(num_items, h.device, kind)
-
-    def share(each: Tensor) -> Tensor:
-        total = each.sum() if items is None else items
-        return each / torch.where(total == 0, torch.ones_like(total), total)
-
-    return share(w), share(of_labels), flat
-
-
 def _number(value: float | Tensor, device: torch.device, kind: torch.dtype) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().to(device=device, dtype=kind).reshape(())
     return torch.full((), float(value), device=device, dtype=kind)
-
-
-def _autocast(side: HeadSide) -> HeadSide:
-    """Cast operands as a linear layer does under autocast; OptionError in float16."""
-    hidden, weight, bias = side
-    kind = hidden.device.type
-    # Some devices, "meta" among them, have no autocast, and is_autocast_enabled raises for them.
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        if hidden.dtype != torch.float64:
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-    if hidden.dtype == torch.float16:
-        raise OptionError(
-            "the fused head forms gradients before a loss scale could be applied, and in float16 "
-            "they would vanish: use bfloat16 or float32, or losses of logits"
-        )
-    return HeadSide(hidden, weight, bias)
 
 
 def _check_shapes(

@@ -23,6 +23,13 @@ from fxdistill.models.tap import Tap, Tower
 from fxdistill.objective.beside import Beside, numbered
 from fxdistill.objective.denominators import denominator, items_elsewhere, rescaled
 from fxdistill.objective.feature_terms import Lookup, Step, feature_terms
+from fxdistill.objective.importance import (
+    Importance,
+    factors_of,
+    kept_share,
+    scores_of,
+    with_importance,
+)
 from fxdistill.objective.term import LOGITS, PAIRS, LabelTerm, LogitTerm, Term
 from fxdistill.objective.tokens import Batch, align_labels, prediction_weights
 from fxdistill.objective.values import ordinary
@@ -35,10 +42,14 @@ from fxdistill.objective.vocabulary import (
 
 
 class Losses(NamedTuple):
-    """The total, with gradients, and the unweighted terms by name, without gradients."""
+    """The total, with gradients, and the unweighted terms by name, without gradients.
+
+    ``metrics`` says what else the step has found: "kept", where importance drops predictions.
+    """
 
     total: Tensor
     terms: dict[str, Tensor]
+    metrics: dict[str, Tensor]
 
 
 class StepWeights(NamedTuple):
@@ -70,6 +81,21 @@ class Predictions(NamedTuple):
     items: Tensor | None
     counts: Tensor
 
+    def by(self, factors: Tensor, given: Tensor | None, ranks: Ranks | None) -> "Predictions":
+        """The predictions with their importance; a ``given`` number of items stays what it is."""
+        weights = with_importance(self.weights, factors)
+        items = self.items if given is not None else denominator(None, weights, 0, ranks, factors)
+        return self._replace(weights=weights, items=items)
+
+
+class Found(NamedTuple):
+    """A term on logits, its weight in the total, and the importance of its predictions."""
+
+    name: str
+    weight: Tensor
+    loss: Tensor
+    factors: Tensor | None = None
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -84,6 +110,7 @@ class Objective:
     frozen: frozenset[Tower] = frozenset()
     ranks: Ranks | None = None  # the ranks, where they hold different samples
     own_losses: bool = True  # the library's logit and label losses: it knows the shapes they take
+    importance: Importance | None = None  # of the predictions, in the terms of logits
     returns: Tower | None = None  # the model whose logits the step returns besides its losses
 
     @property
@@ -122,6 +149,8 @@ class Objective:
         """Whether the fused head has these losses, and every teacher of logits is frozen."""
         if any(aligns_labels(term.loss) for term in self.labels):
             return False
+        if self.importance is not None and not self.importance.names:
+            return False
         return self.own_losses and all(term.teacher in self.frozen for term in self.logits)
 
     @property
@@ -129,7 +158,8 @@ class Objective:
         """Whether all losses are the library's own: a callable of the user's may have state."""
         losses = [term.loss for term in self.features]
         losses += [*(t.loss for t in self.logits), *(t.loss for t in self.labels)]
-        return all(map(is_named, losses))
+        named = self.importance is None or bool(self.importance.names)
+        return named and all(map(is_named, losses))
 
     @property
     def learns_from_features_alone(self) -> bool:
@@ -186,16 +216,22 @@ class Objective:
         weights = StepWeights.of(settings)
         parts: list[Tensor] = []
         terms: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         task, counted = self.task, None
+        weighed = batch  # with the importance of positions, where features have it too
         for tower in self._predicting:
             made = self._predictions(tower, lookup, batch)
             task, counted = task or made.task, made.counts if counted is None else counted
             found = self._of_logits(tower, made, lookup, batch, weights, beside)
-            for name, weight, loss in found:
+            for name, weight, loss, factors in found:
                 parts.append(weight * loss)
                 terms[name] = loss.detach()
+                if factors is not None and self.importance is not None and weighed is batch:
+                    if self.importance.drops:
+                        metrics["kept"] = kept_share(factors, made.weights, self.ranks)
+                    weighed = batch.weighed(factors) if self.importance.features else batch
         if self.features:
-            step = Step(batch, task, beside, self.ranks, counted)
+            step = Step(weighed, task, beside, self.ranks, counted)
             named = feature_terms(self.features, lookup, step)
             weighted = [w * loss for w, loss in zip(weights.matches, named.values(), strict=True)]
             mean = torch.stack(weighted).sum() / len(weighted)
@@ -203,7 +239,9 @@ class Objective:
             terms["features"] = mean.detach()
             terms.update({name: loss.detach() for name, loss in named.items()})
         total = torch.stack(parts).sum() if parts else anchor.reshape(-1)[:1].sum() * 0.0
-        return Losses(total, terms) if self.ranks is None else together(total, terms, self.ranks)
+        if self.ranks is not None:
+            total, terms = together(total, terms, self.ranks)
+        return Losses(total, terms, metrics)
 
     def _predictions(self, tower: Tower, lookup: Lookup, batch: Batch) -> Predictions:
         """The logits of ``tower``, and the weights of its predictions."""
@@ -231,19 +269,21 @@ class Objective:
         batch: Batch,
         weights: StepWeights,
         beside: Beside,
-    ) -> list[tuple[str, Tensor, Tensor]]:
-        """The name, weight and value of each term on the logits of ``tower``."""
+    ) -> list[Found]:
+        """Each term on the logits of ``tower``."""
         found = []
         for term in self.logits:
             if term.student == tower:
+                given = (lookup, weights.temperature, batch.num_items)
+                weight = of_share(weights.logits, term.share)
                 loss_of = beside.loss_of(term, self.ranks)
-                loss = self._logit_term(loss_of, term, made, lookup, weights.temperature)
-                found.append((term.name, of_share(weights.logits, term.share), loss))
+                value, factors = self._logit_term(loss_of, term, made, *given)
+                found.append(Found(term.name, weight, value, factors))
         for label in self.labels:
             if label.student == tower:
                 loss_of = beside.loss_of(label, self.ranks)
                 loss = self._label_term(loss_of, label, made, batch.labels, batch.num_items)
-                found.append((label.name, of_share(weights.labels, label.share), loss))
+                found.append(Found(label.name, of_share(weights.labels, label.share), loss))
         return found
 
     def _logit_term(
@@ -253,12 +293,19 @@ class Objective:
         made: Predictions,
         lookup: Lookup,
         temperature: Tensor,
-    ) -> Tensor:
+        num_items: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The value of a term, and the importance of its predictions."""
         s, t = shared_vocabulary(made.logits, lookup(term.teacher, LOGITS), self.vocab_size)
         if not self.own_losses:
             s, t = on_every_rank(s), on_every_rank(t)
+        factors = None
+        if (importance := self.importance) is not None:
+            scores = scores_of(importance, term.loss, s, t, temperature, made.weights)
+            factors = factors_of(importance, scores, made.weights, self.ranks)
+            made = made.by(factors, num_items, self.ranks)
         loss = loss_of(s, t, temperature=temperature, weights=made.weights)
-        return rescaled(ordinary(loss, term.name), made.weights, 0, made.items)
+        return rescaled(ordinary(loss, term.name), made.weights, 0, made.items), factors
 
     def _label_term(
         self,
@@ -292,10 +339,12 @@ def of_share(weight: Tensor, share: float) -> Tensor:
     return weight if share == 1.0 else weight * share
 
 
-def together(total: Tensor, terms: dict[str, Tensor], ranks: Ranks) -> Losses:
+def together(
+    total: Tensor, terms: dict[str, Tensor], ranks: Ranks
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum the total and the terms over ranks."""
     summed = {name: over_ranks(value, ranks.groups) for name, value in terms.items()}
-    return Losses(total_over_ranks(total, ranks.groups, ranks.scale), summed)
+    return total_over_ranks(total, ranks.groups, ranks.scale), summed
 
 
 def with_constants(lookup: Lookup, frozen: frozenset[Tower]) -> Lookup:

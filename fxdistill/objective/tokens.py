@@ -64,6 +64,11 @@ class Batch(NamedTuple):
             return batch
         return batch._replace(loss_mask=None, token_weights=None, labels=None)
 
+    def weighed(self, factors: Tensor) -> "Batch":
+        """The batch with ``token_weights`` times ``factors``, by position."""
+        given = self.token_weights
+        return self._replace(token_weights=factors if given is None else given.float() * factors)
+
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
         """The (batch, length) of the tokens and of the decoder's tokens."""

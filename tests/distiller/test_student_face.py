@@ -117,7 +117,8 @@ def test_the_config_is_the_students_and_knows_what_is_no_prediction():
     distiller = pair()
     config, theirs = distiller.config, distiller.student.config
     assert isinstance(config, LlamaConfig)
-    assert config.keys_to_ignore_at_inference == [*theirs.keys_to_ignore_at_inference, "losses"]
+    ignored = [*theirs.keys_to_ignore_at_inference, "losses", "metrics"]
+    assert config.keys_to_ignore_at_inference == ignored
     assert config.to_dict() == theirs.to_dict()
     config.use_cache = False
     assert theirs.use_cache is False
@@ -172,7 +173,7 @@ def test_models_without_logits_are_evaluated_without():
     )
     with torch.no_grad():
         out = body.eval()(input_ids=Rows().batch()["input_ids"])
-    assert list(out) == ["loss", "losses"]
+    assert list(out) == ["loss", "losses", "metrics"]
 
 
 # ------------------------------------------------------------------ state dicts

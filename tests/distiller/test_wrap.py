@@ -258,7 +258,7 @@ def test_output_is_a_mapping_that_survives_rebuilding():
     assert out["loss"] is out.loss is out[0]
     again = type(out)(dict(out))
     assert again.loss is out.loss
-    assert list(again) == ["loss", "losses", "logits"]
+    assert list(again) == ["loss", "losses", "logits", "metrics"]
     again.loss = out.loss * 2
     assert again["loss"] is again[0]
     doubled = tree_map(lambda t: t * 2, out)

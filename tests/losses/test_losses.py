@@ -17,6 +17,7 @@ F64 = torch.float64
 FEATURES = ("mse", "l2", "smooth_l1", "l1", "cosine")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 LOGITS = (*DIVERGENCES, "soft_cross_entropy")
+OTHERS = ("total_variation", "mse_logits", "sigmoid_kl")  # test_logits.py has more of these
 CLOSE: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12}
 
 
@@ -285,7 +286,7 @@ def test_cross_entropy_drops_ignored_labels(logits: tuple[Tensor, Tensor]) -> No
 # ---- all
 
 
-@pytest.mark.parametrize("name", [*FEATURES, *LOGITS])
+@pytest.mark.parametrize("name", [*FEATURES, *LOGITS, *OTHERS])
 def test_no_weight_means_zero_and_zero_gradients(name: str) -> None:
     torch.manual_seed(0)
     s, t = torch.randn(2, 3, 4)
@@ -337,7 +338,7 @@ def test_soft_cross_entropy_of_equal_logits_is_the_entropy(logits: tuple[Tensor,
     torch.testing.assert_close(divergence("soft_cross_entropy", s, s), wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("name", [*FEATURES, *LOGITS])
+@pytest.mark.parametrize("name", [*FEATURES, *LOGITS, *OTHERS])
 def test_double_precision_is_kept(name: str, logits: tuple[Tensor, Tensor]) -> None:
     s, t = logits
     value = feature(name, s, t) if name in FEATURES else divergence(name, s, t)
@@ -345,7 +346,7 @@ def test_double_precision_is_kept(name: str, logits: tuple[Tensor, Tensor]) -> N
     assert value.dim() == 0
 
 
-@pytest.mark.parametrize("name", LOGITS)
+@pytest.mark.parametrize("name", [*LOGITS, *OTHERS])
 def test_low_precision_logits_are_compared_in_single(
     name: str, logits: tuple[Tensor, Tensor]
 ) -> None:
@@ -356,7 +357,7 @@ def test_low_precision_logits_are_compared_in_single(
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("name", [*FEATURES, *LOGITS, "cross_entropy"])
+@pytest.mark.parametrize("name", [*FEATURES, *LOGITS, *OTHERS, "cross_entropy"])
 def test_what_does_not_count_may_be_anything(name: str, bad: float, side: str) -> None:
     torch.manual_seed(0)
     s, t = torch.randn(2, 3, 4)

@@ -23,7 +23,10 @@ CASES: dict[str, dict[str, Any]] = {
     "jsd, beta": {"divergence": functools.partial(jsd, beta=0.2)},
     "jsd, its end": {"divergence": functools.partial(jsd, beta=1.0)},
     "soft": {"divergence": "soft_cross_entropy", "num_items": 30},
-    "mix": {"divergence": {"forward_kl": 0.5, "reverse_kl": 0.5, "jsd": 1.0}},
+    "mix": {"divergence": {"forward_kl": 0.5, "jsd": 1.0, "sigmoid_kl": 2.0}, "temperature": 2.0},
+    "variation": {"divergence": "total_variation", "temperature": 2.0, "vocab_size": 20},
+    "squares": {"divergence": "mse_logits", "label_weight": 0.5, "vocab_size": 20},
+    "sigmoids": {"divergence": "sigmoid_kl", "temperature": 0.5, "student_softcap": 3.0},
     "labels": {"divergence": None, "label_weight": 1.0, "label_smoothing": 0.1, "z_loss": 0.01},
     "curves": {"student_softcap": 3.0, "teacher_softcap": 5.0, "student_scale": 0.5},
     "columns": {"vocab_size": 20, "label_weight": 1.0},
@@ -76,6 +79,25 @@ def measured(x: dict[str, Tensor], options: dict[str, Any]) -> list[Tensor]:
     gradients = torch.autograd.grad(out.loss * 1.5, list(given.values()))
     whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
     return [out.loss.detach(), out.logits, out.labels, *whole]
+
+
+def ruled_out_by_both(rank: int) -> None:
+    """Biases of -inf, on both sides and on the teacher's alone: as one device, and no NaN."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    x = operands(31, 31)
+    x["student_bias"][3] = -torch.inf
+    x["teacher_bias"][[3, 7]] = -torch.inf
+    for divergence in ("forward_kl", "total_variation", "mse_logits", "sigmoid_kl"):
+        found = measured(sharded(x, mesh, Replicate(), Shard(0)), {"divergence": divergence})
+        wanted = measured(alone(x), {"divergence": divergence})
+        for a, b in zip(found, wanted, strict=True):
+            assert b.isfinite().all()
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_entries_that_are_ruled_out() -> None:
+    run(2, ruled_out_by_both)
 
 
 def compare(case: str, v: int, v_t: int, mesh: Any, tokens: Any, vocabulary: Any) -> None:

@@ -40,9 +40,18 @@ def cast(x: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {k: v.to(dtype) if k in real else v for k, v in x.items()}
 
 
-def divergence_value(name: str, s: Tensor, t: Tensor, beta: float) -> Tensor:
+def divergence_value(name: str, s: Tensor, t: Tensor, beta: float, tau: float) -> Tensor:
+    """Of logits over τ, before the factor τ²."""
+    if name == "mse_logits":
+        return F.mse_loss(s, t, reduction="none").mean(-1)
+    if name == "sigmoid_kl":
+        p = t.sigmoid()
+        both = [F.binary_cross_entropy_with_logits(x, p, reduction="none") for x in (s, t)]
+        return (both[0] - both[1]).mean(-1)
     log_q, log_p = F.log_softmax(s, -1), F.log_softmax(t, -1)
     q, p = log_q.exp(), log_p.exp()
+    if name == "total_variation":
+        return (q - p).clamp(min=0).sum(-1) / tau**2
     if name == "jsd" and 0 < beta < 1:
         log_m = (beta * p + (1 - beta) * q).log()
         of_p = F.kl_div(log_m, p, reduction="none").sum(-1)
@@ -69,7 +78,7 @@ def oracle(x: dict[str, Any], mix: dict[str, tuple[float, float]], **o: Any) -> 
     tau, n = o.get("temperature", 1.0), o.get("columns", min(s.shape[-1], t.shape[-1]))
     weights = torch.ones(len(h)).double() if x["weights"] is None else x["weights"]
     value = sum(
-        c * divergence_value(k, s[:, :n] / tau, t[:, :n] / tau, b) for k, (c, b) in mix.items()
+        c * divergence_value(k, s[:, :n] / tau, t[:, :n] / tau, b, tau) for k, (c, b) in mix.items()
     )
     logits = tau**2 * (weights * value).sum() / o.get("items", weights.sum())
     labels = torch.zeros(()).double()
@@ -101,7 +110,8 @@ def compare(
         assert g.dtype == x["student_weight"].dtype
 
 
-NAMES = ["forward_kl", "reverse_kl", "jsd", "soft_cross_entropy"]
+STORED = ["forward_kl", "reverse_kl", "jsd", "soft_cross_entropy", "total_variation"]
+NAMES = [*STORED, "mse_logits", "sigmoid_kl"]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -119,9 +129,9 @@ def test_jsd_with_another_beta(beta: float) -> None:
 
 
 def test_a_mix_in_one_pass() -> None:
-    wanted = oracle(operands(), {"forward_kl": (0.3, 0), "reverse_kl": (0.5, 0), "jsd": (2.0, 0.5)})
-    mix = {"forward_kl": 0.3, "reverse_kl": 0.5, "jsd": 2.0}
-    compare(operands(), wanted, divergence=mix)
+    mix = {"forward_kl": 0.3, "jsd": 2.0, "total_variation": 0.5, "mse_logits": 0.2}
+    wanted = oracle(operands(), {name: (w, 0.5) for name, w in mix.items()}, temperature=2.0)
+    compare(operands(), wanted, divergence=mix, temperature=2.0)
 
 
 def test_labels_alone_need_no_teacher() -> None:
@@ -136,11 +146,12 @@ def test_options_of_cross_entropy(o: dict[str, float]) -> None:
             divergence="jsd", label_weight=2.0, **o)  # fmt: skip
 
 
-def test_softcaps_and_scales() -> None:
-    wanted = oracle(operands(), {"forward_kl": (1.0, 0)}, label_weight=1.0,
+@pytest.mark.parametrize("name", ["forward_kl", *NAMES[-3:]])
+def test_softcaps_and_scales(name: str) -> None:
+    wanted = oracle(operands(), {name: (1.0, 0)}, label_weight=1.0,
                     student=(0.5, 3.0), teacher=(2.0, None))  # fmt: skip
-    compare(operands(), wanted, label_weight=1.0, student_scale=0.5, student_softcap=3.0,
-            teacher_scale=2.0)  # fmt: skip
+    compare(operands(), wanted, divergence=name, label_weight=1.0, student_scale=0.5,
+            student_softcap=3.0, teacher_scale=2.0)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -312,7 +323,7 @@ def buckets(x: Tensor, ids: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", STORED)
 @pytest.mark.parametrize("k", [1, 5, 40])
 def test_a_stored_teacher_is_compared_in_buckets(name: str, k: int) -> None:
     tau, x = 2.0, operands()
@@ -323,7 +334,7 @@ def test_a_stored_teacher_is_compared_in_buckets(name: str, k: int) -> None:
     q = buckets(log_q.exp(), given["teacher_ids"])
     p = stored(d, k, tau)["teacher_logprobs"].exp()
     p = torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1)
-    value = divergence_value(name, q.log(), p.log(), 0.5)
+    value = divergence_value(name, q.log(), p.log(), 0.5, tau)
     w = d["weights"]
     logits = tau**2 * (w * value).sum() / w.sum()
     kept = w * (x["labels"] != -100)

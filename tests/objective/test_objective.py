@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fxdistill
 from families import FAMILIES, spread
+from fxdistill.losses.names import LOGIT_LOSSES
 from oracle import FEATURE_LOSSES, Reference, check_gradients, check_losses, reference
 
 VOCAB, ROWS, LENGTH = 50, 3, 8
@@ -19,7 +20,6 @@ PAIRS = [
     ("model.layers.0.self_attn", "model.layers.1.self_attn"),
     ("model.layers.0.mlp", "model.layers.2.mlp"),
 ]
-LOGIT_LOSSES = ("forward_kl", "reverse_kl", "jsd", "soft_cross_entropy")
 ALL_TERMS = tuple(itertools.product((False, True), repeat=3))
 
 

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from fxdistill import errors
+from fxdistill import Importance, errors
 from fxdistill.losses import cross_entropy, forward_kl, jsd
 from mesh_steps import AOT, MODES, compare, step
 from placed_models import LM, parallel
@@ -21,6 +21,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "jsd": {"logit_loss": functools.partial(jsd, beta=0.3), "temperature": 2.0},
     "reverse": {"logit_loss": "reverse_kl", "label_weight": 0.5},
     "soft": {"logit_loss": "soft_cross_entropy"},
+    "variation": {"logit_loss": "total_variation", "temperature": 2.0},
+    "squares": {"logit_loss": "mse_logits"},
+    "sigmoids": {"logit_loss": "sigmoid_kl", "temperature": 2.0},
+    # Equal tokens have equal scores here, but for rounding: keep would choose others on each mesh.
+    "tip": {"importance": Importance("tip"), "temperature": 2.0},
+    "margin": {"importance": Importance("teacher_margin", threshold=0.01), "label_loss": None},
     "labels": {
         "logit_loss": None,
         "label_loss": functools.partial(cross_entropy, label_smoothing=0.1, z_loss=0.01),
@@ -56,22 +62,24 @@ def test_eager_and_one_graph(ranks: int) -> None:
     cases = [(kind, "eager", True, 8, None) for kind in OPTIONS]
     cases += [("forward_kl", "eager", False, 8, head) for head in (None, Replicate(), Shard(1))]
     cases += [("forward_kl", "one graph", sequence, 8, None) for sequence in (False, True)]
-    cases += [("jsd", "one graph", True, 8, None), ("labels", "one graph", True, 8, None)]
+    cases += [(kind, "one graph", True, 8, None) for kind in ("tip", "margin", "jsd", "labels")]
     said = run(ranks, parity, ranks, cases)[0]
-    assert all("statistics are gathered" in text for text in said[-4:]), said
+    assert all("statistics are gathered" in text for text in said[-6:]), said
 
 
 @pytest.mark.slow
 def test_other_forms() -> None:
     cases = [
         ("forward_kl", "one graph", True, 64, None),  # tokens outnumber the vocabulary
+        ("tip", "one graph", True, 64, None),
         ("reverse", "logits made", True, 8, None),
+        ("tip", "logits made", True, 8, None),
         ("forward_kl", "regional", True, 8, None),
     ]
     said = run(2, parity, 2, cases)[0]
-    assert "both weights are gathered" in said[0]
-    assert said[1] == ""
-    assert "logits are made" in said[2]
+    assert all("both weights are gathered" in text for text in said[:2])
+    assert said[2:4] == ["", ""]
+    assert "logits are made" in said[4]
 
 
 class Halved(LM):

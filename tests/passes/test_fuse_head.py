@@ -40,6 +40,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "soft": {"logit_loss": "soft_cross_entropy", "logit_weight": 0.3, "label_weight": 2.0},
     "jsd": {"logit_loss": functools.partial(jsd, beta=0.2)},
     "jsd at its end": {"logit_loss": functools.partial(jsd, beta=1.0)},
+    "variation": {"logit_loss": "total_variation", "temperature": 2.0},
+    "squares": {"logit_loss": "mse_logits", "vocab_size": 40},
+    "sigmoids": {"logit_loss": "sigmoid_kl", "temperature": 3.0},
     "label options": {
         "label_loss": functools.partial(
             fxdistill.losses.cross_entropy, label_smoothing=0.1, z_loss=0.01

@@ -2,4 +2,6 @@
 
 from fxdistill.base.later import later
 
-__getattr__ = later(__name__, "sharded_body", "sharded_heads")
+__getattr__ = later(
+    __name__, "sharded_body", "sharded_heads", "sharded_score_heads", "sharded_scores"
+)

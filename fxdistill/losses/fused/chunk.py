@@ -1,28 +1,14 @@
 """The loss terms of one chunk of tokens, and their gradient by the student's logits.
 
-The formulas are those of ``logits.py`` and ``labels.py``, with the gradients written out, so that
-both come from one reading of the chunk. Tests compare them with autograd of the plain functions.
-
-With z the student's logits, s = z/τ, q = softmax(s), p the teacher's, and v the value of a token
-before the factor τ²:
-
-======================  =============================  ==================================
-divergence              v                              ∂v/∂s
-======================  =============================  ==================================
-forward_kl              Σ p (log p - log q)            q - p
-soft_cross_entropy      -Σ p log q                     q - p
-reverse_kl              Σ q (log q - log p)            q (log q - log p - v)
-jsd, m = βp + (1-β)q    β KL(p‖m) + (1-β) KL(q‖m)      (1-β) q (log q/m - Σ q log q/m)
-======================  =============================  ==================================
-
-and ∂(τ²v)/∂z = τ ∂v/∂s. Cross entropy with smoothing ε and z-loss c has the gradient
+The formulas of divergences are in ``formulas.py``, those of labels in ``losses/labels.py``. With z
+the student's logits, s = z/τ and v the value of a token before the factor τ²,
+∂(τ²v)/∂z = τ ∂v/∂s. Cross entropy with smoothing ε and z-loss c has the gradient
 q₁ (1 + 2c·lse) - (1-ε)·onehot - ε/V, with q₁ = softmax(z).
 """
 
 import ast
 import functools
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
@@ -30,11 +16,10 @@ import torch
 from torch import Tensor
 
 from fxdistill.base.tensors import wide
+from fxdistill.losses.fused.formulas import Compared, Divergence, Mix
+from fxdistill.losses.fused.score_formulas import score_of
 
-FLOOR = -1e4
-Divergence = tuple[str, float, float]  # name, weight, β
-Sums = tuple[Tensor, Tensor]  # for each token [c]: the value, and the sum that the slope needs
-Slope = tuple[Tensor, Tensor]  # for each token: the value [c], and its gradient by s [c, V]
+Slope = tuple[Tensor, Tensor]  # for each token: the value [c], and its gradient [c, V]
 
 
 @dataclass(frozen=True)
@@ -44,7 +29,8 @@ class ChunkSpec:
     The divergence compares the first ``columns`` entries of the vocabulary; the label loss takes
     the student's whole vocabulary. For the output x of its weight, a head returns
     ``softcap·tanh(scale·x / softcap)``, or ``scale·x`` without a cap. ``scales`` and ``softcaps``
-    are the student's and the teacher's.
+    are the student's and the teacher's. With a ``score``, which is for a divergence alone, each
+    token's share is multiplied by it, and the second term is the sum of these shares.
     """
 
     divergences: tuple[Divergence, ...] = ()
@@ -54,6 +40,11 @@ class ChunkSpec:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     labelled: bool = False
+    score: str = ""
+
+    def mix(self, tau: Tensor) -> Mix:
+        """The mix of divergences at the temperature ``tau``."""
+        return Mix(self.divergences, self.columns, tau)
 
     @property
     def text(self) -> str:
@@ -97,106 +88,6 @@ class Chunk(NamedTuple):
         return Chunk._make([*cut, settings])
 
 
-# ---- for each divergence: sums over the columns, and the slope that follows from them
-
-
-def _forward_kl(log_q: Tensor, log_p: Tensor, beta: float) -> Sums:
-    p = log_p.exp()
-    value = (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)
-    return value, value
-
-
-def _soft_cross_entropy(log_q: Tensor, log_p: Tensor, beta: float) -> Sums:
-    p = log_p.exp()
-    value = -torch.where(p > 0, p * log_q, 0.0).sum(-1)
-    return value, value
-
-
-def _q_minus_p(log_q: Tensor, log_p: Tensor, beta: float, inner: Tensor) -> Tensor:
-    return log_q.exp() - log_p.exp()
-
-
-def _reverse_kl(log_q: Tensor, log_p: Tensor, beta: float) -> Sums:
-    q = log_q.exp()
-    value = (q * torch.where(q > 0, log_q - log_p, 0.0)).sum(-1)
-    return value, value
-
-
-def _reverse_kl_slope(log_q: Tensor, log_p: Tensor, beta: float, inner: Tensor) -> Tensor:
-    q = log_q.exp()
-    return torch.where(q > 0, q * (log_q - log_p - inner[:, None]), 0.0)
-
-
-def _mixture(log_q: Tensor, log_p: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    log_q, log_p = log_q.clamp_min(FLOOR), log_p.clamp_min(FLOOR)
-    return log_q, log_p, torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-
-
-def _jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Sums:
-    log_q, log_p, log_m = _mixture(log_q, log_p, beta)
-    of_q = (log_q.exp() * (log_q - log_m)).sum(-1)
-    return beta * (log_p.exp() * (log_p - log_m)).sum(-1) + (1 - beta) * of_q, of_q
-
-
-def _jsd_slope(log_q: Tensor, log_p: Tensor, beta: float, inner: Tensor) -> Tensor:
-    log_q, log_p, log_m = _mixture(log_q, log_p, beta)
-    return (1 - beta) * log_q.exp() * (log_q - log_m - inner[:, None])
-
-
-@dataclass(frozen=True)
-class Formula:
-    """A divergence: for each token its sums over the columns, and its slope ∂v/∂s.
-
-    ``sums`` returns the value v and the sum that ``slope`` needs. Sums over parts of the columns
-    add up to those over all columns: the sharded form relies on this.
-    """
-
-    sums: Callable[[Tensor, Tensor, float], Sums]
-    slope: Callable[[Tensor, Tensor, float, Tensor], Tensor]
-
-
-DIVERGENCES = {
-    "forward_kl": Formula(_forward_kl, _q_minus_p),
-    "soft_cross_entropy": Formula(_soft_cross_entropy, _q_minus_p),
-    "reverse_kl": Formula(_reverse_kl, _reverse_kl_slope),
-    "jsd": Formula(_jsd, _jsd_slope),
-}
-
-
-def formula_of(name: str, beta: float) -> Formula:
-    """The formula of a divergence; JSD at β = 0 and 1 is forward and reverse KL."""
-    if name == "jsd" and beta in (0, 1):
-        name = "reverse_kl" if beta else "forward_kl"
-    return DIVERGENCES[name]
-
-
-def mixed_sums(log_q: Tensor, log_p: Tensor, divergences: tuple[Divergence, ...]) -> list[Tensor]:
-    """The value of the mix of divergences, then for each the sum that its slope needs."""
-    found = [(w, *formula_of(n, beta).sums(log_q, log_p, beta)) for n, w, beta in divergences]
-    weight, value, _ = found[0]
-    value = weight * value
-    for weight, v, _ in found[1:]:
-        value = value + weight * v
-    return [value, *(inner for _, _, inner in found)]
-
-
-def mixed_slope(
-    log_q: Tensor, log_p: Tensor, divergences: tuple[Divergence, ...], inner: Sequence[Tensor]
-) -> Tensor:
-    """The slope of the mix, added up one by one: a stack of all slopes would stay in memory."""
-    slope: Tensor | None = None
-    for (name, weight, beta), total in zip(divergences, inner, strict=True):
-        each = weight * formula_of(name, beta).slope(log_q, log_p, beta, total)
-        slope = each if slope is None else slope + each
-    assert slope is not None
-    return slope
-
-
-def _mixed(log_q: Tensor, log_p: Tensor, divergences: tuple[Divergence, ...]) -> Slope:
-    value, *inner = mixed_sums(log_q, log_p, divergences)
-    return value, mixed_slope(log_q, log_p, divergences, inner)
-
-
 def through_head(raw: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
     """Scale and cap the output of a head's weight; also return the slope, ``None`` if it is 1."""
     x = wide(raw) if scale == 1.0 else wide(raw) * scale
@@ -214,9 +105,13 @@ def chunk_terms(c: Chunk, shape: ChunkSpec, want_gradient: bool) -> Tensor:
     terms = [c.settings.new_zeros(()), c.settings.new_zeros(())]
     gradient = torch.zeros_like(z)
     if c.teacher is not None and shape.divergences:
-        value, by_s = _divergence(z, c.teacher, c.ids, c.live, tau, shape)
-        terms[0] = tau.square() * shared(value, c.logit_share)
-        gradient = (logit_weight * tau * c.logit_share)[:, None] * by_s
+        value, by_s, score = _divergence(z, c.teacher, c.ids, c.live, tau, shape)
+        share = c.logit_share
+        if score is not None:
+            share = torch.where(share != 0, share * score, 0.0)
+            terms[1] = share.sum()
+        terms[0] = tau.square() * shared(value, share)
+        gradient = (logit_weight * tau * share)[:, None] * by_s
     if c.labels is not None and shape.labelled:
         value, by_z = _cross_entropy(z, c.labels, shape)
         terms[1] = shared(value, c.label_share)
@@ -238,22 +133,30 @@ def write_gradient(c: Chunk, by_z: Tensor, slope: Tensor | None) -> None:
 
 def _divergence(
     z: Tensor, teacher: Tensor, ids: Tensor | None, live: Tensor, tau: Tensor, shape: ChunkSpec
-) -> Slope:
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """For each token the value, the gradient by s, and the score if there is one."""
     if ids is not None:
         # A token that does not count needs finite values: all buckets alike.
         top = torch.where(live, teacher, -math.log(ids.shape[-1] + 1))
-        return bucket_slopes(z, ids, top, tau, shape.divergences)
+        return *bucket_slopes(z, ids, top, shape.mix(tau)), None
     y, _ = through_head(teacher, shape.scales[1], shape.softcaps[1])
-    log_q = (z[:, : shape.columns] / tau).log_softmax(-1)
-    log_p = (torch.where(live, y, 0.0)[:, : shape.columns] / tau).log_softmax(-1)
-    value, by_s = _mixed(log_q, log_p, shape.divergences)
+    s = z[:, : shape.columns] / tau
+    t = torch.where(live, y, 0.0)[:, : shape.columns] / tau
+    mix = shape.mix(tau)
+    logs = (s.log_softmax(-1), t.log_softmax(-1)) if mix.reads_logs or shape.score else None
+    x = Compared(logs, (s, t))
+    value, by_s = _value_and_slope(mix, x)
+    score = score_of(shape.score, x, value, tau) if shape.score else None
     beyond = z.shape[-1] - shape.columns
-    return value, torch.nn.functional.pad(by_s, (0, beyond)) if beyond else by_s
+    return value, torch.nn.functional.pad(by_s, (0, beyond)) if beyond else by_s, score
 
 
-def bucket_slopes(
-    z: Tensor, ids: Tensor, top: Tensor, tau: Tensor, divergences: tuple[Divergence, ...]
-) -> tuple[Tensor, Tensor]:
+def _value_and_slope(mix: Mix, x: Compared) -> Slope:
+    value, *inner = mix.sums(x)
+    return value, mix.slope(x, inner)
+
+
+def bucket_slopes(z: Tensor, ids: Tensor, top: Tensor, mix: Mix) -> Slope:
     """Divergences of distributions over the teacher's k best entries and a bucket for the rest.
 
     ``ids`` and ``top`` ``[c, k]`` are the teacher's best entries and their log-probabilities at τ.
@@ -261,7 +164,7 @@ def bucket_slopes(
     were free logits of k + 1 classes). The gradient by s is g at the k best entries, and
     g_rest · q / Q_rest at every other entry.
     """
-    log_q = (z / tau).log_softmax(-1)
+    log_q = (z / mix.tau).log_softmax(-1)
     best = log_q.gather(-1, ids)
     rest = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
     kept = top.to(z.dtype)
@@ -270,7 +173,7 @@ def bucket_slopes(
         left = torch.zeros_like(left)
     tail = left.clamp_min(0).log()
     log_s, log_t = torch.cat([best, rest], -1), torch.cat([kept, tail], -1)
-    value, by_bucket = _mixed(log_s, log_t, divergences)
+    value, by_bucket = _value_and_slope(mix, Compared((log_s, log_t)))
     spread = by_bucket[:, -1:] * (log_q - rest).exp()
     return value, spread.scatter(-1, ids, by_bucket[:, :-1])
 

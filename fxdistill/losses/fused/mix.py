@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from fxdistill.errors import OptionError, did_you_mean
-from fxdistill.losses.fused.chunk import DIVERGENCES, Divergence
+from fxdistill.losses.fused.formulas import DIVERGENCES, Divergence
 
 DivergenceLike = str | Mapping[str, float] | Callable[..., Tensor] | tuple[Divergence, ...] | None
 
@@ -35,3 +35,14 @@ def _named(divergence: Any) -> tuple[str, float]:
     if options:
         raise OptionError(f"{', '.join(options)} of a divergence: give it to vocab_loss itself")
     return name, beta
+
+
+def require_no_logits(chosen: tuple[Divergence, ...]) -> None:
+    """Raise OptionError where a divergence reads logits, which a stored teacher does not have."""
+    reading = [name for name, _, _ in chosen if DIVERGENCES[name].of_logits]
+    if reading:
+        others = ", ".join(name for name, formula in DIVERGENCES.items() if not formula.of_logits)
+        raise OptionError(
+            f"{' and '.join(reading)} compares logits, and a stored teacher has the probabilities "
+            f"of its k best entries. These compare probabilities: {others}."
+        )

@@ -97,6 +97,7 @@ class _Loop:
     def __init__(self, call: HeadCall, size: int, rows: int) -> None:
         self.call, self.size = call, size
         self.rows = rows  # tokens that the body takes at a time
+        self.scored = bool(ChunkSpec.read(call.spec).score)
         self.h, self.w, self.needs = call.h, call.w, call.needs
         h, w, needs = call.h, call.w, call.needs
         self.teacher = None if call.t_weight is None else (call.t, call.t_weight, call.t_bias)
@@ -119,6 +120,8 @@ class _Loop:
             terms = settings.new_zeros(2)
             for start in range(0, self.h.shape[0], self.size):
                 terms += self._step(body, start)
+            if self.scored:
+                terms = self._over_shares(terms)
             total = (settings[:2] * terms).sum()
             return total, terms, *self.gradients()
 
@@ -128,18 +131,18 @@ class _Loop:
         count = min(self.size, self.h.shape[0] - start)
         filled = -(-count // self.rows) * self.rows
         shares = [
-            _taken(share, start, count, filled) for share in (call.logit_share, call.label_share)
+            taken(share, start, count, filled) for share in (call.logit_share, call.label_share)
         ]
-        own = None if call.labels is None else _taken(call.labels, start, count, filled)
-        hidden = _taken(self.h, start, count, filled)
+        own = None if call.labels is None else taken(call.labels, start, count, filled)
+        hidden = taken(self.h, start, count, filled)
         z, y, ids = self.z[:filled], None, None
-        _project(hidden, self.w, call.bias, z)
+        project(hidden, self.w, call.bias, z)
         if self.teacher is not None and self.y is not None:
             t, t_weight, t_bias = self.teacher
             y = self.y[:filled]
-            _project(_taken(t, start, count, filled), t_weight, t_bias, y)
+            project(taken(t, start, count, filled), t_weight, t_bias, y)
         if self.stored is not None:
-            y, ids = (_taken(x, start, count, filled) for x in self.stored)
+            y, ids = (taken(x, start, count, filled) for x in self.stored)
         chunk = Chunk(z, y, ids, own, shares[0], shares[1], call.settings)
         terms: Tensor = call.settings.new_zeros(2)
         for some in range(0, filled, self.rows):
@@ -152,6 +155,14 @@ class _Loop:
         if "b" in self.needs:
             self.db += z.sum(0, dtype=self.db.dtype)
         return terms
+
+    def _over_shares(self, terms: Tensor) -> Tensor:
+        """Divide value and gradients by the sum of the shares, which the scores have changed."""
+        value, shares = terms.unbind()
+        scale = torch.where(shares == 0, 0.0, 1 / shares)
+        for gradient in (self.dh, self.dw, self.db):
+            gradient *= scale
+        return torch.stack([value * scale, torch.zeros_like(value)])
 
     def _add_weight(self, z: Tensor, hidden: Tensor) -> None:
         if z.dtype == self.dw.dtype:
@@ -167,7 +178,7 @@ class _Loop:
         return self.dh, self.dw.to(self.w.dtype), self.db.to(self.w.dtype)
 
 
-def _taken(x: Tensor, start: int, count: int, filled: int) -> Tensor:
+def taken(x: Tensor, start: int, count: int, filled: int) -> Tensor:
     """The tokens of a chunk, padded with zeros to ``filled``; the padding does not count."""
     rows = x[start : start + count]
     if count == filled:
@@ -177,11 +188,11 @@ def _taken(x: Tensor, start: int, count: int, filled: int) -> Tensor:
     return more
 
 
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Write the output of a linear layer into ``out``, and return it."""
     if bias is None:
-        torch.mm(hidden, weight.T, out=out)
-    else:  # rounds once, as a linear layer does
-        torch.addmm(bias, hidden, weight.T, out=out)
+        return torch.mm(hidden, weight.T, out=out)
+    return torch.addmm(bias, hidden, weight.T, out=out)  # rounds once, as a linear layer does
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:

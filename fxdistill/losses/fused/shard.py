@@ -19,12 +19,11 @@ from torch import Tensor
 from fxdistill.losses.fused.chunk import (
     Chunk,
     ChunkSpec,
-    mixed_slope,
-    mixed_sums,
     shared,
     through_head,
     write_gradient,
 )
+from fxdistill.losses.fused.formulas import Compared
 
 LOWEST = -1e30  # instead of -inf, because -inf - -inf is NaN
 
@@ -46,7 +45,7 @@ def _student(c: Chunk, shape: ChunkSpec) -> tuple[Tensor, Tensor | None]:
     return torch.where(c.live, z, 0.0), slope
 
 
-def _compared(c: Chunk, z: Tensor, shape: ChunkSpec, mine: ColumnRange) -> tuple[Tensor, Tensor]:
+def _logits(c: Chunk, z: Tensor, shape: ChunkSpec, mine: ColumnRange) -> tuple[Tensor, Tensor]:
     """The logits of both models over τ, -inf in columns that are not compared."""
     assert c.teacher is not None
     y, _ = through_head(c.teacher, shape.scales[1], shape.softcaps[1])
@@ -56,7 +55,14 @@ def _compared(c: Chunk, z: Tensor, shape: ChunkSpec, mine: ColumnRange) -> tuple
     return torch.where(inside, z / tau, -torch.inf), torch.where(inside, y / tau, -torch.inf)
 
 
-def _partial_lse(x: Tensor) -> list[Tensor]:
+def _compared(c: Chunk, z: Tensor, whole: Tensor, shape: ChunkSpec, mine: ColumnRange) -> Compared:
+    s, t = _logits(c, z, shape, mine)
+    reads_logs = shape.mix(c.settings[2]).reads_logs
+    return Compared((s - whole[:, 0:1], t - whole[:, 1:2]) if reads_logs else None, (s, t))
+
+
+def partial_lse(x: Tensor) -> list[Tensor]:
+    """The maximum of each row, and the sum of exponentials below it."""
     most = x.amax(-1).clamp_min(LOWEST)
     return [most, (x - most[:, None]).exp().sum(-1)]
 
@@ -68,15 +74,15 @@ def statistics(c: Chunk, shape: ChunkSpec, mine: ColumnRange) -> Tensor:
     nothing = torch.zeros_like(c.logit_share)
     found = [nothing] * 4
     if c.teacher is not None and shape.divergences:
-        s, t = _compared(c, z, shape, mine)
-        found = [*_partial_lse(s), *_partial_lse(t)]
+        s, t = _logits(c, z, shape, mine)
+        found = [*partial_lse(s), *partial_lse(t)]
     picked = nothing
     if c.labels is not None and shape.labelled:
         index = c.labels - mine.offset
         own = (index >= 0) & (index < z.shape[-1])
         index = index.clamp(0, z.shape[-1] - 1)
         picked = torch.where(own, z.gather(-1, index[:, None]).squeeze(-1), 0.0)
-    of_labels = _partial_lse(torch.where(exists, z, -torch.inf))
+    of_labels = partial_lse(torch.where(exists, z, -torch.inf))
     return torch.stack([*found, *of_labels, picked, torch.where(exists, z, 0.0).sum(-1)], -1)
 
 
@@ -90,9 +96,7 @@ def merged(gathered: Tensor) -> Tensor:
 def sums(c: Chunk, whole: Tensor, shape: ChunkSpec, mine: ColumnRange) -> Tensor:
     """``[c, 1 + n]``: the mix of n divergences on these columns, and the sums for their slopes."""
     z, _ = _student(c, shape)
-    s, t = _compared(c, z, shape, mine)
-    log_q, log_p = s - whole[:, 0:1], t - whole[:, 1:2]
-    return torch.stack(mixed_sums(log_q, log_p, shape.divergences), -1)
+    return torch.stack(shape.mix(c.settings[2]).sums(_compared(c, z, whole, shape, mine)), -1)
 
 
 def write_slopes(
@@ -103,9 +107,8 @@ def write_slopes(
     z, slope = _student(c, shape)
     gradient = torch.zeros_like(z)
     if inner is not None:
-        s, t = _compared(c, z, shape, mine)
-        log_q, log_p = s - whole[:, 0:1], t - whole[:, 1:2]
-        by_s = mixed_slope(log_q, log_p, shape.divergences, inner[:, 1:].unbind(-1))
+        x = _compared(c, z, whole, shape, mine)
+        by_s = shape.mix(tau).slope(x, inner[:, 1:].unbind(-1))
         by_s = torch.where(_columns(z, mine) < shape.columns, by_s, 0.0)
         gradient = (logit_weight * tau * c.logit_share)[:, None] * by_s
     if c.labels is not None and shape.labelled:

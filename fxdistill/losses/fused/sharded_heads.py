@@ -118,8 +118,8 @@ def _on_columns(
     sizes = [side.weight.shape[0] for side in (student, teacher) if side is not None]
     first, each = chunk_of(mesh, axis, sizes[0])
     rows = max(1, *(min(each, max(0, size - first)) for size in sizes))
-    ours = _local(student, layout, rows)
-    theirs = None if teacher is None else _local(teacher, layout, rows)
+    ours = local_side(student, layout, rows)
+    theirs = None if teacher is None else local_side(teacher, layout, rows)
     h = ours.hidden
     chunk = terms.chunk or chunk_tokens_for(len(sizes) * rows, h.element_size(), h.device)
     shard = Shard(mesh.get_group(axis).group_name, first, sizes[0])
@@ -128,7 +128,7 @@ def _on_columns(
     return total, of_terms
 
 
-def _local(side: HeadSide, layout: ShardedHeads, rows: int) -> HeadSide:
+def local_side(side: HeadSide, layout: ShardedHeads, rows: int) -> HeadSide:
     """All tokens, and this rank's rows of weight and bias, padded to ``rows``."""
     everywhere: list[Placement] = [Replicate()] * layout.mesh.ndim
     mine: list[Placement] = list(everywhere)

@@ -2,4 +2,4 @@
 
 from fxdistill.base.later import later
 
-__getattr__ = later(__name__, "hidden", "logits")
+__getattr__ = later(__name__, "hidden", "logits", "scores")

@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from fxdistill.base.placement import chunk_of, countable, mesh_of, placed, summed
 from fxdistill.base.tensors import wide
 from fxdistill.errors import OptionError, ShapeError, VocabularyError
-from fxdistill.losses.fused.chunk import Chunk, ChunkSpec, Divergence
+from fxdistill.losses.fused.chunk import Chunk, ChunkSpec
+from fxdistill.losses.fused.formulas import Divergence
 from fxdistill.losses.fused.gradients import require_first_order, require_indices, scaled
 from fxdistill.losses.fused.shard import ColumnRange
 from fxdistill.losses.fused.sharded_body import ShardedBody
@@ -97,10 +98,10 @@ def divergence(
             f"{list(teacher.shape)}: sharded ones must be alike. Pad the smaller vocabulary."
         )
     mesh_of(student, teacher)
-    where = _whole_sums(student)
+    where = whole_sums(student)
     z, t = where.to_local(), placed(teacher, where.device_mesh, where.placements)
     share = _share(where, weights)
-    if (axis := _vocabulary_axis(where)) is None:
+    if (axis := vocabulary_axis(where)) is None:
         mean = plain(z, t.to_local(), temperature=temperature, weights=share)
         return _summed(where, mean * share.sum())
     shape = ChunkSpec((kind,), student.shape[-1])
@@ -120,11 +121,11 @@ def label_loss(
     z_loss: float,
 ) -> Tensor:
     """``plain(student, labels, weights=, ...)`` of DTensors."""
-    where = _whole_sums(student)
+    where = whole_sums(student)
     counted = (_like(labels, weights) != IGNORE).float()
     share = _share(where, counted if weights is None else counted * weights)
-    own = _tokens(where, labels)
-    if (axis := _vocabulary_axis(where)) is None:
+    own = tokens_of(where, labels)
+    if (axis := vocabulary_axis(where)) is None:
         options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
         mean = plain(where.to_local(), own, weights=share, **options)
         return _summed(where, mean * share.sum())
@@ -177,12 +178,12 @@ def _require_constants(*values: Any) -> None:
             )
 
 
-def _whole_sums(x: DTensor) -> DTensor:
+def whole_sums(x: DTensor) -> DTensor:
     """``x`` with plain shards and replicas only: pending sums are reduced."""
     return x.redistribute(x.device_mesh, [countable(p) for p in x.placements])
 
 
-def _vocabulary_axis(x: DTensor) -> int | None:
+def vocabulary_axis(x: DTensor) -> int | None:
     """The mesh dimension that shards the vocabulary; ``None`` if none does."""
     axes = [i for i, p in enumerate(x.placements) if p.is_shard(x.ndim - 1)]
     if len(axes) > 1:
@@ -195,7 +196,7 @@ def _of_tokens(x: DTensor) -> list[Placement]:
     return [Replicate() if p.is_shard(x.ndim - 1) else p for p in x.placements]
 
 
-def _tokens(where: DTensor, x: Tensor) -> Tensor:
+def tokens_of(where: DTensor, x: Tensor) -> Tensor:
     """The entries of ``x``, indexed by token, that belong to the local logits."""
     return placed(x, where.device_mesh, _of_tokens(where)).to_local()
 
@@ -217,7 +218,7 @@ def _share(where: DTensor, weights: Tensor | None) -> Tensor:
     total = weights.sum()
     if isinstance(total, DTensor):
         total = total.full_tensor()
-    return _tokens(where, weights) / torch.where(total == 0, torch.ones_like(total), total)
+    return tokens_of(where, weights) / torch.where(total == 0, torch.ones_like(total), total)
 
 
 def _summed(where: DTensor, local: Tensor) -> Tensor:

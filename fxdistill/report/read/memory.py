@@ -1,6 +1,7 @@
 """The memory that a step holds at each moment, by owner, and its worst moment."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -11,6 +12,7 @@ from fxdistill.graph.program import output_values
 from fxdistill.graph.sections import OBJECTIVE, Paths, holding, module_of, part_of
 from fxdistill.losses.fused.call import HeadCall
 from fxdistill.losses.fused.operator import HEAD
+from fxdistill.losses.fused.score_operator import OF_HEADS, SCORES, score_bytes
 from fxdistill.losses.fused.sizes import size_of_chunks, sizes_on
 from fxdistill.report.data import Memory, Moment
 from fxdistill.report.read.owners import Heads, owners
@@ -49,11 +51,14 @@ def memory(
 
 
 def _of_head(instant: Instant) -> int:
-    return instant.own if instant.node.target is HEAD else 0
+    return instant.own if instant.node.target in OF_HEADS else 0
 
 
 def own_bytes(node: fx.Node) -> int:
     """Bytes that the fused head allocates within: a chunk's logits, and values of some tokens."""
+    if node.target is SCORES:
+        given: Any = fx.node.map_arg(node.args, lambda n: n.meta.get("val"))
+        return score_bytes(*given)
     if node.target is not HEAD:
         return 0
     call = HeadCall.of(node)
@@ -89,7 +94,7 @@ def _moments(instants: list[Instant], worst: int, base: int, paths: Paths) -> It
         instant = instants[top]
         held = {name: size for name, size in instant.held.items() if size}
         if instant.own:
-            whose = "head" if instant.node.target is HEAD else _lender(instant)
+            whose = "head" if instant.node.target in OF_HEADS else _lender(instant)
             held[whose] = held.get(whose, 0) + instant.own
         yield Moment(instant.phase, _where(instant, paths), {"weights": base, **held})
 
@@ -101,7 +106,7 @@ def _lender(instant: Instant) -> str:
 
 def _where(instant: Instant, paths: Paths) -> str:
     node = instant.node
-    if node.target is HEAD:
+    if node.target in OF_HEADS:
         return "fused head"
     tower, path = module_of(node)
     block = holding(path, paths.get(tower, ()))

@@ -19,6 +19,8 @@ def notes_of(objective: Objective, settings: Mapping[str, float | Tensor]) -> li
     if weightless and objective.task != "classification":
         names = ", ".join(weightless)
         notes.append(f"token weights and masks do not apply to {names}: no axes [B, L] in front")
+    if objective.importance is not None:
+        notes.append(f"the logit loss weighs predictions by importance: {objective.importance}")
     zero = settings["feature_weight"]
     if objective.features and not isinstance(zero, Tensor) and zero == 0:
         notes.append("feature_weight is 0: matches teach nothing until set(feature_weight=...)")

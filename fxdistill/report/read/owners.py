@@ -8,7 +8,7 @@ from fxdistill.graph.halves import Halves
 from fxdistill.graph.kernels import is_view
 from fxdistill.graph.liveness import Label, Storage, storages
 from fxdistill.graph.sections import OBJECTIVE, holding, module_of, part_of
-from fxdistill.losses.fused.operator import HEAD
+from fxdistill.losses.fused.score_operator import OF_HEADS
 
 Heads = Mapping[str, tuple[str, int]]  # by tower: the path of the head, and the width of its logits
 
@@ -22,7 +22,7 @@ def owners(halves: Halves, heads: Heads) -> Label:
     head, taps = _logits(halves, heads), _tapped(halves.forward.graph)
 
     def owner(node: fx.Node, storage: Storage) -> str:
-        if node.target is HEAD or node.name in head:
+        if node.target in OF_HEADS or node.name in head:
             return "head"
         if storage in taps:
             return "taps"
@@ -42,7 +42,7 @@ def _tapped(forward: fx.Graph) -> set[Storage]:
 
 
 def _is_compared(node: fx.Node) -> bool:
-    readers = [user for user in node.users if user.op != "output" and user.target is not HEAD]
+    readers = [user for user in node.users if user.op != "output" and user.target not in OF_HEADS]
     ours = [user for user in readers if part_of(user) == OBJECTIVE]
     return any(_is_compared(user) if is_view(user) else True for user in ours)
 
