@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     _report(commands)
     _modules(commands)
     _match(commands)
+    _losses(commands)
     return top
 
 
@@ -145,6 +146,12 @@ def _match(commands: Any) -> None:
     )
 
 
+def _losses(commands: Any) -> None:
+    does = "List the losses that have a name, with what each computes and its options"
+    command = commands.add_parser("losses", help=does, description=f"{does}.")
+    command.add_argument("--debug", action="store_true", help="show tracebacks")
+
+
 def _positive(text: str) -> int:
     # int() refuses numbers of thousands of digits.
     if not text.isdecimal() or len(text) > 100 or not 1 <= int(text) <= MOST:
@@ -183,9 +190,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, out: TextIO) -> int:
     try:
         with working("importing torch"):
-            from fxdistill.cli import commands
+            from fxdistill.cli import commands, losses
 
-        run = {"report": commands.report, "modules": commands.modules, "match": commands.match}
+        run = {
+            "report": commands.report,
+            "modules": commands.modules,
+            "match": commands.match,
+            "losses": losses.losses,
+        }
         return run[args.command](args, out)
     except KeyboardInterrupt:
         return _failed(args, "interrupted", INTERRUPTED)

@@ -22,6 +22,7 @@ from fxdistill import Matches
 from fxdistill.cli.example_inputs import example_inputs
 from fxdistill.cli.loading import from_config
 from fxdistill.cli.main import main, parser
+from fxdistill.losses.names import FEATURE_LOSSES, LABEL_LOSSES, LOGIT_LOSSES
 from fxdistill.report.data import SCHEMA, Value
 from fxdistill.report.report import Report
 
@@ -726,3 +727,16 @@ class TestProcesses:
         with os.fdopen(writing, "w") as stdout:
             done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, check=False)
         assert (done.returncode, done.stderr) == (141, b"")
+
+
+# ---- losses
+
+
+def test_losses_are_listed_with_formula_and_options(run: Callable[..., SimpleNamespace]) -> None:
+    told = run("losses")
+    assert told.code == 0
+    rows = {line.split()[0]: line for line in told.out.splitlines() if line.startswith("  ")}
+    assert rows.keys() == {*FEATURE_LOSSES, *LOGIT_LOSSES, *LABEL_LOSSES}
+    assert "(1/D) Σ (s - t)²" in rows["mse"]
+    assert rows["jsd"].rstrip().endswith("beta=0.5")
+    assert "normalize='mean'" in rows["distance_wise"]
