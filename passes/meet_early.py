@@ -49,7 +49,12 @@ class MeetEarly:
 
     def _order(self, graph: fx.Graph, forward: dict[fx.Node, int]) -> None:
         late = (*self.teachers, OBJECTIVE)
-        leading = [n for n in forward if n.op != "placeholder" and section_of(n) not in late]
+        last = [n for n in forward if _writes(n)]
+        leading = [
+            n
+            for n in forward
+            if n.op != "placeholder" and section_of(n) not in late and n not in last
+        ]
         position = {node: i for i, node in enumerate(leading)}
         terms, due = _terms(forward), dict[int, list[str]]()
         for name, nodes in terms.items():
@@ -66,7 +71,8 @@ class MeetEarly:
                 emit([node])
             for name in due.get(i, ()):
                 emit(terms[name])
-        emit(list(forward))
+        emit([n for n in forward if n not in last])
+        emit(last)  # what is written into an input may be read by any model before
         _arrange(graph, order)
 
 
@@ -109,6 +115,11 @@ def _ancestors(
             found.add(node)
             todo += node.all_input_nodes
     return found
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether an operator writes: AOTAutograd copies new buffers into inputs, last of all."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _is_random(node: fx.Node) -> bool:

@@ -4,13 +4,17 @@ import functools
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import fxdistill
 from fxdistill import Match, errors, losses
-from fxdistill.graph.program import all_nodes
+from fxdistill.graph.pipeline import run
+from fxdistill.graph.program import Program, all_nodes
+from fxdistill.graph.sections import OBJECTIVE, SECTION
 from fxdistill.losses.formed import formed
+from fxdistill.passes import MeetEarly
+from fxdistill.passes.form_gradients import FORMED
 from mesh_steps import AOT, aot
 from toys import assert_same_gradients, gradients, tokens, toy_pair
 
@@ -141,6 +145,27 @@ def test_a_teacher_that_draws_random_numbers_keeps_its_place():
         torch.manual_seed(5)
         values.append(each(tokens()).loss.detach())
     torch.testing.assert_close(*values)
+
+
+def test_buffers_are_written_when_all_models_have_read_them():
+    graph = fx.Graph()
+    x, buffer = (graph.placeholder(name) for name in ("primals_1", "primals_2"))
+    add, mul, sub, copy = (getattr(torch.ops.aten, n) for n in ("add", "mul", "sub", "copy_"))
+
+    def call(section, op, *args, **custom):
+        node = graph.call_function(op, args)
+        node.meta["custom"] = {SECTION: section, **custom}
+        return node
+
+    read = call("teacher", add.Tensor, buffer, x)
+    own = call("student", mul.Tensor, x, x)
+    term = call(OBJECTIVE, sub.Tensor, own, read, **{FORMED: "a term"})
+    later = call("teacher", mul.Tensor, buffer, read)
+    written = call("student", copy.default, buffer, own)
+    graph.output((term, later))
+    program = Program(fx.GraphModule({}, graph), ("term", "later"), level="joint")
+    found = [n.name for n in run(program, [MeetEarly()]).gm.graph.nodes][2:-1]
+    assert found == [n.name for n in (own, read, term, later, written)]
 
 
 @pytest.mark.parametrize(
