@@ -512,7 +512,7 @@ def test_the_report_shows_maps_that_nobody_forms():
         ("", {"loss": partial(losses.attention_kl, heads=[(2, 0)])}, errors.OptionError, "of 2"),
         ("", {"loss": partial(losses.relation_kl, heads=5)}, errors.ShapeError, "do not divide"),
         ("", {"student": "attn@1"}, errors.TapError, "it ran once"),
-        ("", {"student": "up"}, errors.PortError, "'up'.*no attention"),
+        ("", {"student": "up"}, errors.PortError, r"'up' \(Linear\) has no attention"),
     ],
 )
 def test_what_does_not_fit_is_an_error(how, match, error, says, compile):
@@ -535,6 +535,17 @@ def test_a_map_that_a_model_makes_has_no_queries_and_no_scores(compile):
         distiller = fxdistill.wrap(*models, [match], logit_loss=None, compile=compile)
         with pytest.raises(error, match=says):
             distiller(**case.batch)
+
+
+def test_modules_that_surely_attend_nothing_are_named_in_wrap():
+    student, teacher = llamas()
+    match = Match("model.layers.0.mlp", "model.layers.0.mlp", loss="attention_kl", **ATTENTION)
+    with pytest.raises(errors.PortError, match=r"LlamaMLP.*nearest first: 'model.layers.0.self_a"):
+        fxdistill.wrap(student, teacher, [match])
+    models = [nn.ModuleList([nn.TransformerEncoderLayer(8, 2)]) for _ in range(2)]
+    match = Match("0.self_attn", "0.self_attn", loss="attention_kl", **ATTENTION)
+    with pytest.raises(errors.PortError, match=r"need_weights=True"):
+        fxdistill.wrap(*models, [match])
 
 
 def test_nothing_of_a_step_is_left_where_it_failed():
