@@ -26,10 +26,10 @@ def attention_problems(model: nn.Module, tower: str, taps: Sequence[Tap]) -> lis
             problems.append(
                 PortError(
                     f"{tower} module {path!r} is torch's nn.MultiheadAttention, which shows no "
-                    "call of scaled_dot_product_attention that could be tapped. Attention written with "
-                    "torch.nn.functional.scaled_dot_product_attention has the port 'attention'; or "
-                    "let a module return the map [B, heads, queries, keys] as its second output "
-                    "(need_weights=True, average_attn_weights=False), and match that module."
+                    "call of scaled_dot_product_attention that could be tapped. Match a module "
+                    "whose own code calls torch.nn.functional.scaled_dot_product_attention, or one "
+                    "whose second output is the map [B, heads, queries, keys] "
+                    "(need_weights=True, average_attn_weights=False)."
                 )
             )
         elif path in mlps or _is_of_torch(module):
