@@ -1,5 +1,6 @@
-"""Whether a module can have the port ``"attention"``, as far as its structure tells."""
+"""Whether a module can have the port ``"attention"``, as far as its structure and name tell."""
 
+import re
 from collections.abc import Sequence
 
 from torch import nn
@@ -9,6 +10,7 @@ from fxdistill.models.structure import stacks_of
 from fxdistill.models.tap import ATTENTION, Tap
 
 _OF_TORCH = "torch.nn.modules."
+_ATTENTION = re.compile(r"attention|attn", re.I)
 
 
 def attention_problems(model: nn.Module, tower: str, taps: Sequence[Tap]) -> list[PortError]:
@@ -17,7 +19,7 @@ def attention_problems(model: nn.Module, tower: str, taps: Sequence[Tap]) -> lis
     if not inside:
         return []
     parts = [part for stack in stacks_of(model) for block in stack.blocks for part in block.parts]
-    attending = [part.path for part in parts if "attention" in part.kind]
+    attending = [path for path, module in model.named_modules() if is_named_attention(module)]
     mlps = {part.path for part in parts if part.role == "mlp"}
     problems = []
     for path in dict.fromkeys(tap.path for tap in inside):
@@ -41,6 +43,12 @@ def attention_problems(model: nn.Module, tower: str, taps: Sequence[Tap]) -> lis
                 )
             )
     return problems
+
+
+def is_named_attention(module: nn.Module) -> bool:
+    """Whether a class says by its name that it attends, and is none of torch's own."""
+    name = type(module).__name__
+    return _ATTENTION.search(name) is not None and not _is_of_torch(module)
 
 
 def _is_of_torch(module: nn.Module) -> bool:

@@ -87,7 +87,11 @@ def compared(term: Term, lookup: Lookup, step: Step) -> Compared:
         s = projected(step.beside.projections[term.projection], s, step.ranks)
     if (is_placed(s) or is_placed(t)) and not term.kind.named:
         s, t = on_every_rank(s), on_every_rank(t)
-    weights = _weights(term, s, step.batch, step.task)
+    if term.is_map and s.ndim == t.ndim == 4 and term.kind.sees == "places":
+        s, t = s.transpose(1, 2), t.transpose(1, 2)  # queries first: they have the tokens' weights
+        weights = _weights(term, s[:, :, 0], step.batch, step.task)
+    else:
+        weights = _weights(term, s, step.batch, step.task)
     if term.kind.sees != "places":
         s, t, weights = _by_sample(term, s, t, weights, step.batch)
     names = (term.student.name, term.teacher.name, term.kind.name)

@@ -45,15 +45,26 @@ def hooks_of(tower: Tower, path: str, ports: tuple[str, ...]) -> tuple[Any, Any]
         _enter(tower, path, *ports)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        made = output[1] if isinstance(output, (tuple, list)) and len(output) > 1 else None
-        is_map = False
-        if isinstance(made, Tensor) and made.ndim == 4:
-            is_map = True
-            if ATTENTION in ports:
-                tap(made, tower, path, _MAP)
-        _leave(tower, path, is_map, *ports)
+        made = _map_in(output)
+        if made is not None and ATTENTION in ports:
+            tap(made, tower, path, _MAP)
+        _leave(tower, path, made is not None, *ports)
 
     return enter, leave
+
+
+def _map_in(output: Any) -> Tensor | None:
+    """The map ``[B, H, Q, K]`` that a module returns, behind what it computes.
+
+    T5 returns its position bias, which has the same axes, between the two, and ``None`` for a map
+    that it does not make.
+    """
+    if not isinstance(output, (tuple, list)) or len(output) < 2:
+        return None
+    found = [x for x in output[1:3] if isinstance(x, Tensor) and x.ndim == 4]
+    if not found or (len(output) > 2 and output[2] is None):
+        return None
+    return found[-1]
 
 
 @check

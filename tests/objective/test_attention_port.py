@@ -119,6 +119,14 @@ CASES = {
         LEFT.float(),
         explicit=True,
     ),
+    "t5 that makes its map": Case(
+        t5,
+        "decoder.block.{}.layer.0.SelfAttention",
+        ENCODED,
+        OF_LABELS,
+        "decoder_attentions",
+        explicit=True,
+    ),
     "bert": Case(
         bert,
         "bert.encoder.layer.{}.attention.self",
@@ -535,6 +543,24 @@ def test_a_map_that_a_model_makes_has_no_queries_and_no_scores(compile):
         distiller = fxdistill.wrap(*models, [match], logit_loss=None, compile=compile)
         with pytest.raises(error, match=says):
             distiller(**case.batch)
+
+
+@MODES
+@pytest.mark.parametrize("name", ["bert", "whisper cross"])
+def test_padded_queries_of_a_map_do_not_count(name, compile):
+    """An ordinary loss of the map that a module returns, however its sizes agree with others."""
+    case = CASES[name]
+    student, teacher = (made(dataclasses.replace(case, heads=(2, 2)), s, "eager") for s in LAYERS)
+    match = attention_match(case, "l2", "output[1]")
+    distiller = aot(fxdistill.wrap(student, teacher, [match], logit_loss=None, compile=compile))
+    out = distiller(**case.batch)
+    s, t = (map_of(case, side, m) for side, m in (("student", student), ("teacher", teacher)))
+    each = (s - t).norm(dim=-1).mean(1)  # a row is a vector
+    want = (each * case.weights).sum() / case.weights.sum()
+    term = next(n for n in out.losses if n.endswith("output[1]"))
+    torch.testing.assert_close(out.losses[term], want.detach())
+    if compile is False:
+        assert "tokens" in distiller.report(**case.batch).pairs[0].weighed_by
 
 
 def test_modules_that_surely_attend_nothing_are_named_in_wrap():
