@@ -27,7 +27,7 @@ from fxdistill.taps.table import TapTable, active
 
 _PARTS = tuple(f"{ATTENTION}:{name}" for name in Attention._fields)
 _MAP = f"{ATTENTION}:map"
-_ORIGINAL = F.scaled_dot_product_attention
+_original: Any = F.scaled_dot_product_attention  # what stood there when a step began
 
 
 def is_of_attention(port: str) -> bool:
@@ -128,9 +128,9 @@ def _attending() -> tuple[tuple[Tower, str, tuple[str, ...]], ...]:
     return () if table is None else tuple(table.attending)
 
 
-@functools.wraps(_ORIGINAL)
+@functools.wraps(_original)
 def _standing_in(*args: Any, **kwargs: Any) -> Tensor:
-    output = _ORIGINAL(*args, **kwargs)
+    output: Tensor = _original(*args, **kwargs)
     for tower, path, ports in _attending():
         _tap_call(tower, path, ports, output, *args, **kwargs)
     return output
@@ -186,7 +186,10 @@ class StandIn:
     """
 
     def __init__(self) -> None:
+        global _original
         with _lock:
+            if _steps[0] == 0:
+                _original = F.scaled_dot_product_attention
             _steps[0] += 1
             F.scaled_dot_product_attention = _standing_in
 
@@ -195,7 +198,7 @@ class StandIn:
         with _lock:
             _steps[0] -= 1
             if _steps[0] == 0:
-                F.scaled_dot_product_attention = _ORIGINAL
+                F.scaled_dot_product_attention = _original
 
 
 # ---- reading

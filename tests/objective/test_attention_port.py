@@ -574,6 +574,24 @@ def test_modules_that_surely_attend_nothing_are_named_in_wrap():
         fxdistill.wrap(*models, [match])
 
 
+def test_what_another_library_put_in_its_place_is_called(monkeypatch):
+    calls = []
+    torchs = F.scaled_dot_product_attention
+
+    def others(*args, **kwargs):
+        calls.append(1)
+        return torchs(*args, **kwargs)
+
+    student, teacher = nets()
+    match = Match("attn", "attn", loss="attention_kl", **ATTENTION)
+    distiller = fxdistill.wrap(student, teacher, [match], logit_loss=None, compile=False)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", others)
+    want = losses.attention_kl(of_net(student), of_net(teacher))
+    torch.testing.assert_close(distiller(X).loss.detach(), want.detach())
+    assert len(calls) == 2
+    assert F.scaled_dot_product_attention is others
+
+
 def test_nothing_of_a_step_is_left_where_it_failed():
     student, teacher = nets()
     match = Match("attn", "attn", loss="attention_kl", **ATTENTION)
