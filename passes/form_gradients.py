@@ -1,5 +1,6 @@
 """Form the gradients of feature terms in the forward, so that they keep nothing else."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils._pytree import tree_leaves
 
 from fxdistill.base.tensors import is_placed
+from fxdistill.base.transforms import is_of_functorch
 from fxdistill.graph.effects import effects_of
 from fxdistill.graph.program import Level, P, fork_module, output_values
 from fxdistill.graph.sections import OBJECTIVE, SECTION, section_of
@@ -23,9 +25,10 @@ class FormGradients:
 
     1. The part holds what lies between the values that learn (of the student, and the parameters of
        a projection) and the term's value; weights and the teacher's values are its constants.
-    2. A term stays as it is if one of its values is read elsewhere, if it writes into a value, or
-       if it holds a region (a checkpoint, a loop).
-    3. So does a term of float16 values: their gradients would be formed before a GradScaler has
+    2. A term stays as it is if one of its intermediate values is read elsewhere, if a value that it
+       holds or reads is written by the objective, or if it holds a region (a checkpoint, a loop),
+       a transform (``torch.vmap``), or a change of autocast or of grad mode.
+    3. So does a term with float16 values: their gradients would be formed before a GradScaler has
        scaled them, and be rounded to 0.
     4. So does a term of DTensors, whose gradients torch 2.13 does not form inside of a forward that
        AOTAutograd traces.
@@ -52,7 +55,8 @@ class FormGradients:
                     _replace(gm, name, part)
                     count += 1
         if not count:
-            return program
+            said = f"no term keeps its gradients alone: {', '.join(left)}"
+            return replace(program, remarks=(*program.remarks, said)) if left else program
         gm.graph.lint()
         gm.recompile()
         remark = f"{count} terms keep their gradients alone"
@@ -78,11 +82,11 @@ def _value_of(output: fx.Node) -> fx.Node:
 
 
 def _written(gm: fx.GraphModule) -> set[fx.Node]:
-    """The nodes that write into a storage, and those whose storage is written."""
+    """The nodes of the objective that write, and all whose storage these write."""
     effects = effects_of(gm)
-    storages = frozenset().union(*effects.writes.values()) if effects.writes else frozenset()
-    aliases = {n for n, own in effects.storages.items() if own & storages}
-    return aliases | set(effects.writes)
+    writers = {n: own for n, own in effects.writes.items() if section_of(n) in (None, OBJECTIVE)}
+    storages = frozenset[int]().union(*writers.values())
+    return {n for n, own in effects.storages.items() if own & storages} | set(writers)
 
 
 def _learns(node: fx.Node) -> bool:
@@ -95,6 +99,8 @@ def _part_of(value: fx.Node, written: set[fx.Node]) -> _Part | None:
     """The part of a graph that computes ``value``; ``None`` if it cannot stand for itself."""
     if section_of(value) not in (None, OBJECTIVE) or not _learns(value):
         return None
+    if any(map(is_of_functorch, _computed_from(value))):
+        return None  # inside of a transform, values do not say that they have a gradient
     inside: set[fx.Node] = set()
     todo = [value]
     while todo:
@@ -103,21 +109,56 @@ def _part_of(value: fx.Node, written: set[fx.Node]) -> _Part | None:
         if node not in inside and ours and _learns(node):
             inside.add(node)
             todo += node.all_input_nodes
-    if any(isinstance(node.target, HigherOrderOperator) or node in written for node in inside):
+    if any(isinstance(node.target, HigherOrderOperator) or _is_half(node) for node in inside):
         return None
     if any(user not in inside for node in inside - {value} for user in node.users):
         return None
     ordered = tuple(node for node in value.graph.nodes if node in inside)
     read = dict.fromkeys(n for node in ordered for n in node.all_input_nodes if n not in inside)
+    if any(node in written for node in (*read, *inside)) or _changes_state(ordered):
+        return None
     learnt = tuple(node for node in read if _learns(node))
-    values = [node.meta["example_value"] for node in learnt]
-    if any(not isinstance(value, Tensor) or value.dtype == torch.float16 for value in values):
+    tensors = all(isinstance(node.meta["example_value"], Tensor) for node in learnt)
+    if not learnt or not tensors or any(map(_is_half, learnt)):
         return None
     if any(is_placed(node.meta.get("example_value")) for node in (*read, *inside)):
         return None
     if any("example_value" not in node.meta and node.op != "get_attr" for node in read):
         return None  # it may have a gradient
     return _Part(ordered, learnt, tuple(node for node in read if node not in learnt))
+
+
+def _computed_from(value: fx.Node) -> set[fx.Node]:
+    """All operators of the objective that ``value`` depends on, with a gradient or without."""
+    found: set[fx.Node] = set()
+    todo = [value]
+    while todo:
+        node = todo.pop()
+        ours = node.op in ("call_function", "call_method") and section_of(node) in (None, OBJECTIVE)
+        if ours and node not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+    return found
+
+
+def _is_half(node: fx.Node) -> bool:
+    leaves = tree_leaves(node.meta.get("example_value"))
+    return any(isinstance(leaf, Tensor) and leaf.dtype == torch.float16 for leaf in leaves)
+
+
+def _changes_state(ordered: Sequence[fx.Node]) -> bool:
+    """Whether a node from the first to the last changes autocast, grad mode or the like.
+
+    Such a node has no value, and is called for its effect; one that enters autocast returns what
+    the one that leaves it takes.
+    """
+    node = ordered[0]
+    while node is not ordered[-1]:
+        called = node.op == "call_function"
+        if called and ("example_value" not in node.meta or "autocast" in str(node.target)):
+            return True
+        node = node.next
+    return False
 
 
 def _replace(gm: fx.GraphModule, name: str, part: _Part) -> None:

@@ -102,7 +102,8 @@ def wrap(
             "detection_box"; or a callable ``(student, teacher, weights) -> scalar``, which may be a
             module with parameters. A callable must return
             Σ w·value / Σ w over the weights it gets: the losses of ranks with different samples are
-            combined on that assumption.
+            combined on that assumption. With the port "attention": "attention_kl", "attention_mse",
+            "relation_kl", "transfer_matrix".
         pairs_loss: A callable ``(students, teachers, weights) -> scalar`` that takes the place of
             ``feature_loss``: it gets lists with an entry for each match that names no loss, after
             ``rearrange``, ``reduce`` and ``project``. Its value is one term, named "pairs".

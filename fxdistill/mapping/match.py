@@ -35,7 +35,9 @@ class Match:
         reduce: ``(pattern, "mean" | "max" | "sum")`` for both sides, or a pair of these; it runs
             after ``rearrange``.
         student_port: ``"output"`` (the first tensor of a tuple, dict or dataclass),
-            ``"output[i]"``, ``"output.field"``, ``"input"``, ``"input[i]"`` or ``"input.name"``.
+            ``"output[i]"``, ``"output.field"``, ``"input"``, ``"input[i]"`` or ``"input.name"``. Of
+            a module that attends also ``"attention"``, for losses of attention, and as tensors
+            ``"attention.q"``, ``".k"``, ``".v"`` and ``".heads"`` (before the output projection).
         teacher_port: The same for the teacher.
         tokens: Whose tokens index the values: ``"input"``, ``"encoder"``, ``"decoder"``, or
             ``"teacher"``: those of the teacher's own inputs (``teacher_inputs``). ``None``: they

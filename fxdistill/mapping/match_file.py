@@ -120,12 +120,19 @@ def _plain(name: str, value: Any, match: Match) -> Any:
     return "" if value is None else value
 
 
+def _is_simple(value: Any) -> bool:
+    """Whether a file holds an option of a loss: a number, a text, or pairs of heads."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_simple, value))
+    return isinstance(value, (int, float, str, bool))
+
+
 def _loss(loss: Any, match: Match) -> Any:
     if isinstance(loss, str):
         return loss
     name = next((n for n, f in FEATURE_LOSSES.items() if f is getattr(loss, "func", loss)), None)
     options = getattr(loss, "keywords", {}) if isinstance(loss, functools.partial) else {}
-    simple = all(isinstance(value, (int, float, str, bool)) for value in options.values())
+    simple = all(map(_is_simple, options.values()))
     positional = loss.args if isinstance(loss, functools.partial) else ()
     if name is None or not simple or positional:
         raise MappingFileError(
@@ -133,6 +140,7 @@ def _loss(loss: Any, match: Match) -> Any:
             f"name one of {', '.join(FEATURE_LOSSES)} (with options: functools.partial), or put "
             "the function back after loading"
         )
+    options = {key: _plain("", value, match) for key, value in options.items()}
     return {"name": name, **options} if options else name
 
 

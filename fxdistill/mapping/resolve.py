@@ -17,6 +17,7 @@ from fxdistill.errors import (
     gather,
     raise_together,
 )
+from fxdistill.mapping.attends import attention_problems
 from fxdistill.mapping.match import Match
 from fxdistill.mapping.matches import Matches, parse_entries
 from fxdistill.mapping.patterns import Binding, Pattern, in_words, natural
@@ -48,7 +49,9 @@ def resolve(student: nn.Module, teacher: nn.Module, mapping: object) -> Matches:
         found += [(match, pair) for pair in gather(problems, _expand, match, paths) or ()]
     problems += _claimed_twice(found)
     for tower, model in models.items():
-        problems += _one_module_twice(model, tower, [tap_of(pair, tower) for _, pair in found])
+        taps = [tap_of(pair, tower) for _, pair in found]
+        problems += _one_module_twice(model, tower, taps)
+        problems += attention_problems(model, tower, taps)
     raise_together(problems)
     notes = mapping.notes if isinstance(mapping, Matches) else ()
     return Matches([pair for _, pair in found], notes)

@@ -63,14 +63,13 @@ def feature_terms(terms: Sequence[Term], lookup: Lookup, step: Step) -> Mapping[
         values = (attended if term.of_attention else compared)(term, lookup, step)
         if term.in_pairs:
             pairs.append(values)
-        elif term.kind.sees == "samples together":
-            loss = _between_samples(term, values, step)
+        elif term.kind.sees in ("samples together", "whole maps"):
+            mean = _between_samples if term.kind.sees == "samples together" else _over_samples
+            loss = mean(term, values, step)
             part = share if given is None else _share_of_items(values, given, step.ranks)
             losses[term.name] = loss if part is None else loss * part
         else:
             loss = step.beside.loss_of(term, step.ranks)(*values)
-            if term.kind.sees == "whole maps" and given is None and values.weights is not None:
-                values = values._replace(weights=of_samples(values.weights))
             losses[term.name] = averaged(loss, term.name, values)
     if pairs:
         first = next(term for term in terms if term.in_pairs)
@@ -88,7 +87,11 @@ def compared(term: Term, lookup: Lookup, step: Step) -> Compared:
         s = projected(step.beside.projections[term.projection], s, step.ranks)
     if (is_placed(s) or is_placed(t)) and not term.kind.named:
         s, t = on_every_rank(s), on_every_rank(t)
-    weights = _weights(term, s, step.batch, step.task)
+    if term.is_map and s.ndim == t.ndim == 4 and term.kind.sees == "places":
+        s, t = s.transpose(1, 2), t.transpose(1, 2)  # queries first: they have the tokens' weights
+        weights = _weights(term, s[:, :, 0], step.batch, step.task)
+    else:
+        weights = _weights(term, s, step.batch, step.task)
     if term.kind.sees != "places":
         s, t, weights = _by_sample(term, s, t, weights, step.batch)
     names = (term.student.name, term.teacher.name, term.kind.name)
@@ -141,11 +144,20 @@ def _between_samples(term: Term, values: Compared, step: Step) -> Tensor:
     return compared_on_ranks(term, sides, step.beside, step.ranks)
 
 
+def _over_samples(term: Term, values: Compared, step: Step) -> Tensor:
+    """The mean over samples of a loss of whole maps, as this rank's part of that of all ranks."""
+    loss = ordinary(step.beside.loss_of(term, step.ranks)(*values), term.name)
+    weights = None if values.weights is None else of_samples(values.weights)
+    items = denominator(None, weights, values.items, step.ranks, loss)
+    return rescaled(loss, weights, values.items, items)
+
+
 def _share_of_items(values: Compared, items: Tensor, ranks: Ranks | None) -> Tensor:
     """The share of the given number of items that this batch has, on all ranks."""
     weights = values.weights
     if weights is None:
-        weights = torch.ones(values.student.shape[0], device=values.student.device)
+        like = of_queries(values.student)
+        weights = torch.ones(like.shape[0], device=like.device)
     total = over_all(weights, ranks)
     return torch.where(items == 0, 0, total / torch.where(items == 0, 1, items))
 

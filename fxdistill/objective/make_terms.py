@@ -26,6 +26,7 @@ from fxdistill.losses.names import (
     of_attention,
 )
 from fxdistill.mapping import projections
+from fxdistill.mapping.attends import is_named_attention
 from fxdistill.mapping.layout import Layout, keeps_tokens, layouts, pools_tokens
 from fxdistill.mapping.match import Match
 from fxdistill.mapping.matches import Matches
@@ -87,12 +88,20 @@ def make_terms(
                     by_teacher=match.tokens == "teacher",
                     compares="anything" if match.shapes == "any" else compares(loss),
                     weights=match.weights,
+                    is_map=_is_map(match, student, tap) and is_named(loss),
                     in_pairs=in_pairs,
                 )
             )
     gather(problems, _check_queues, terms)
     raise_together(problems)
     return tuple(terms)
+
+
+def _is_map(match: Match, student: nn.Module, tap: Tap) -> bool:
+    """Whether a match compares maps of attention: the second output of a module that attends."""
+    as_they_are = match.rearrange is None and match.reduce is None and match.project is None
+    second = match.student_port == match.teacher_port == "output[1]"
+    return second and as_they_are and is_named_attention(student.get_submodule(tap.path))
 
 
 def _check_queues(terms: Sequence[Term]) -> None:

@@ -46,6 +46,7 @@ class Term:
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", kind_of(self.loss))
 
+    is_map: bool = False  # the values are maps of attention [B, heads, queries, keys]
     in_pairs: bool = False  # the loss takes this pair of values together with all others
 
     @property

@@ -16,7 +16,7 @@ from fxdistill.base.ranks import Ranks
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import DeviceError, MeshError, OptionError, PathError, did_you_mean
 from fxdistill.models.devices import device_of
-from fxdistill.models.tap import Tap, Tower
+from fxdistill.models.tap import ATTENTION, Tap, Tower
 from fxdistill.parallel.plan import TensorPlan, ready_made
 from fxdistill.parallel.sharding import DATA, TENSOR, Axes, Sharding, shard
 
@@ -142,7 +142,16 @@ def _found(tower: Tower, pattern: str, names: Iterable[str]) -> list[str]:
 
 def _check_tap(tower: Tower, tap: Tap, plan: TensorPlan) -> None:
     """Raise MeshError for a tap in a sharded part without a style: its value is one rank's own."""
-    part = next((part for part in plan.sharded if tap.path.startswith(f"{part}.")), None)
+    inside = tap.port.partition(".")[0] == ATTENTION  # what runs within the module
+    part = next(
+        (
+            part
+            for part in plan.sharded
+            if tap.path.startswith(f"{part}.")
+            or (inside and f"{part}.".startswith(f"{tap.path}." if tap.path else ""))
+        ),
+        None,
+    )
     output = tap.port.startswith("output") and tap.path in plan.styles
     if part is not None and not output:
         raise MeshError(

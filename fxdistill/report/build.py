@@ -216,7 +216,8 @@ def _pairs(subject: Subject, table: TapTable | None, call: Call) -> Iterator[Pai
     for term in subject.objective.features:
         found = [None if table is None else value_at(table, *end) for end in term.taps]
         student, teacher = map(_as_map, found)
-        seen = of_queries(found[0]) if term.of_attention and found[0] is not None else student
+        queries = term.of_attention or (term.is_map and term.kind.sees == "places")
+        seen = of_queries(found[0]) if queries and found[0] is not None else student
         ours, theirs = (roles[tower].get(tap.path, ("",))[0] for tower, tap in term.taps)
         yield Pair(
             term.name,

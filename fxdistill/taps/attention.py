@@ -27,7 +27,7 @@ from fxdistill.taps.table import TapTable, active
 
 _PARTS = tuple(f"{ATTENTION}:{name}" for name in Attention._fields)
 _MAP = f"{ATTENTION}:map"
-_ORIGINAL = F.scaled_dot_product_attention
+_original: Any = F.scaled_dot_product_attention  # what stood there when a step began
 
 
 def is_of_attention(port: str) -> bool:
@@ -45,15 +45,26 @@ def hooks_of(tower: Tower, path: str, ports: tuple[str, ...]) -> tuple[Any, Any]
         _enter(tower, path, *ports)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        made = output[1] if isinstance(output, (tuple, list)) and len(output) > 1 else None
-        is_map = False
-        if isinstance(made, Tensor) and made.ndim == 4:
-            is_map = True
-            if ATTENTION in ports:
-                tap(made, tower, path, _MAP)
-        _leave(tower, path, is_map, *ports)
+        made = _map_in(output)
+        if made is not None and ATTENTION in ports:
+            tap(made, tower, path, _MAP)
+        _leave(tower, path, made is not None, *ports)
 
     return enter, leave
+
+
+def _map_in(output: Any) -> Tensor | None:
+    """The map ``[B, H, Q, K]`` that a module returns, behind what it computes.
+
+    T5 returns its position bias, which has the same axes, between the two, and ``None`` for a map
+    that it does not make.
+    """
+    if not isinstance(output, (tuple, list)) or len(output) < 2:
+        return None
+    found = [x for x in output[1:3] if isinstance(x, Tensor) and x.ndim == 4]
+    if not found or (len(output) > 2 and output[2] is None):
+        return None
+    return found[-1]
 
 
 @check
@@ -117,9 +128,9 @@ def _attending() -> tuple[tuple[Tower, str, tuple[str, ...]], ...]:
     return () if table is None else tuple(table.attending)
 
 
-@functools.wraps(_ORIGINAL)
+@functools.wraps(_original)
 def _standing_in(*args: Any, **kwargs: Any) -> Tensor:
-    output = _ORIGINAL(*args, **kwargs)
+    output: Tensor = _original(*args, **kwargs)
     for tower, path, ports in _attending():
         _tap_call(tower, path, ports, output, *args, **kwargs)
     return output
@@ -175,7 +186,10 @@ class StandIn:
     """
 
     def __init__(self) -> None:
+        global _original
         with _lock:
+            if _steps[0] == 0:
+                _original = F.scaled_dot_product_attention
             _steps[0] += 1
             F.scaled_dot_product_attention = _standing_in
 
@@ -184,7 +198,7 @@ class StandIn:
         with _lock:
             _steps[0] -= 1
             if _steps[0] == 0:
-                F.scaled_dot_product_attention = _ORIGINAL
+                F.scaled_dot_product_attention = _original
 
 
 # ---- reading

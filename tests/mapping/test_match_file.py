@@ -258,6 +258,13 @@ EVERYTHING = Match(
 KEPT = {
     "everything": EVERYTHING,
     "nothing": Match(mlp(0), mlp(1)),
+    "heads": Match(
+        "a",
+        "b",
+        loss=functools.partial(losses.attention_kl, heads=[[0, 1], [1, 3]]),
+        student_port="attention",
+        teacher_port="attention",
+    ),
     "one layout": Match("a", "b", rearrange="b n d -> n b d", loss="cosine", project="auto"),
     "one reduction": Match("a", "b", reduce=("b n d -> b d", "max"), weight=0.0),
     "two reductions": Match("a", "b", reduce=(("b n d -> b d", "max"), ("b n -> b", "sum"))),

@@ -119,6 +119,14 @@ CASES = {
         LEFT.float(),
         explicit=True,
     ),
+    "t5 that makes its map": Case(
+        t5,
+        "decoder.block.{}.layer.0.SelfAttention",
+        ENCODED,
+        OF_LABELS,
+        "decoder_attentions",
+        explicit=True,
+    ),
     "bert": Case(
         bert,
         "bert.encoder.layer.{}.attention.self",
@@ -512,7 +520,7 @@ def test_the_report_shows_maps_that_nobody_forms():
         ("", {"loss": partial(losses.attention_kl, heads=[(2, 0)])}, errors.OptionError, "of 2"),
         ("", {"loss": partial(losses.relation_kl, heads=5)}, errors.ShapeError, "do not divide"),
         ("", {"student": "attn@1"}, errors.TapError, "it ran once"),
-        ("", {"student": "up"}, errors.PortError, "'up'.*no attention"),
+        ("", {"student": "up"}, errors.PortError, r"'up' \(Linear\) has no attention"),
     ],
 )
 def test_what_does_not_fit_is_an_error(how, match, error, says, compile):
@@ -535,6 +543,53 @@ def test_a_map_that_a_model_makes_has_no_queries_and_no_scores(compile):
         distiller = fxdistill.wrap(*models, [match], logit_loss=None, compile=compile)
         with pytest.raises(error, match=says):
             distiller(**case.batch)
+
+
+@MODES
+@pytest.mark.parametrize("name", ["bert", "whisper cross"])
+def test_padded_queries_of_a_map_do_not_count(name, compile):
+    """An ordinary loss of the map that a module returns, however its sizes agree with others."""
+    case = CASES[name]
+    student, teacher = (made(dataclasses.replace(case, heads=(2, 2)), s, "eager") for s in LAYERS)
+    match = attention_match(case, "l2", "output[1]")
+    distiller = aot(fxdistill.wrap(student, teacher, [match], logit_loss=None, compile=compile))
+    out = distiller(**case.batch)
+    s, t = (map_of(case, side, m) for side, m in (("student", student), ("teacher", teacher)))
+    each = (s - t).norm(dim=-1).mean(1)  # a row is a vector
+    want = (each * case.weights).sum() / case.weights.sum()
+    term = next(n for n in out.losses if n.endswith("output[1]"))
+    torch.testing.assert_close(out.losses[term], want.detach())
+    if compile is False:
+        assert "tokens" in distiller.report(**case.batch).pairs[0].weighed_by
+
+
+def test_modules_that_surely_attend_nothing_are_named_in_wrap():
+    student, teacher = llamas()
+    match = Match("model.layers.0.mlp", "model.layers.0.mlp", loss="attention_kl", **ATTENTION)
+    with pytest.raises(errors.PortError, match=r"LlamaMLP.*nearest first: 'model.layers.0.self_a"):
+        fxdistill.wrap(student, teacher, [match])
+    models = [nn.ModuleList([nn.TransformerEncoderLayer(8, 2)]) for _ in range(2)]
+    match = Match("0.self_attn", "0.self_attn", loss="attention_kl", **ATTENTION)
+    with pytest.raises(errors.PortError, match=r"need_weights=True"):
+        fxdistill.wrap(*models, [match])
+
+
+def test_what_another_library_put_in_its_place_is_called(monkeypatch):
+    calls = []
+    torchs = F.scaled_dot_product_attention
+
+    def others(*args, **kwargs):
+        calls.append(1)
+        return torchs(*args, **kwargs)
+
+    student, teacher = nets()
+    match = Match("attn", "attn", loss="attention_kl", **ATTENTION)
+    distiller = fxdistill.wrap(student, teacher, [match], logit_loss=None, compile=False)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", others)
+    want = losses.attention_kl(of_net(student), of_net(teacher))
+    torch.testing.assert_close(distiller(X).loss.detach(), want.detach())
+    assert len(calls) == 2
+    assert F.scaled_dot_product_attention is others
 
 
 def test_nothing_of_a_step_is_left_where_it_failed():

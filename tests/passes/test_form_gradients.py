@@ -208,3 +208,61 @@ def test_half_precision_that_a_scaler_scales_is_left_alone():
 def test_passes_are_left_out_by_name(names, says):
     with pytest.raises(errors.OptionError, match=says):
         made("named", {**AOT, "disable": names})
+
+
+def in_a_transform(student, teacher, weights):
+    def own(a, b):
+        return (a @ a.T - b @ b.T).square().mean()
+
+    return torch.vmap(own)(student, teacher).mean() + (student - teacher).square().mean()
+
+
+def over_a_write(student, teacher, weights):
+    offset = torch.zeros_like(teacher)
+    moved = student + offset
+    offset.add_(3)
+    return (moved - teacher).square().mean()
+
+
+def without_autocast(student, teacher, weights):
+    with torch.autocast("cpu", enabled=False):
+        return (student.float() @ teacher.float().mT).square().mean()
+
+
+def partly_without_autocast(student, teacher, weights):
+    with torch.autocast("cpu", enabled=False):
+        products = student.float() @ teacher.float().mT
+    return (products @ products).square().mean()
+
+
+class Centred(nn.Module):
+    """A loss with a buffer that it reads before it writes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.ones(8))
+
+    def forward(self, student, teacher, weights):
+        gap = student - self.centre
+        with torch.no_grad():
+            self.centre.mul_(0.5).add_(student.mean((0, 1)))
+        return (gap - teacher).square().mean()
+
+
+@pytest.mark.parametrize(
+    "loss", [in_a_transform, over_a_write, without_autocast, partly_without_autocast, Centred]
+)
+def test_losses_with_effects_of_their_own_are_those_of_eager(loss):
+    results = []
+    for compile in (AOT, False):
+        student, teacher = toy_pair()
+        own_loss = loss() if loss is Centred else loss
+        match = Match("blocks.0.mlp", "blocks.0.mlp", loss=own_loss, project=projection())
+        options = {"logit_loss": None, "compile": compile}
+        distiller = fxdistill.wrap(student, teacher, [match], **options)
+        with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in str(loss)):
+            out = distiller(tokens())
+        out.loss.backward()
+        results.append((out.loss.detach(), gradients(student)))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-6)
+    assert_same_gradients(results[0][1], results[1][1], rtol=1e-2 if "auto" in str(loss) else 1e-5)
