@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -61,6 +61,10 @@ class Distiller(StudentFace, Saved, Looking):
             if models[tower].trains:
                 self._modules[tower] = models[tower].module
         self.projections, self.loss_modules = projections, losses
+        # DDP would copy the first rank's queues over those that other ranks have of their own.
+        self._ddp_params_and_buffers_to_ignore = [
+            f"loss_modules.{name}" for name, _ in losses.named_buffers()
+        ]
         self.save_each_tensor_once()
         self.objective = dataclasses.replace(objective, frozen=self._towers.frozen)
         self.matches = matches
@@ -282,10 +286,16 @@ class Distiller(StudentFace, Saved, Looking):
 
         The last two get these options, and are there if they have parameters.
         """
-        learning = [p for model in self._towers.trained() for p in model.parameters()]
-        unique = {id(p): p for p in learning if p.requires_grad}
-        groups: list[dict[str, Any]] = [{"params": list(unique.values())}]
-        beside = [[p for p in m.parameters() if p.requires_grad] for m in self._towers.beside]
+        seen: set[int] = set()
+
+        def learning(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+            found = {id(p): p for module in modules for p in module.parameters()}
+            new = {i: p for i, p in found.items() if p.requires_grad and i not in seen}
+            seen.update(new)
+            return list(new.values())
+
+        groups: list[dict[str, Any]] = [{"params": learning(self._towers.trained())}]
+        beside = [learning([module]) for module in self._towers.beside]
         groups += [{"params": own, **projection_options} for own in beside if own]
         return groups
 

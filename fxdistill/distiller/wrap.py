@@ -317,8 +317,9 @@ def _with_projections(
         terms, projections = with_projections(*given, shapes, again)
         wrong = again
     problems += wrong
-    _make_alike(projections, modules.values())
     objective = replace(objective, features=terms)
+    objective.with_modules(losses := nn.ModuleList())
+    _make_alike((projections, losses), modules.values())
     rest = (parts.matches, parts.settings, parts.options)
     return Distiller(models, objective, projections, *rest)
 
@@ -360,8 +361,9 @@ def _request(parts: Parts, examples: Inputs) -> Request:
     return Request(towers, objective, call, settings)
 
 
-def _make_alike(projections: nn.ModuleList, models: Iterable[nn.Module]) -> None:
-    """Copy the randomly initialised projections of the mesh's first rank to all ranks."""
+def _make_alike(beside: Iterable[nn.ModuleList], models: Iterable[nn.Module]) -> None:
+    """Copy the projections and loss modules of the mesh's first rank, made at random, to all."""
     found = {p.device_mesh for model in models for p in model.parameters() if is_placed(p)}
-    if len(projections) and found:
-        parallel.setup.make_alike(projections, found)
+    made = [module for modules in beside for module in modules]
+    if made and found:
+        parallel.setup.make_alike(made, found)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxdistill.losses.gradient_in_forward import Formed, keeps_its_gradients, needed
-from fxdistill.losses.reduce import huber
+from fxdistill.losses.reduce import huber, in_full_precision
 
 BLOCK = 2**20  # numbers of a block, for small batches; for large ones, B² of them
 
@@ -22,6 +22,7 @@ def angle_loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fxdistill::angle_wise", mutates_args=())
+@in_full_precision
 def _angle_wise(student: Tensor, teacher: Tensor, weights: Tensor, needs: str) -> Formed:
     """The loss and its gradients."""
     with torch.no_grad():
@@ -57,10 +58,12 @@ keeps_its_gradients(_angle_wise, "angle_wise")
 
 
 def _triples(w: Tensor) -> Tensor:
-    """Σ w_i w_j w_k over ordered triples of different samples, from sums of powers."""
-    one, two, three = w.sum(), w.square().sum(), w.pow(3).sum()
-    different = one**3 - 3 * one * two + 2 * three
-    return torch.where((w != 0).sum() < 3, torch.zeros_like(one), different)
+    """Σ w_i w_j w_k over ordered triples of different samples: 6 times a sum of prefix sums.
+
+    Sums of powers would cancel where one weight is much larger than the others.
+    """
+    pairs = w[1:] * w.cumsum(0)[:-1]
+    return 6 * (w[2:] * pairs.cumsum(0)[:-1]).sum()
 
 
 def _weights_of(w: Tensor, at: Tensor) -> Tensor:

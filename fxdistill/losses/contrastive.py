@@ -5,11 +5,12 @@ from torch import Tensor
 
 from fxdistill.base.nodes import one_node
 from fxdistill.errors import ShapeError
-from fxdistill.losses.reduce import normalized, weighted_mean
+from fxdistill.losses.reduce import in_full_precision, normalized, weighted_mean
 from fxdistill.losses.samples import both
 
 
 @one_node
+@in_full_precision
 def info_nce(
     student: Tensor,
     teacher: Tensor,

@@ -147,15 +147,21 @@ def cosine(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> T
 def _fitnet(
     s: Tensor, t: Tensor, w: Tensor | None, axes: tuple[int, ...], size: int, whole: Whole
 ) -> Tensor:
-    # |ŝ - t̂|² = (|s - t|² - (|s| - |t|)²) / |s||t|, with |s| - |t| = (s - t)·(s + t) / (|s| + |t|):
-    # sums over the width, which stay exact where s and t are nearly equal.
     s, t = counted(wide(s), w), counted(wide(t), w)
     gap = s - t
     products = [(a * b).sum(axes) for a, b in ((gap, gap), (gap, s + t), (s, s), (t, t))]
     apart, along, s_squares, t_squares = whole(torch.stack(products)).unbind()
     zero = (s_squares == 0) | (t_squares == 0)
     s_norm, t_norm = (torch.where(zero, 1, x).sqrt() for x in (s_squares, t_squares))
-    value = (apart - (along / (s_norm + t_norm)).square()) / (s_norm * t_norm)
+    shorter = along / (s_norm + t_norm)  # |s| - |t|, exact where both are nearly equal
+    if whole is _all_here:
+        first = (1 / s_norm, shorter / (s_norm * t_norm))
+        own, others = (x.reshape(*x.shape, *(1,) * len(axes)) for x in first)
+        value = (gap * own - t * others).square().sum(axes)
+    else:
+        # Ranks share the width, and add these sums up once: |ŝ - t̂|² = (|s - t|² - (|s| - |t|)²) /
+        # |s||t|, which loses digits where the scales of s and t differ by far.
+        value = (apart - shorter.square()) / (s_norm * t_norm)
     of_zeros = (s_squares != 0).to(value.dtype) + (t_squares != 0)
     return torch.where(zero, of_zeros, value) / size
 

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor, nn
 
+from fxdistill.base.tensors import wide
 from fxdistill.errors import OptionError
 from fxdistill.losses.reduce import normalized, weighted_mean
 from fxdistill.losses.samples import both
 
 
 class Embedding(nn.Module):
-    """Two linear layers, which map the samples of both models to vectors of length 1."""
+    """A linear layer for each model, which maps its samples to vectors of length 1."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ class CRD(nn.Module):
         temperature: τ.
         in_batch: Whether the other samples of the batch are negatives too.
         across_ranks: As in ``losses.relational``: whether the samples of all ranks are compared and
-            written, or each rank keeps a queue of its own.
+            written, or each rank keeps a queue of its own. A state dict has the queue of its rank.
 
     Raises OptionError for a width, a size or a temperature that is not positive. The layers get
     their input widths from ``wrap``, or at the first call (``nn.LazyLinear``).
@@ -91,9 +92,13 @@ class CRD(nn.Module):
 
     def compare(self, student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
         """The loss of embedded samples, which are then written to the queue, while training."""
+        with torch.autocast(student.device.type, enabled=False):
+            return self._compared(wide(student), wide(teacher), weights)
+
+    def _compared(self, student: Tensor, teacher: Tensor, weights: Tensor | None) -> Tensor:
         own = (student * teacher).sum(-1, keepdim=True) / self.temperature
         written = torch.arange(len(self.queue), device=self.queue.device) < self.filled
-        earlier = (student @ self.queue.to(student.dtype).clone().T) / self.temperature
+        earlier = (student @ wide(self.queue).clone().T) / self.temperature
         candidates = [own, torch.where(written, earlier, -torch.inf)]
         if self.in_batch:
             others = (student @ teacher.T) / self.temperature
@@ -109,6 +114,8 @@ class CRD(nn.Module):
         Every entry asks for the latest sample that falls on it: sizes depend on no values.
         """
         size = len(self.queue)
+        if len(rows) == 0:
+            return
         counts = rows.new_ones(len(rows)) if weights is None else weights
         counts = counts != 0
         count = counts.sum()

@@ -1,7 +1,8 @@
 """Means that are equal on one device and on shards: sums over counts, never ``mean()``."""
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,23 @@ def counted(x: Tensor, weights: Tensor | None) -> Tensor:
         return x
     weights = weights.reshape(*weights.shape, *(1,) * (x.ndim - weights.ndim))
     return torch.where(weights != 0, x, 0)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def in_full_precision(loss: F) -> F:
+    """Switch autocast off in ``loss``: it would form the products of samples in half precision."""
+
+    @functools.wraps(loss)
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        kind = first.device.type
+        if not torch.amp.is_autocast_available(kind):
+            return loss(first, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return loss(first, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 def root(squares: Tensor) -> Tensor:

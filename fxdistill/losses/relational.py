@@ -20,7 +20,7 @@ from torch import Tensor
 from fxdistill.base.nodes import one_node
 from fxdistill.errors import OptionError
 from fxdistill.losses.angles import angle_loss
-from fxdistill.losses.reduce import huber, normalized, root, weighted_mean
+from fxdistill.losses.reduce import huber, in_full_precision, normalized, root, weighted_mean
 from fxdistill.losses.samples import both
 
 EPSILON = 1e-8
@@ -33,6 +33,7 @@ def _pairs(x: Tensor, weights: Tensor | None) -> Tensor:
 
 
 @one_node
+@in_full_precision
 def gram(
     student: Tensor,
     teacher: Tensor,
@@ -57,6 +58,7 @@ def _unit_gram(x: Tensor, pairs: Tensor) -> Tensor:
 
 
 @one_node
+@in_full_precision
 def distance_wise(
     student: Tensor,
     teacher: Tensor,
@@ -91,6 +93,7 @@ def _distances(x: Tensor, apart: Tensor, normalize: str) -> Tensor:
 
 
 @one_node
+@in_full_precision
 def angle_wise(
     student: Tensor,
     teacher: Tensor,
@@ -111,6 +114,7 @@ def angle_wise(
 
 
 @one_node
+@in_full_precision
 def similarity_preserving(
     student: Tensor,
     teacher: Tensor,

@@ -45,8 +45,11 @@ def named_of(term: Term, value: Tensor, batch: Batch) -> Tensor | None:
 def times_named(weights: Tensor | None, term: Term, value: Tensor, batch: Batch) -> Tensor | None:
     """A term's own weights times those that the call brings for it."""
     named = named_of(term, value, batch)
-    if weights is None or named is None:
-        return weights if named is None else named
+    if named is None:
+        return weights
+    if weights is None:
+        flat = named.ndim == 1 and named.shape[0] != value.shape[0]
+        return named.repeat_interleave(value.shape[0] // named.shape[0]) if flat else named
     if weights.ndim == 1 and named.ndim == 1 and weights.shape != named.shape:
         # Tokens are flattened, [B·L], and the call weighs samples.
         named = named.repeat_interleave(weights.shape[0] // named.shape[0])

@@ -118,9 +118,10 @@ def test_the_vector_of_a_map_is_its_channels_at_a_place(name, given):
     close(getattr(losses, name)(s, t, WEIGHTS[given]), (each * w).sum() / w.sum(), s)
 
 
-def test_fitnet_stays_exact_where_a_student_is_nearly_its_teacher():
+@pytest.mark.parametrize("scale", [1.0, 3.0, 1e4])
+def test_fitnet_stays_exact_where_a_student_is_nearly_its_teacher(scale):
     t = torch.randn(4, 64)
-    s = (t * (1 + 1e-4 * torch.randn(4, 64))).requires_grad_()
+    s = (t * scale * (1 + 1e-4 * torch.randn(4, 64))).requires_grad_()
     wide = s.detach().double().requires_grad_()
     unit = [F.normalize(x, dim=-1) for x in (wide, t.double())]
     want = (unit[0] - unit[1]).square().mean()

@@ -246,3 +246,21 @@ def test_info_nce_of_one_sample_is_zero_and_of_n_alike_is_log_n():
 def test_what_cannot_be_compared_is_an_error(call, error, says):
     with pytest.raises(error, match=says):
         call(*pair())
+
+
+@pytest.mark.parametrize("weights", [[1e4, 1, 1, 1], [1, 1e-4, 1e-4, 1e-4]], ids=str)
+def test_angles_of_very_unequal_weights_are_exact(weights):
+    s, t = (x.detach().float() for x in pair(4))
+    w = torch.tensor(weights)
+    want = angle_wise(s.double(), t.double(), w.double())
+    torch.testing.assert_close(losses.angle_wise(s, t, w).double(), want, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", [*RELATIONS, "info_nce"])
+def test_losses_are_formed_in_full_precision_under_autocast(name):
+    s, t = (torch.randn(5, 8, requires_grad=name == "none") for _ in range(2))
+    want = getattr(losses, name)(s, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = getattr(losses, name)(s, t)
+    assert found.dtype == torch.float32
+    assert found == want

@@ -359,3 +359,31 @@ def test_the_report_lists_loss_modules_and_what_weighs_a_match():
     # Layers [5, 4] -> 3 and [5, 6] -> 3, products with the queue and of gram: none are projections.
     assert report.flops.projections == 0
     assert report.flops.losses >= 2 * 5 * (4 + 6) * 3
+
+
+def test_parameters_that_a_loss_shares_with_the_student_are_in_one_group():
+    student, teacher = nets(teacher=4)
+
+    class Through(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = student.deep
+
+        def forward(self, s, t, weights=None):
+            return (self.layer(s) - self.layer(t)).square().mean()
+
+    mapping = [Match("deep", "deep", loss=Through())]
+    distiller = fxdistill.wrap(student, teacher, mapping, logit_loss=None, compile=False)
+    torch.optim.SGD(distiller.param_groups(), lr=0.1)
+    distiller(IMAGES).loss.backward()
+
+
+def test_samples_weigh_flattened_tokens_by_name():
+    torch.manual_seed(0)
+    student, teacher = (nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 3)) for _ in range(2))
+    mapping = [Match("1", "1", weights="hard")]
+    distiller = fxdistill.wrap(student, teacher, mapping, logit_loss=None, compile=False)
+    x, w = torch.randn(2, 5, 4), torch.tensor([1.0, 3.0])
+    found = distiller(x, weights={"hard": w}).loss
+    each = (student(x) - teacher(x)).square().mean(-1).reshape(2, 5).mean(1)
+    torch.testing.assert_close(found, (each * w).sum() / w.sum())
