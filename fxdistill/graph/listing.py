@@ -15,6 +15,7 @@ from fxdistill.base.tensors import is_placed
 from fxdistill.graph.captured_flops import Costs
 from fxdistill.graph.program import Program
 from fxdistill.graph.sections import ITSELF, module_of, section_of
+from fxdistill.losses.formed import formed
 from fxdistill.models.tap import Section
 
 
@@ -51,10 +52,10 @@ def lines(program: Program) -> Iterator[Line]:
     """Yield one line for consecutive nodes of one module."""
     costs = Costs()
     gm = program.gm
-    nodes = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
-    for (section, path, kind), run in itertools.groupby(nodes, _key):
-        members = list(run)
-        flops = [costs.flops(node, gm) for node in members]
+    for (section, path, kind), run in itertools.groupby(_calls(gm), lambda call: _key(call[0])):
+        calls = list(run)
+        members = [node for node, _ in calls]
+        flops = [costs.flops(node, holder) for node, holder in calls]
         shown = next((n for n in reversed(members) if _tensors(n)), members[-1])
         # Outside of modules, skip glue (sizes, masks, weights of terms), not a model's products.
         own = section != "objective" and any(count != 0 for count in flops)
@@ -68,6 +69,15 @@ def lines(program: Program) -> Iterator[Line]:
             None if None in flops else sum(n for n in flops if n is not None),
             sum(map(_bytes, _tensors(shown))),
         )
+
+
+def _calls(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
+    """The calls of a graph, each with the graph that holds it; a term's stand in their place."""
+    for node in gm.graph.nodes:
+        if node.target is formed:
+            yield from _calls(getattr(gm, str(node.all_input_nodes[0].target)))
+        elif node.op in ("call_function", "call_method"):
+            yield node, gm
 
 
 def _key(node: fx.Node) -> tuple[str, str, str]:

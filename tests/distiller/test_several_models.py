@@ -207,7 +207,8 @@ def test_a_report_of_three_models():
     assert costs["big"] > costs["student"] > costs["small"] > 0
     # What was pruned is no cost: above its only match the small teacher makes logits, no more.
     assert report.flops.teacher == costs["big"] + costs["small"]
-    assert report.memory.weights.keys() == {"student", "big", "small", "projections"}
+    beside = {"projections", "loss_modules"}
+    assert report.memory.weights.keys() == {"student", "big", "small", *beside}
 
 
 def test_a_model_that_no_term_reads_does_not_run():

@@ -86,11 +86,13 @@ def _saved(halves: Halves) -> int:
 
 
 def _moments(instants: list[Instant], worst: int, base: int, paths: Paths) -> Iterator[Moment]:
-    """The instant that holds most in each stretch of the step."""
+    """The instant that holds most in each stretch of the step, and the step's end."""
     width = max(1, len(instants) // MOMENTS)
     for start in range(0, len(instants), width):
         some = range(start, min(start + width, len(instants)))
-        top = worst if worst in some else max(some, key=lambda i: instants[i].total)
+        ends = some.stop == len(instants)
+        most = max(some, key=lambda i: instants[i].total)
+        top = worst if worst in some else some.stop - 1 if ends else most
         instant = instants[top]
         held = {name: size for name, size in instant.held.items() if size}
         if instant.own:
