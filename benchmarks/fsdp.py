@@ -15,27 +15,14 @@ import warnings
 
 import torch
 import torch.distributed as dist
+from llama import llama
 from measure import Step, comparison, interleaved, peak
 from rich.console import Console
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import fxdistill
-
-
-def model(o: argparse.Namespace, width: int, layers: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=o.vocabulary,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config)
 
 
 def sharded(model: LlamaForCausalLM, mesh: DeviceMesh, frozen: bool) -> LlamaForCausalLM:
@@ -47,7 +34,7 @@ def sharded(model: LlamaForCausalLM, mesh: DeviceMesh, frozen: bool) -> LlamaFor
 
 def version(o: argparse.Namespace, mesh: DeviceMesh, how: str) -> Step:
     torch.manual_seed(0)
-    student, teacher = model(o, o.width, 2), model(o, o.teacher_width, 4)
+    student, teacher = llama(o, o.width, 2), llama(o, o.teacher_width, 4)
     ids = torch.randint(o.vocabulary, (2 * o.batch, o.length)).chunk(2)[dist.get_rank()]
     options: dict = {"compile": True, "mesh": mesh}
     if how.startswith("FSDP2"):

@@ -12,26 +12,17 @@ import argparse
 import warnings
 
 import torch
+from llama import llama
 from measure import Step, comparison, interleaved, peak
 from rich.console import Console
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import fxdistill
 
 
 def model(o: argparse.Namespace, width: int, layers: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=o.vocabulary,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config).to(o.device, getattr(torch, o.dtype))
+    return llama(o, width, layers).to(o.device, getattr(torch, o.dtype))
 
 
 def versions(o: argparse.Namespace) -> dict[str, Step]:

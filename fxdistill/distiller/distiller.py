@@ -37,8 +37,8 @@ class Distiller(StudentFace, Saved, Looking):
 
     Call ``backward()`` on the ``loss`` of its output. ``parameters()`` and ``state_dict()`` cover
     the models that learn, the projections and the losses that are modules, under ``student.``,
-    ``projections.`` and ``loss_modules.``; a state dict
-    also has the settings, and each tensor once. ``to()`` moves a frozen teacher too; otherwise the
+    ``projections.`` and ``loss_modules.``; a state dict also has the settings, and each tensor
+    once. ``to()`` moves a frozen teacher too; otherwise the
     teacher is left alone, in eval mode.
     """
 

@@ -186,6 +186,7 @@ def tapping(request: Request, steps: Steps, *, capturing: bool) -> Iterator[TapT
             objective.features,
             towers.beside.projections,
             alone=objective.learns_from_features_alone,
+            on_ranks=objective.ranks is not None,
         ),
     )
     table = TapTable(capturing=capturing, expected=expected)

@@ -30,8 +30,8 @@ def module_of(node: fx.Node) -> tuple[str, str]:
     """The model and the module path that ``node`` was called in; ``("", "")`` outside of modules.
 
     The objective calls no modules but projections, ``("projections", index)``, and losses that are
-    modules, ``("loss_modules", path)``. The first
-    module on the stack of calls is the model itself, wherever it is called from.
+    modules, ``("loss_modules", path)``. The first module on the stack of calls is the model itself,
+    wherever it is called from.
     """
     if node.target in WITH_RANDOM_STATE:  # made by the partitioner, around an operator of a model
         node = first_argument(node)

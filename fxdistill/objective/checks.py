@@ -34,12 +34,17 @@ from fxdistill.taps.table import TapTable, not_executed
 
 
 def verify(
-    terms: Sequence[Term], projections: nn.ModuleList, table: TapTable, *, alone: bool
+    terms: Sequence[Term],
+    projections: nn.ModuleList,
+    table: TapTable,
+    *,
+    alone: bool,
+    on_ranks: bool = False,
 ) -> None:
     """Check every match against the values in ``table``; add warnings to it, raise errors.
 
     ``alone`` says that only the matches could train anything: there is no other term and no
-    projection.
+    projection. ``on_ranks`` says that other ranks have samples, too.
     """
     problems: list[FxDistillError] = []
     frozen: list[Term] = []
@@ -64,6 +69,7 @@ def verify(
         problems += _meshes(term, student, teacher)
         if not term.of_attention:
             problems += _shapes(term, student, teacher, projections)
+        table.warnings += [] if on_ranks else _too_few(term, student)
         if torch.is_grad_enabled() and not learns:
             frozen.append(term)
             ours, theirs = _named(term)
@@ -79,6 +85,20 @@ def verify(
             )
         )
     raise_together(problems)
+
+
+_LEAST = {"distance_wise": 2, "angle_wise": 3}  # samples that have a relation
+
+
+def _too_few(term: Term, student: Tensor) -> list[str]:
+    """A warning where there are too few samples to compare with each other."""
+    least, count = _LEAST.get(term.kind.name, 0), student.shape[0]
+    if count >= least or not term.kind.named:
+        return []
+    return [
+        f"{term.name}: {term.kind.name} compares at least {least} samples with each other, and the "
+        f"batch has {count}: the term is 0 and teaches nothing"
+    ]
 
 
 def _named(term: Term) -> tuple[str, str]:

@@ -44,7 +44,8 @@ from fxdistill.objective.vocabulary import (
 class Losses(NamedTuple):
     """The total, with gradients, and the unweighted terms by name, without gradients.
 
-    ``metrics`` says what else the step has found: "kept", where importance drops predictions.
+    ``metrics`` says what else the step has found: "kept", where importance drops predictions
+    (elsewhere the output says that all are kept).
     """
 
     total: Tensor

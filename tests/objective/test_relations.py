@@ -387,3 +387,17 @@ def test_samples_weigh_flattened_tokens_by_name():
     found = distiller(x, weights={"hard": w}).loss
     each = (student(x) - teacher(x)).square().mean(-1).reshape(2, 5).mean(1)
     torch.testing.assert_close(found, (each * w).sum() / w.sum())
+
+
+@pytest.mark.parametrize("compile", [False, AOT], ids=["eager", "one"])
+@pytest.mark.parametrize(("name", "least"), [("distance_wise", 2), ("angle_wise", 3)])
+def test_too_few_samples_to_compare_are_warned_of(name, least, compile):
+    student, teacher = nets(teacher=4)
+    options = {"logit_loss": None, "feature_loss": name, "compile": compile}
+    distiller = fxdistill.wrap(student, teacher, {"deep": "deep"}, **options)
+    with pytest.warns(errors.MatchWarning, match=f"at least {least} samples"):
+        out = distiller(IMAGES[: least - 1])
+    out.loss.backward()
+    assert out.loss == 0
+    assert all(not p.grad.any() for p in student.parameters() if p.grad is not None)
+    fxdistill.wrap(student, teacher, {"deep": "deep"}, **options)(IMAGES[:least])

@@ -29,6 +29,12 @@ def _part(fn: Callable[..., Tensor], shape: ChunkSpec, mine: ColumnRange, compil
     return torch.compile(own_code(part), fullgraph=True, dynamic=False) if compiled else part
 
 
+def group_of(name: str) -> dist.ProcessGroup:
+    """The process group of this name."""
+    group: dist.ProcessGroup = _resolve_process_group(name)  # type: ignore[arg-type]
+    return group
+
+
 class ShardedBody:
     """``chunk.chunk_terms`` for the columns ``mine``; ``group`` names a process group."""
 
@@ -36,7 +42,7 @@ class ShardedBody:
         self, shape: ChunkSpec, mine: ColumnRange, group: str, slopes: bool, compiled: bool
     ) -> None:
         self.shape, self.mine, self.slopes, self.compiled = shape, mine, slopes, compiled
-        self.group: dist.ProcessGroup = _resolve_process_group(group)  # type: ignore[arg-type]
+        self.group = group_of(group)
 
     def __call__(self, chunk: Chunk) -> Tensor:
         """The terms, the same on every rank; with ``slopes``, gradients overwrite the logits."""

@@ -1,11 +1,7 @@
-"""The scores of a chunk on a shard of the vocabulary, with its collectives.
-
-Private to torch and used as in ``sharded_body.py``: ``_resolve_process_group``.
-"""
+"""The scores of a chunk on a shard of the vocabulary, with its collectives."""
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from fxdistill.losses.fused.chunk import ChunkSpec
 from fxdistill.losses.fused.formulas import Mix
@@ -18,6 +14,7 @@ from fxdistill.losses.fused.scores import (
     statistics,
     sums,
 )
+from fxdistill.losses.fused.sharded_body import group_of
 
 
 class ShardedScores:
@@ -34,7 +31,7 @@ class ShardedScores:
 
 def scored_on_shards(sides: Sides, names: Names, mix: Mix, group: str) -> Tensor:
     """``scores.scored`` of tokens whose columns lie on the ranks of ``group``."""
-    ranks: dist.ProcessGroup = _resolve_process_group(group)  # type: ignore[arg-type]
+    ranks = group_of(group)
     own = statistics(sides, names)
     gathered = own.new_empty(ranks.size(), *own.shape)
     dist.all_gather_into_tensor(gathered.flatten(0, 1), own, group=ranks)
