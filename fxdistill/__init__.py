@@ -20,6 +20,7 @@ _HOMES = {
     "DistillOutput": "distiller.output",
     "Distiller": "distiller.distiller",
     "FxDistillError": "errors",
+    "Head": "objective.head",
     "Importance": "objective.importance",
     "JointProgram": "graph.joint",
     "LossLog": "training.loss_log",
@@ -31,6 +32,7 @@ _HOMES = {
     "base_of": "models.adapters",
     "match": "mapping.propose",
     "module_names": "models.tap",
+    "mutual": "recipes.mutual",
     "resolve": "mapping.resolve",
     "run": "graph.pipeline",
     "trace": "compiler.capture",
@@ -59,7 +61,9 @@ if TYPE_CHECKING:
     from fxdistill.mapping.resolve import resolve
     from fxdistill.models.adapters import base_of
     from fxdistill.models.tap import module_names
+    from fxdistill.objective.head import Head
     from fxdistill.objective.importance import Importance
+    from fxdistill.recipes.mutual import mutual
     from fxdistill.training import loss_log as live
     from fxdistill.training.loss_log import LossLog, LossRow
 else:
@@ -84,6 +88,7 @@ __all__ = [
     "DistillOutput",
     "Distiller",
     "FxDistillError",
+    "Head",
     "Importance",
     "JointProgram",
     "LossLog",
@@ -98,6 +103,7 @@ __all__ = [
     "losses",
     "match",
     "module_names",
+    "mutual",
     "resolve",
     "run",
     "trace",
