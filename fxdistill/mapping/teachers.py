@@ -31,7 +31,7 @@ class Teachers(NamedTuple):
             return None
         if match.of is None and self.models:
             return next(iter(self.models))
-        if match.of in self.keys and not isinstance(match.of, bool):
+        if match.of is not None and match.of in self.keys and not isinstance(match.of, bool):
             return self.keys[match.of]
         raise OptionError(f"of={match.of!r} for {match.student!r}: {self._known(match.of)}")
 

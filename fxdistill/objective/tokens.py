@@ -135,12 +135,12 @@ def prediction_weights(batch: Batch, task: Task | None, logits: Tensor, shift: i
         weights = _times(_times(chosen, mask), counted)
         return _ones(logits) if weights is None else weights
     if batch.labels is None and chosen is None:
-        of_token = _ones(logits) if mask is None else mask
+        here = _ones(logits) if mask is None else mask
         if mask is None and shift == 1:
-            return of_token
-        beyond = torch.zeros_like(of_token[:, : shift - 1])
-        told = torch.cat([of_token[:, shift:], torch.ones_like(of_token[:, :1]), beyond], dim=1)
-        told = told[:, : of_token.shape[1]]
+            return here
+        beyond = torch.zeros_like(here[:, : shift - 1])
+        told = torch.cat([here[:, shift:], torch.ones_like(here[:, :1]), beyond], dim=1)
+        told = told[:, : here.shape[1]]
         return told if mask is None else mask * told
     of_token = _times(chosen, mask)
     if batch.labels is not None:

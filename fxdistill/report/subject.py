@@ -61,7 +61,8 @@ class Subject:
         objective = self.objective
         students = {term.of[0] for term in objective.features}
         students |= {term.student for term in objective.logits}
-        students |= {term.student for term in (*objective.labels, *objective.heads)}
+        students |= {term.student for term in objective.labels}
+        students |= {head.student for head in objective.heads}
         return frozenset(self.models) - students - {self.main}
 
     @property
