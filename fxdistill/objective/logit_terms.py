@@ -13,7 +13,7 @@ from fxdistill.losses.mixture import Pooled, mean_of_teachers
 from fxdistill.losses.names import Loss, plain_loss
 from fxdistill.losses.reduce import IGNORE
 from fxdistill.models.conventions import Task
-from fxdistill.objective.beside import Beside, shared_by
+from fxdistill.objective.beside import Beside
 from fxdistill.objective.denominators import denominator, items_elsewhere, rescaled
 from fxdistill.objective.feature_terms import Lookup
 from fxdistill.objective.importance import Importance, factors_of, scores_of, with_importance
@@ -134,9 +134,8 @@ def head_terms(
     """
     value = step.lookup(head.student, head.tap)
     if head.has_module:
-        module = step.beside.heads[head.name]
-        called = shared_by(module, step.rules.ranks)
-        value = made_logits(module, called, value, step.batch, step.rules.task)
+        module, rules = step.beside.heads[head.name], step.rules
+        value = made_logits(module, value, step.batch, rules.task, rules.ranks)
     require_head(value, head.name, own, head.has_module)
     made, found = predictions(value, step, head.shift), []
     if (logits := head.logits) is not None:

@@ -1,12 +1,13 @@
 """The module that ``Head(module="auto")`` makes: it pools a value, and maps it to classes."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
+from fxdistill.base.ranks import Ranks
 from fxdistill.models.conventions import Task
 from fxdistill.objective.tokens import Batch, attended
+from fxdistill.objective.values import projected
 
 
 class PooledHead(nn.Module):
@@ -40,16 +41,11 @@ def _mean(value: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def made_logits(
-    module: nn.Module,
-    called: Callable[..., Any],
-    value: Tensor,
-    batch: Batch,
-    task: Task | None,
+    module: nn.Module, value: Tensor, batch: Batch, task: Task | None, ranks: Ranks | None
 ) -> Tensor:
-    """What ``called``, a head's ``module``, makes of a value; a ``PooledHead`` gets the mask."""
+    """What a head's module makes of a value; a ``PooledHead`` gets the attention mask."""
     mask = attended(batch) if task == "classification" else None
     fits = mask is not None and value.ndim == 3 and tuple(mask.shape) == tuple(value.shape[:2])
-    found: Tensor = (
-        called(value, mask) if fits and isinstance(module, PooledHead) else called(value)
-    )
-    return found
+    if fits and mask is not None and isinstance(module, PooledHead):
+        return projected(module, value, ranks, mask)
+    return projected(module, value, ranks)
