@@ -28,6 +28,7 @@ _HOMES = {
     "Matches": "mapping.matches",
     "PassRecord": "graph.program",
     "Program": "graph.program",
+    "Schedule": "training.schedule",
     "base_of": "models.adapters",
     "match": "mapping.propose",
     "module_names": "models.tap",
@@ -41,6 +42,7 @@ _MODULES = {
     "live": "training.loss_log",
     "losses": "losses",
     "passes": "passes",
+    "schedules": "training.schedules",
 }
 
 if TYPE_CHECKING:
@@ -61,7 +63,9 @@ if TYPE_CHECKING:
     from fxdistill.models.tap import module_names
     from fxdistill.objective.importance import Importance
     from fxdistill.training import loss_log as live
+    from fxdistill.training import schedules
     from fxdistill.training.loss_log import LossLog, LossRow
+    from fxdistill.training.schedule import Schedule
 else:
 
     def __getattr__(name: str) -> Any:
@@ -92,6 +96,7 @@ __all__ = [
     "Matches",
     "PassRecord",
     "Program",
+    "Schedule",
     "base_of",
     "errors",
     "live",
@@ -100,6 +105,7 @@ __all__ = [
     "module_names",
     "resolve",
     "run",
+    "schedules",
     "trace",
     "wrap",
 ]
