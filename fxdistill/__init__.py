@@ -33,6 +33,7 @@ _HOMES = {
     "match": "mapping.propose",
     "module_names": "models.tap",
     "resolve": "mapping.resolve",
+    "rollout": "recipes.on_policy",
     "run": "graph.pipeline",
     "trace": "compiler.capture",
     "wrap": "distiller.wrap",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from fxdistill.models.adapters import base_of
     from fxdistill.models.tap import module_names
     from fxdistill.objective.importance import Importance
+    from fxdistill.recipes.on_policy import rollout
     from fxdistill.training import loss_log as live
     from fxdistill.training import schedules
     from fxdistill.training.loss_log import LossLog, LossRow
@@ -104,6 +106,7 @@ __all__ = [
     "match",
     "module_names",
     "resolve",
+    "rollout",
     "run",
     "schedules",
     "trace",
