@@ -43,6 +43,7 @@ _MODULES = {
     "live": "training.loss_log",
     "losses": "losses",
     "passes": "passes",
+    "presets": "recipes.presets",
     "schedules": "training.schedules",
 }
 
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from fxdistill.models.adapters import base_of
     from fxdistill.models.tap import module_names
     from fxdistill.objective.importance import Importance
+    from fxdistill.recipes import presets
     from fxdistill.recipes.on_policy import rollout
     from fxdistill.training import loss_log as live
     from fxdistill.training import schedules
@@ -105,6 +107,7 @@ __all__ = [
     "losses",
     "match",
     "module_names",
+    "presets",
     "resolve",
     "rollout",
     "run",

@@ -1,7 +1,6 @@
 """How far student and teacher agree: the same prediction, and the divergence, over what counts."""
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -41,8 +40,7 @@ def agreement(request: Request, settings: Settings) -> Agreement:
             "agreement compares a student's logits with a teacher's, and there is no teacher"
         )
     objective = _comparing(request.objective)
-    at_one = copy.copy(settings)
-    at_one.values = {**settings.values, "temperature": 1.0}
+    at_one = Settings({**settings.values, "temperature": 1.0}, objective.weighed)
     batch = call.batch._replace(num_items=None, num_feature_items=None)
     asked = replace(
         request,
