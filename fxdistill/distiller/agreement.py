@@ -35,11 +35,13 @@ def agreement(request: Request, settings: Settings) -> Agreement:
     The objective's own code says which predictions count: it gets two losses in place of its own.
     """
     towers, call = request.towers, request.call
-    if not request.objective.logits and "teacher" not in towers.modules:
+    others = [tower for tower in towers.modules if tower != towers.main]
+    if not request.objective.logits and not others:
         raise LogitsError(
             "agreement compares a student's logits with a teacher's, and there is no teacher"
         )
-    objective = _comparing(request.objective)
+    pairs = request.objective.logits or (LogitTerm(forward_kl, "", towers.main, others[0]),)
+    objective = _comparing(request.objective, pairs)
     at_one = Settings({**settings.values, "temperature": 1.0}, objective.weighed)
     batch = call.batch._replace(num_items=None, num_feature_items=None)
     asked = replace(
@@ -59,16 +61,14 @@ def agreement(request: Request, settings: Settings) -> Agreement:
     return Agreement(*found)
 
 
-def _comparing(objective: Objective) -> Objective:
-    """The objective with both measures in place of each loss of logits, and nothing else.
+def _comparing(objective: Objective, pairs: Iterable[LogitTerm]) -> Objective:
+    """The objective with both measures in place of the loss of each pair, and nothing else.
 
     Of the losses of labels there stay those that say of the labels' grid that it is another one.
-    Without a loss of logits, those of "student" and "teacher" are compared.
     """
-    compared = objective.logits or (LogitTerm(forward_kl),)
     terms = [
         replace(term, name=f"{term.name}/{kind}", loss=measure, module=None)
-        for term in compared
+        for term in pairs
         for kind, measure in ((TOP1, equal_choices), (DIVERGENCE, divergence))
     ]
     aligning = [t for t in objective.labels if aligns_labels(t.loss) or not is_named(t.loss)]
