@@ -333,7 +333,8 @@ class Distiller(StudentFace, Saved, Looking):
         The models run as they are, without compiling, in eval mode and without gradients; every
         module's mode is put back. The mean is over the predictions that the logit term counts (by
         labels, masks and weights; ``importance`` has no part), and over the vocabulary that both
-        models have. With several pairs of models, it is the mean over these.
+        models have. With several pairs of models, it is the mean over these. On a mesh and under
+        FSDP2 the samples of all ranks count, under DDP this rank's own.
 
         Args:
             batch: The keyword arguments of a call.

@@ -24,6 +24,7 @@ def be_your_own_teacher(
     student: nn.Module,
     blocks: Iterable[str],
     *,
+    deepest: str | None = None,
     alpha: float = 0.3,
     feature: float = 0.03,
     temperature: float = 3.0,
@@ -42,7 +43,8 @@ def be_your_own_teacher(
     Args:
         student: The model, which gives logits ``[B, classes]``.
         blocks: The paths of its sections in the order in which they run, the deepest last: each
-            but the last gets an exit.
+            but the last gets an exit. With ``deepest`` each of them gets one.
+        deepest: The path of the section whose output teaches features; ``None``: the last block.
         alpha: α, from 0 to 1.
         feature: λ, the weight of the features; 0 leaves them out.
         temperature: τ.
@@ -60,13 +62,13 @@ def be_your_own_teacher(
             range.
         PathError: The student has no such block.
     """
-    paths = _checked(student, blocks)
+    paths = _checked(student, blocks, deepest)
     require(_NAME, "alpha", alpha, most=1)
     require(_NAME, "feature", feature)
     require(_NAME, "temperature", temperature, above=0)
     if module != "auto" and (not callable(module) or isinstance(module, nn.Module)):
         raise OptionError(f"{_NAME}: module={module!r}: 'auto', or a callable path -> nn.Module")
-    *exits, deepest = paths
+    *exits, last = paths
     heads = {
         f"exit{i}": _head(
             path,
@@ -85,9 +87,9 @@ def be_your_own_teacher(
     }
     if feature > 0:
         widths = structural_widths(student)
-        pooled = [_pooling(student, path, widths, reduce) for path in (*exits, deepest)]
+        pooled = [_pooling(student, path, widths, reduce) for path in paths]
         arguments["mapping"] = [
-            _match_of_itself(path, deepest, (own, pooled[-1]))
+            _match_of_itself(path, last, (own, pooled[-1]))
             for path, own in zip(exits, pooled, strict=False)
         ]
         # wrap takes the mean over the exits; the paper adds them up.
@@ -116,12 +118,12 @@ def _head(path: str, **options: Any) -> Any:
 
 
 def _match_of_itself(
-    path: str, deepest: str, pooled: tuple[Reduction | None, Reduction | None]
+    path: str, last: str, pooled: tuple[Reduction | None, Reduction | None]
 ) -> Match:
     options: dict[str, Any] = {"of": "self", "loss": squared_distance, "project": "auto"}
     if any(side is not None for side in pooled):
         options["reduce"] = pooled
-    return Match(path, deepest, **options)
+    return Match(path, last, **options)
 
 
 def _pooling(student: nn.Module, path: str, widths: Any, said: Pooling) -> Reduction | None:
@@ -139,12 +141,13 @@ def _pooling(student: nn.Module, path: str, widths: Any, said: Pooling) -> Reduc
     return _TOKENS if mixes else None
 
 
-def _checked(student: nn.Module, blocks: Iterable[str]) -> list[str]:
+def _checked(student: nn.Module, blocks: Iterable[str], deepest: str | None) -> list[str]:
+    """The paths of the exits, and of the deepest section behind them."""
     if not isinstance(student, nn.Module):
         raise OptionError(f"{_NAME}(student, blocks): student={student!r} is no model")
     if isinstance(blocks, str) or not isinstance(blocks, Iterable):
         raise OptionError(f"{_NAME}: blocks={blocks!r}: paths of modules, the deepest last")
-    paths = list(blocks)
+    paths = [*blocks, *([] if deepest is None else [deepest])]
     names = [name for name, _ in student.named_modules() if name]
     for path in paths:
         if path not in names:

@@ -312,10 +312,11 @@ with_heads = pytest.mark.skipif(not hasattr(fxdistill, "Head"), reason="fxdistil
 
 @with_heads
 @pytest.mark.parametrize("feature", [0.03, 0])
-def test_be_your_own_teacher(feature):
+@pytest.mark.parametrize("blocks", [(BLOCKS, None), (BLOCKS[:2], BLOCKS[2])])
+def test_be_your_own_teacher(feature, blocks):
     student = Exits()
     x, y = torch.randn(5, 1, 16, 16), torch.randint(4, (5,))
-    preset = presets.be_your_own_teacher(student, BLOCKS, feature=feature)
+    preset = presets.be_your_own_teacher(student, blocks[0], deepest=blocks[1], feature=feature)
     preset |= {"task": "classification", "example_inputs": {"x": x}}
 
     def expected(distiller):
