@@ -5,6 +5,7 @@ B prompts, P their length with padding, N generated tokens.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from fxdistill.distiller.agreement import evaluating
 from fxdistill.distiller.distiller import Distiller
+from fxdistill.distiller.looking import averaging_ranks
 from fxdistill.errors import BatchError, OptionError, ShapeError
 from fxdistill.models.devices import check_devices
 from fxdistill.models.landmarks import asked
@@ -41,7 +43,7 @@ def rollout(
 
     Args:
         student: A model with a ``generate`` like that of transformers, or its distiller (of several
-            students: the first).
+            students: the first). A student on a data parallel mesh is given as its distiller.
         prompts: ``[B, P]``, token ids, padded on the left.
         attention_mask: ``[B, P]``, 0 on padding; ``None``: there is none.
         generator: Where random numbers come from: each call draws one seed from it. The global
@@ -66,8 +68,12 @@ def rollout(
             ``pad_to``.
         BatchError: Prompts or mask have a wrong type or shape, or are padded on the right.
         ShapeError: ``generate`` returns something else than prompts and tokens behind them.
+        MeshError: ``wrap(mesh=...)`` has made the student tensor parallel; give ``generate``.
     """
-    model = student.models[student.main] if isinstance(student, Distiller) else student
+    model, placed = student, None
+    if isinstance(student, Distiller):
+        model = student.models[student.main]
+        placed = student if generate is None else None
     mask = _checked_mask(prompts, attention_mask)
     check_devices(model, "student", (), {"prompts": prompts, "attention_mask": mask})
     given = generate_options.get("generation_config")
@@ -78,7 +84,7 @@ def rollout(
     if generate is None:
         options = {**generate_options, "pad_token_id": pad}
         options |= {} if eos_token_id is None else {"eos_token_id": eos_token_id}
-        generate = _own(model, options)
+        generate = _own(model, options, placed)
     elif generate_options:
         raise OptionError(
             f"generate= is called with prompts and mask alone, so {', '.join(generate_options)} "
@@ -123,8 +129,11 @@ def _padded(batch: dict[str, Tensor], pad: int, pad_to: int) -> dict[str, Tensor
     }
 
 
-def _own(model: nn.Module, options: dict[str, Any]) -> Generate:
-    """The student's own ``generate``; OptionError if it has none that goes on after prompts."""
+def _own(model: nn.Module, options: dict[str, Any], distiller: Distiller | None) -> Generate:
+    """The student's own ``generate``; OptionError if it has none that goes on after prompts.
+
+    Of a ``distiller`` whose student lies on a mesh, the weights are gathered once for all tokens.
+    """
     name = type(model).__name__
     own = getattr(model, "generate", None)
     able = getattr(model, "can_generate", None)
@@ -142,12 +151,33 @@ def _own(model: nn.Module, options: dict[str, Any]) -> Generate:
             "prompts: rollout is for models that go on after them"
         )
 
+    if averaging_ranks(model) is not None and "synced_gpus" in signature(own).parameters:
+        options = {"synced_gpus": True, **options}  # FSDP2 gathers weights on all ranks at once
+    weights = None if distiller is None else distiller._towers.gathered(distiller.main)
+
     def generate(prompts: Tensor, mask: Tensor) -> Tensor:
-        made = own(prompts, attention_mask=mask, **options)
+        given = {"attention_mask": mask, **options}
+        if weights is None:
+            made = own(prompts, **given)
+        else:
+            inside = {f"model.{name}": weight for name, weight in weights.items()}
+            made = torch.func.functional_call(_Writing(model), inside, (prompts,), given)
         found: Tensor = getattr(made, "sequences", made)
         return found
 
     return generate
+
+
+class _Writing(nn.Module):
+    """``generate`` as ``forward``, for ``functional_call``: the whole text has the same weights."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model's ``generate``."""
+        return self.model.generate(*args, **kwargs)
 
 
 @contextlib.contextmanager
