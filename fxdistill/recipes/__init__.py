@@ -1,1 +1,1 @@
-"""Ways to train that need more than one call of ``wrap``, or more than one model's losses."""
+"""Ways to train that need more than one distiller, or more than one student."""

@@ -6,6 +6,7 @@ numbers where it was made from tuples. It pickles, and prints as the call that m
 """
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -276,15 +277,20 @@ def _between(start: float, end: float, share: float) -> float:
 
 
 def _step(step: Any) -> int:
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+    if not _is_whole(step) or step < 0:
         raise OptionError(f"step {step!r}: a whole number, counted from 0")
-    return step
+    return operator.index(step)
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it is a whole number, of numpy or torch too."""
+    return hasattr(type(value), "__index__") and not isinstance(value, bool)
 
 
 def _whole(function: str, name: str, value: Any, *, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not _is_whole(value) or value < least:
         raise OptionError(f"{function}: {name}={value!r} is no whole number from {least} on")
-    return value
+    return operator.index(value)
 
 
 def _value(function: str, name: str, value: Any) -> Value:

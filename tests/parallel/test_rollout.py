@@ -23,6 +23,8 @@ def distilled(placed=None):
     towers = llama(1), llama(2)
     if placed == "fsdp2":
         for model in towers:
+            for layer in model.model.layers:  # gathered anew in each forward
+                fully_shard(layer)
             fully_shard(model)
         return fxdistill.wrap(*towers, compile="regional")
     mesh = placed and init_device_mesh("cpu", (2,), mesh_dim_names=(placed,))

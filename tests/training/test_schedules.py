@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +28,7 @@ EVERY = [
 def test_linear_runs_between_two_steps_and_is_constant_outside():
     curve = schedules.linear(10.0, 2.0, 4, after=2)
     assert [curve(i) for i in range(9)] == [10, 10, 10, 8, 6, 4, 2, 2, 2]
+    assert curve(np.int64(4)) == 6
     pair = schedules.linear((1.0, 0.0), (0.0, 1.0), 4)
     assert pair(1) == (0.75, 0.25)
 
