@@ -284,7 +284,11 @@ def _step(step: Any) -> int:
 
 def _is_whole(value: Any) -> bool:
     """Whether it is a whole number, of numpy or torch too."""
-    return hasattr(type(value), "__index__") and not isinstance(value, bool)
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
 
 
 def _whole(function: str, name: str, value: Any, *, least: int) -> int:
