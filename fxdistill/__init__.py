@@ -29,11 +29,13 @@ _HOMES = {
     "Matches": "mapping.matches",
     "PassRecord": "graph.program",
     "Program": "graph.program",
+    "Schedule": "training.schedule",
     "base_of": "models.adapters",
     "match": "mapping.propose",
     "module_names": "models.tap",
     "mutual": "recipes.mutual",
     "resolve": "mapping.resolve",
+    "rollout": "recipes.on_policy",
     "run": "graph.pipeline",
     "trace": "compiler.capture",
     "wrap": "distiller.wrap",
@@ -43,6 +45,8 @@ _MODULES = {
     "live": "training.loss_log",
     "losses": "losses",
     "passes": "passes",
+    "presets": "recipes.presets",
+    "schedules": "training.schedules",
 }
 
 if TYPE_CHECKING:
@@ -63,9 +67,13 @@ if TYPE_CHECKING:
     from fxdistill.models.tap import module_names
     from fxdistill.objective.head import Head
     from fxdistill.objective.importance import Importance
+    from fxdistill.recipes import presets
     from fxdistill.recipes.mutual import mutual
+    from fxdistill.recipes.on_policy import rollout
     from fxdistill.training import loss_log as live
+    from fxdistill.training import schedules
     from fxdistill.training.loss_log import LossLog, LossRow
+    from fxdistill.training.schedule import Schedule
 else:
 
     def __getattr__(name: str) -> Any:
@@ -97,6 +105,7 @@ __all__ = [
     "Matches",
     "PassRecord",
     "Program",
+    "Schedule",
     "base_of",
     "errors",
     "live",
@@ -104,8 +113,11 @@ __all__ = [
     "match",
     "module_names",
     "mutual",
+    "presets",
     "resolve",
+    "rollout",
     "run",
+    "schedules",
     "trace",
     "wrap",
 ]

@@ -12,6 +12,7 @@ from fxdistill import parallel
 from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.journal import Journal
 from fxdistill.distiller import whose
+from fxdistill.distiller.agreement import Agreement, agreement, evaluating
 from fxdistill.distiller.guard import check_call, check_not_crossed, freezes, settle
 from fxdistill.distiller.looking import Looking, averaging_ranks
 from fxdistill.distiller.modes import Request, Result, Steps, eager, in_one_graph, regional
@@ -351,6 +352,29 @@ class Distiller(StudentFace, Saved, Looking):
             with torch.no_grad():
                 for buffer, before in buffers.items():
                     buffer.copy_(before)
+
+    def agreement(self, batch: Mapping[str, Any]) -> Agreement:
+        """How far student and teacher agree on a batch, for evaluation.
+
+        The models run as they are, without compiling, in eval mode and without gradients; every
+        module's mode is put back. The mean is over the predictions that the logit term counts (by
+        labels, masks and weights; ``importance`` has no part), and over the vocabulary that both
+        models have. With several pairs of models, it is the mean over these. On a mesh and under
+        FSDP2 the samples of all ranks count, under DDP this rank's own.
+
+        Args:
+            batch: The keyword arguments of a call.
+
+        Returns:
+            ``(top1, divergence)``, 0-d tensors on the device: Σ w·[argmax z_S = argmax z_T] / Σ w,
+            and Σ w·KL(softmax z_T ‖ softmax z_S) / Σ w, at τ = 1. Both are 0 where nothing counts.
+
+        Raises:
+            LogitsError: A model returns no logits, or there is no teacher.
+        """
+        with evaluating(self._towers.modules.values()):
+            request = self._request(self._sorted((), dict(batch)))
+            return agreement(request, self._settings)
 
     def extra_repr(self) -> str:
         """The mode and the number of matches, for ``print(distiller)``."""
