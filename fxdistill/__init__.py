@@ -3,6 +3,7 @@
 ``fxdistill.wrap(student, teacher, mapping)`` -> call it like a model -> ``out.loss.backward()``.
 """
 
+import sys as _sys
 from importlib import import_module as _import_module
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,7 @@ _MODULES = {
     "passes": "passes",
     "presets": "recipes.presets",
     "schedules": "training.schedules",
+    "trainers": "training.trainers",
 }
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ if TYPE_CHECKING:
     from fxdistill.recipes.mutual import mutual
     from fxdistill.recipes.on_policy import rollout
     from fxdistill.training import loss_log as live
-    from fxdistill.training import schedules
+    from fxdistill.training import schedules, trainers
     from fxdistill.training.loss_log import LossLog, LossRow
     from fxdistill.training.schedule import Schedule
 else:
@@ -91,6 +93,10 @@ else:
         """What is there, and what can be asked for."""
         return sorted({*globals(), *_HOMES, *_MODULES})
 
+
+# `from fxdistill.trainers.trl import DistillationTrainer` finds them by their public name: the
+# folder's __init__ imports nothing by itself.
+_sys.modules[f"{__name__}.trainers"] = _import_module(f"{__name__}.training.trainers")
 
 __all__ = [
     "DistillOutput",
@@ -119,5 +125,6 @@ __all__ = [
     "run",
     "schedules",
     "trace",
+    "trainers",
     "wrap",
 ]

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxdistill.distiller.towers import Towers
@@ -25,6 +26,7 @@ OF_STUDENT = frozenset(
     (
         "activation_checkpointing_disable",
         "activation_checkpointing_enable",
+        "add_model_tags",
         "can_generate",
         "device",
         "disable_input_require_grads",
@@ -54,8 +56,6 @@ class StudentFace(nn.Module):
     _towers: Towers
     objective: Objective
 
-    # Trainer passes the number of items of all accumulated batches, and leaves the division to us.
-    accepts_loss_kwargs = True
     # Trainer reads it where a checkpoint lacks keys; a distiller saves all of its keys.
     _keys_to_ignore_on_save = None
 
@@ -63,6 +63,17 @@ class StudentFace(nn.Module):
         if name in OF_STUDENT:
             return getattr(self._towers.main_module, name)
         return super().__getattr__(name)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether Trainer passes the items of all accumulated batches, and leaves us the division.
+
+        On several processes it would multiply the loss by their number too, to undo the averaging
+        of gradients, of which a distiller has taken care: then it takes means of micro-batches.
+        """
+        ranks = torch.distributed
+        alone = not (ranks.is_available() and ranks.is_initialized())
+        return alone or ranks.get_world_size() == 1
 
     @property
     def config(self) -> Any:

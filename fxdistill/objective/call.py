@@ -31,6 +31,13 @@ CALL_KEYWORDS = (
 )
 
 
+SMOOTHING = (
+    "Trainer computes label smoothing itself, from logits that a distiller does not give it. "
+    "Smooth the distiller's own labels instead: wrap(..., "
+    "label_loss=functools.partial(fxdistill.losses.cross_entropy, label_smoothing=...))"
+)
+
+
 class Inputs(NamedTuple):
     """The arguments of one model."""
 
@@ -64,6 +71,7 @@ def sort_call(
     kept = {*CALL_KEYWORDS, *of_one}
     own = {key: value for key, value in kwargs.items() if key in kept and value is not None}
     _require_tensors(own)
+    _require_labels_of_items(own)
     shared = Inputs(args, {key: value for key, value in kwargs.items() if key not in kept})
     inputs = {
         tower: _laid_over(models[tower], taken, own.get(f"{tower}_inputs", {}))
@@ -171,6 +179,17 @@ def _require_tensors(own: Mapping[str, Any]) -> None:
                 f"{name} has shape {list(value.shape)}: one number, the count of all items "
                 "that one optimizer step is averaged over"
             )
+
+
+def _require_labels_of_items(own: Mapping[str, Any]) -> None:
+    """Raise BatchError where a trainer has counted the labels, and then taken them away."""
+    if "num_items_in_batch" in own and "labels" not in own:
+        raise BatchError(
+            "num_items_in_batch counts labels, and there are none: the trainer has taken them out "
+            f"of the batch, for a loss of its own (label_smoothing_factor, compute_loss_func). "
+            f"{SMOOTHING}; and drop label_smoothing_factor. Without labels, num_items is the "
+            "denominator."
+        )
 
 
 def _require_named_weights(given: Any) -> None:

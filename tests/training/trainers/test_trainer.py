@@ -1,0 +1,188 @@
+"""``transformers.Trainer`` around a distiller: what is logged, saved, chosen, resumed, refused."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import LlamaForCausalLM, TrainerCallback
+
+import fxdistill
+from fxdistill.errors import BatchError, OptionError
+from fxdistill.trainers import LossCallback, SaveStudent
+from loops import LENGTH, ROWS, Rows, llama, pair, trainer
+
+MLP = "model.layers.0.mlp"
+TERMS = {"logits", "labels", "features", MLP}
+PLAIN = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
+PLAIN |= {"lr_scheduler_type": "constant"}
+
+
+@pytest.fixture
+def saves(monkeypatch):
+    """``save_pretrained``, where the distiller has none yet."""
+    if not hasattr(fxdistill.Distiller, "save_pretrained"):
+        save = lambda distiller, folder: distiller.student.save_pretrained(folder)  # noqa: E731
+        monkeypatch.setattr(fxdistill.Distiller, "save_pretrained", save, raising=False)
+
+
+class Reads(TrainerCallback):
+    """What a callback behind ours is given."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs))
+
+
+@pytest.mark.parametrize("size", [ROWS, 2], ids=["whole", "accumulated"])
+def test_every_term_is_logged_as_the_mean_of_the_steps(tmp_path, size):
+    """The records are those of a plain loop over the same batches."""
+    steps = {"max_steps": 4, "logging_steps": 2, "per_device_train_batch_size": size}
+    steps |= {"gradient_accumulation_steps": ROWS // size, **PLAIN}
+    behind = Reads()
+    run = trainer(pair(), tmp_path, padded=False, callbacks=[LossCallback(), behind], **steps)
+    run.train()
+    one, batch, wanted = pair(), Rows(padded=False).batch(), []
+    optimizer = torch.optim.SGD(one.parameters(), lr=0.5)
+    for _ in range(4):
+        out = one(**batch)
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        wanted.append({"loss": out.loss.detach(), **out.losses})
+    records = [row for row in run.state.log_history if "loss" in row]
+    assert [row["step"] for row in records] == [2, 4]
+    for row, seen, pair_of in zip(records, behind.seen, (wanted[:2], wanted[2:]), strict=False):
+        for name in ("loss", *TERMS):
+            mean = sum(float(values[name]) for values in pair_of) / 2
+            assert row[name] == pytest.approx(mean, rel=1e-5), name
+            assert seen[name] == row[name]
+    assert not TERMS & run.state.log_history[-1].keys()  # the summary of the run
+    assert not run.model._forward_hooks
+
+
+def test_no_step_waits_for_the_device(tmp_path, monkeypatch):
+    """Values are read when there is a record, and not before."""
+    read = []
+    rows = fxdistill.LossLog.rows
+    monkeypatch.setattr(fxdistill.LossLog, "rows", lambda log: read.append(1) or rows(log))
+    callback = LossCallback()
+    run = trainer(pair(), tmp_path, callbacks=[callback], max_steps=1)
+    run.train()  # no record: logging_steps is 500, and the run's own summary has no loss
+    assert not read
+    out = run.model(**Rows().batch())
+    # Tensors without values: to read one would fail.
+    out["loss"], out["losses"] = out.loss.to("meta"), {"a": out.loss.to("meta")}
+    callback._log = fxdistill.LossLog()
+    callback._listen(run.model.train(), (), {}, out)
+
+
+def test_label_smoothing_is_refused_with_what_to_use(tmp_path):
+    for callbacks in ([], [LossCallback()]):
+        run = trainer(pair(), tmp_path, callbacks=callbacks, label_smoothing_factor=0.1)
+        before = run.model.student.lm_head.weight.detach().clone()
+        with pytest.raises(BatchError, match=r"functools\.partial\(.*label_smoothing="):
+            run.train()
+        assert torch.equal(run.model.student.lm_head.weight, before)
+        assert not run.model._forward_hooks
+
+
+def test_smoothed_labels_of_the_distillers_own(tmp_path):
+    smooth = partial(fxdistill.losses.cross_entropy, label_smoothing=0.1)
+    one = pair(label_loss=smooth, logit_loss=None)
+    run = trainer(one, tmp_path, callbacks=[LossCallback()], max_steps=1, logging_steps=1)
+    rows = Rows().batch()
+    logits = one.student(**rows).logits[:, :-1].flatten(0, 1)
+    wanted = nn.functional.cross_entropy(
+        logits, rows["labels"][:, 1:].flatten(), label_smoothing=0.1
+    )
+    run.train()
+    assert run.state.log_history[0]["labels"] == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_the_best_checkpoint_by_a_metric_is_loaded_and_loads_without_us(tmp_path, saves):
+    """A metric of the predictions, the student's logits, chooses; the student stands beside."""
+    values = iter([0.5, 0.9, 0.1, 0.2])
+    shapes = []
+
+    def measured(found):
+        shapes.append((found.predictions.shape, found.label_ids.shape))
+        return {"share": next(values)}
+
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps"}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "share", "eval_steps": 1}
+    given = {"compute_metrics": measured}
+    run = trainer(
+        pair(),
+        tmp_path,
+        callbacks=[SaveStudent(), LossCallback()],
+        of_trainer=given,
+        learning_rate=1e-2,
+        **steps,
+        **best,
+    )
+    run.train()
+    assert shapes == [((ROWS, LENGTH, 64), (ROWS, LENGTH))] * 4
+    checkpoint = tmp_path / "checkpoint-2"
+    assert run.state.best_model_checkpoint == str(checkpoint)
+    saved = load_file(checkpoint / "model.safetensors")
+    assert saved.keys() == run.model.state_dict().keys()
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, saved[name]), name
+    student = LlamaForCausalLM.from_pretrained(checkpoint / "student")
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, run.model.student.state_dict()[name]), name
+    assert all((tmp_path / f"checkpoint-{i}" / "student").is_dir() for i in (1, 2, 3, 4))
+
+
+def test_projections_are_in_the_checkpoint_and_a_resumed_run_goes_on_exactly(tmp_path):
+    """AdamW, a warm-up, dropout: the rest of the run is the same, bit for bit."""
+
+    def wide():
+        student = llama(1, attention_dropout=0.1)
+        torch.manual_seed(5)
+        match = fxdistill.Match(teacher="model.layers.1.mlp", project="linear")
+        return fxdistill.wrap(student, llama(2), {MLP: match}, compile=False)
+
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
+    steps |= {"learning_rate": 1e-2, "warmup_steps": 3, "per_device_train_batch_size": 4}
+    whole = trainer(wide(), tmp_path / "a", callbacks=[LossCallback()], **steps)
+    whole.train()
+    rest = trainer(wide(), tmp_path / "b", callbacks=[LossCallback()], **steps)
+    rest.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    state = whole.model.state_dict()
+    assert any(name.startswith("projections.") for name in state)
+    for name, value in rest.model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    for one, other in zip(whole.state.log_history, rest.state.log_history, strict=True):
+        shared = {"loss", "grad_norm", *TERMS} & one.keys()
+        assert {name: one[name] for name in shared} == {name: other[name] for name in shared}
+
+
+def test_callbacks_want_a_distiller(tmp_path):
+    for callback in (LossCallback(), SaveStudent()):
+        run = trainer(llama(1), tmp_path, callbacks=[callback])
+        with pytest.raises(OptionError, match=r"Trainer\(model=distiller"):
+            run.train()
+
+
+def test_the_public_face_imports_nothing_before_it_is_asked():
+    program = """
+import sys
+import fxdistill.trainers
+assert not {"torch", "transformers", "trl"} & sys.modules.keys()
+assert dir(fxdistill.trainers) and fxdistill.trainers is sys.modules["fxdistill.trainers"]
+from fxdistill.trainers import LossCallback
+assert "transformers" in sys.modules and "trl" not in sys.modules
+try:
+    fxdistill.trainers.LossCallbak
+except AttributeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "no attribute 'LossCallbak'" in done.stdout
