@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 # The public names and their homes. Each is imported when it is first asked for: the command line
 # answers --help without torch. Readers of types are told below; a test compares the lists.
 _HOMES = {
+    "Checkpoint": "training.checkpoint.load",
     "DistillOutput": "distiller.output",
     "Distiller": "distiller.distiller",
     "FxDistillError": "errors",
@@ -29,10 +30,12 @@ _HOMES = {
     "PassRecord": "graph.program",
     "Program": "graph.program",
     "base_of": "models.adapters",
+    "load_checkpoint": "training.checkpoint.load",
     "match": "mapping.propose",
     "module_names": "models.tap",
     "resolve": "mapping.resolve",
     "run": "graph.pipeline",
+    "save_checkpoint": "training.checkpoint.save",
     "trace": "compiler.capture",
     "wrap": "distiller.wrap",
 }
@@ -61,6 +64,8 @@ if TYPE_CHECKING:
     from fxdistill.models.tap import module_names
     from fxdistill.objective.importance import Importance
     from fxdistill.training import loss_log as live
+    from fxdistill.training.checkpoint.load import Checkpoint, load_checkpoint
+    from fxdistill.training.checkpoint.save import save_checkpoint
     from fxdistill.training.loss_log import LossLog, LossRow
 else:
 
@@ -81,6 +86,7 @@ else:
 
 
 __all__ = [
+    "Checkpoint",
     "DistillOutput",
     "Distiller",
     "FxDistillError",
@@ -95,11 +101,13 @@ __all__ = [
     "base_of",
     "errors",
     "live",
+    "load_checkpoint",
     "losses",
     "match",
     "module_names",
     "resolve",
     "run",
+    "save_checkpoint",
     "trace",
     "wrap",
 ]

@@ -1,0 +1,62 @@
+"""What a checkpoint says of its distiller in words, so that another one can be told from it."""
+
+import functools
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from fxdistill.distiller.distiller import Distiller
+from fxdistill.losses.names import loss_name
+from fxdistill.mapping.match import Match
+
+# What a term compares. The weight is a setting, which is restored; the rest of a term follows.
+_SAID = ("of", "student", "teacher", "weights", "shift")
+
+
+def described(distiller: Distiller) -> dict[str, dict[str, str]]:
+    """Models, matches and terms, each by name, as text: what must be alike to go on."""
+    learning = {id(module) for module in distiller.children()}
+    models = {
+        tower: "it learns" if id(model) in learning else "it is frozen"
+        for tower, model in distiller.models.items()
+    }
+    matches: dict[str, str] = {}
+    for match in distiller.matches:
+        name = f"{match.student}:{match.student_port}"
+        matches[_new(name, matches)] = _match(match)
+    return {"model": models, "match": matches, "term": _terms(distiller.objective)}
+
+
+def _terms(objective: Any) -> dict[str, str]:
+    """Each term by name, whatever kinds of terms an objective has."""
+    found: dict[str, str] = {}
+    for field in fields(objective):
+        value = getattr(objective, field.name)
+        for term in value if isinstance(value, tuple) else ():
+            if is_dataclass(term) and hasattr(term, "loss") and hasattr(term, "name"):
+                said = (f"{k} {_said(getattr(term, k))}" for k in _SAID if getattr(term, k, None))
+                found[_new(str(term.name), found)] = f"{_loss(term.loss)}: {', '.join(said)}"
+    return found
+
+
+def _match(match: Match) -> str:
+    options = replace(match, weight=1.0).options
+    with_loss = f"{_loss(match.loss)}, {options}" if match.loss is not None else options
+    return f"{match.teacher}:{match.teacher_port}" + (f" ({with_loss})" if with_loss else "")
+
+
+def _said(value: Any) -> str:
+    return " and ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _loss(loss: Any) -> str:
+    """The name of a loss, and those of its options that are numbers or words."""
+    options = loss.keywords if isinstance(loss, functools.partial) else {}
+    simple = {k: v for k, v in options.items() if isinstance(v, (int, float, str, type(None)))}
+    told = ", ".join(f"{name}={value!r}" for name, value in sorted(simple.items()))
+    return f"{loss_name(loss)}({told})" if told else loss_name(loss)
+
+
+def _new(name: str, taken: dict[str, str]) -> str:
+    """``name``, with a number behind it where it is taken."""
+    count = sum(other == name or other.startswith(f"{name} #") for other in taken)
+    return f"{name} #{count + 1}" if count else name
