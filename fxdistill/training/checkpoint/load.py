@@ -1,6 +1,7 @@
 """``load_checkpoint``: go on from a checkpoint, after every difference was looked for."""
 
 import copy
+import functools
 import json
 import warnings
 from collections import OrderedDict
@@ -72,7 +73,7 @@ def load_checkpoint(
     for text in compare.left_out(document, now.document):
         warnings.warn(f"{place} has more than is restored: {text} was not asked for", stacklevel=2)
     own = _together(here, lambda: _own(place, document, here))
-    found = _together(here, lambda: _read(place, document, own, run, now))
+    found = _read(place, document, own, run, now, here)
     _together(here, lambda: _restore(document, run, found))
     if rng and own["random"] is not None:
         random_states.restore(own["random"])
@@ -125,8 +126,35 @@ def _own(place: Path, document: Any, here: Party) -> dict[str, Any]:
     return {**_json(place / RANKS / "0.json"), "random": None, "buffers": []}
 
 
-def _read(place: Path, document: Any, own: Any, run: Run, now: Contents) -> dict[str, Tensor]:
+def _read(
+    place: Path, document: Any, own: Any, run: Run, now: Contents, here: Party
+) -> dict[str, Tensor]:
     """All tensors that are restored, each placed as it is here."""
+    wanted, folder = _wanted(document, run, now), place / TENSORS
+
+    def alone() -> dict[str, Tensor]:
+        found = stored.read_plain(wanted, folder)
+        if own["buffers"]:
+            file = place / RANKS / f"{here.rank}.safetensors"
+            found.update(stored.read_file(file, own["buffers"]))
+        return found
+
+    plain: dict[str, Tensor] = _together(here, lambda: _readable(place, alone))
+    if not stored.has_shards(wanted, folder):
+        return plain
+    shards = functools.partial(stored.read_shards, wanted, folder, plain)
+    return {**plain, **_together(here, lambda: _readable(place, shards))}
+
+
+def _readable(place: Path, read: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    try:
+        return read()
+    except OSError as error:
+        raise ResumeError(f"{place} cannot be read: {error}") from error
+
+
+def _wanted(document: Any, run: Run, now: Contents) -> dict[str, stored.Wanted]:
+    """The tensors to read, by name."""
     names = [name for name in document["tensors"] if name.startswith(MODEL)]
     if run.optimizer is not None:
         names += tree.tensors_in(document["optimizer"])
@@ -141,14 +169,7 @@ def _read(place: Path, document: Any, own: Any, run: Run, now: Contents) -> dict
             like = _parameter_of(name, parameters)
         on_mesh = like is not None and is_placed(like)
         wanted[name] = stored.Wanted(told["shape"], dtype, like if on_mesh else None)
-    try:
-        found = stored.read(wanted, place / TENSORS)
-        if own["buffers"]:
-            file = place / RANKS / f"{party().rank}.safetensors"
-            found.update(stored.read_file(file, own["buffers"]))
-    except OSError as error:
-        raise ResumeError(f"{place} cannot be read: {error}") from error
-    return found
+    return wanted
 
 
 def _parameter_of(name: str, parameters: dict[str, Any]) -> Tensor | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from fxdistill import parallel
 from fxdistill.base.figures import size
 from fxdistill.errors import FxDistillError, OptionError, SaveError
 from fxdistill.training.checkpoint import folder as folders
@@ -78,8 +79,10 @@ def save_checkpoint(
     at = Target(target, sum(here.everyone(_bytes_of(found, differing, here))), here)
     part: Path | None = None
     try:
-        part = at.by_first(lambda: folders.begin(target))
-        at.by_all(functools.partial(_write, part, found, own, here))
+        part = at.by_first(functools.partial(_begin, target))
+        _write_tensors(part, found, at)
+        at.by_all(functools.partial(_write_own, part, found, own, here))
+        at.by_first(functools.partial(_write_document, part, found))
         whole: Path = at.by_first(functools.partial(folders.publish, part, target, step, keep))
     except BaseException:
         if part is not None and here.first:
@@ -126,21 +129,35 @@ class Target(NamedTuple):
         return found
 
 
-def _write(part: Path, found: Contents, own: dict[str, Any], here: Party) -> None:
-    """Write this rank's files; the first rank also writes those of all."""
-    tensors, ranks = part / TENSORS, part / RANKS
-    for inside in (tensors, ranks):
-        inside.mkdir(exist_ok=True)
-    stored.write(found.tensors, tensors, here.first)
+def _begin(target: Path) -> Path:
+    part = folders.begin(target)
+    for inside in (TENSORS, RANKS):
+        (part / inside).mkdir()
+    return part
+
+
+def _write_tensors(part: Path, found: Contents, at: Target) -> None:
+    """Write the tensors that all ranks have alike, and the shards of each."""
+    plain, placed = stored.apart(found.tensors)
+    folder = part / TENSORS
+    at.by_first(functools.partial(stored.write_file, plain, folder / stored.PLAIN))
+    if placed:
+        at.by_all(functools.partial(parallel.checkpoints.write, placed, folder))
+
+
+def _write_own(part: Path, found: Contents, own: dict[str, Any], here: Party) -> None:
+    """Write what this rank has of its own."""
     if own["buffers"]:
         differing = {name: found.tensors[name] for name in own["buffers"]}
-        stored.write_file(differing, ranks / f"{here.rank}.safetensors")
-    _write_json(own, ranks / f"{here.rank}.json")
-    here.everyone(None)  # all files are there
-    if here.first:
-        files = [path for path in part.rglob("*") if path.is_file()]
-        sizes = {path.relative_to(part).as_posix(): path.stat().st_size for path in files}
-        _write_json({**found.document, "files": sizes}, part / folders.CONTENTS)
+        stored.write_file(differing, part / RANKS / f"{here.rank}.safetensors")
+    _write_json(own, part / RANKS / f"{here.rank}.json")
+
+
+def _write_document(part: Path, found: Contents) -> None:
+    """Write the document, which has the sizes of all ranks' files: all of them are there now."""
+    files = [path for path in part.rglob("*") if path.is_file()]
+    sizes = {path.relative_to(part).as_posix(): path.stat().st_size for path in files}
+    _write_json({**found.document, "files": sizes}, part / folders.CONTENTS)
 
 
 def _write_json(value: Any, path: Path) -> None:

@@ -42,35 +42,39 @@ def read_file(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
         raise OSError(str(error)) from error
 
 
-def write(tensors: Mapping[str, Tensor], folder: Path, first: bool) -> None:
-    """Write all tensors of a checkpoint. ``first``: this rank writes the plain ones.
+def apart(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The plain tensors, and the DTensors. Every rank calls this where there are DTensors.
 
-    Every rank calls this where there are DTensors.
+    A 0-d tensor has no axis to shard: what a DTensor of that kind holds is the same everywhere.
     """
-    # A 0-d tensor has no axis to shard: what a DTensor of that kind holds is the same everywhere.
     whole = {k: _whole(t) for k, t in tensors.items() if not is_placed(t) or t.ndim == 0}
-    placed = {k: t for k, t in tensors.items() if k not in whole}
-    if first:
-        write_file(whole, folder / PLAIN)
-    if placed:
-        parallel.checkpoints.write(placed, folder)
+    return whole, {k: t for k, t in tensors.items() if k not in whole}
 
 
-def read(wanted: Mapping[str, Wanted], folder: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, plain or placed as is wanted; every rank calls this."""
-    alone = {path.name for path in folder.iterdir()} == {PLAIN}
-    scalars = [name for name, want in wanted.items() if not want.shape]
-    if alone and not any(want.like is not None for want in wanted.values()):
-        return read_file(folder / PLAIN, wanted)
-    found = read_file(folder / PLAIN, scalars)
-    targets = {name: _empty(want) for name, want in wanted.items() if want.shape}
+def read_plain(wanted: Mapping[str, Wanted], folder: Path) -> dict[str, Tensor]:
+    """What a rank can read alone: all tensors, or the 0-d ones where shards are read or made."""
+    names = [name for name, want in wanted.items() if not want.shape]
+    return read_file(folder / PLAIN, names if has_shards(wanted, folder) else wanted)
+
+
+def read_shards(
+    wanted: Mapping[str, Wanted], folder: Path, plain: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What ``read_plain`` left out, and DTensors of what it read. Every rank calls this."""
+    targets = {name: _empty(want) for name, want in wanted.items() if name not in plain}
     parallel.checkpoints.read(targets, folder)
     placed = {
         name: parallel.checkpoints.replicated(value, wanted[name].like)
-        for name, value in found.items()
+        for name, value in plain.items()
         if wanted[name].like is not None
     }
-    return {**found, **placed, **targets}
+    return {**placed, **targets}
+
+
+def has_shards(wanted: Mapping[str, Wanted], folder: Path) -> bool:
+    """Whether shards are read or made, here or on any rank."""
+    alone = {path.name for path in folder.iterdir()} == {PLAIN}
+    return not alone or any(want.like is not None for want in wanted.values())
 
 
 def _empty(want: Wanted) -> Tensor:
