@@ -29,7 +29,9 @@ _HOMES = {
     "Matches": "mapping.matches",
     "PassRecord": "graph.program",
     "Program": "graph.program",
+    "balance": "training.balance",
     "base_of": "models.adapters",
+    "gradient_norms": "training.balance",
     "load_checkpoint": "training.checkpoint.load",
     "match": "mapping.propose",
     "module_names": "models.tap",
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from fxdistill.models.tap import module_names
     from fxdistill.objective.importance import Importance
     from fxdistill.training import loss_log as live
+    from fxdistill.training.balance import balance, gradient_norms
     from fxdistill.training.checkpoint.load import Checkpoint, load_checkpoint
     from fxdistill.training.checkpoint.save import save_checkpoint
     from fxdistill.training.loss_log import LossLog, LossRow
@@ -98,8 +101,10 @@ __all__ = [
     "Matches",
     "PassRecord",
     "Program",
+    "balance",
     "base_of",
     "errors",
+    "gradient_norms",
     "live",
     "load_checkpoint",
     "losses",

@@ -63,8 +63,10 @@ class StepWeights(NamedTuple):
     matches: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, settings: Tensor) -> "StepWeights":
+    def of(cls, settings: "Tensor | StepWeights") -> "StepWeights":
         """Split the vector that enters the graph: ``GLOBAL_SETTINGS`` in order, then matches."""
+        if isinstance(settings, StepWeights):  # of one who differentiates by each weight
+            return settings
         logits, features, labels, temperature = settings[:4].unbind()
         return cls(logits, features, labels, temperature, settings[4:].unbind())
 
