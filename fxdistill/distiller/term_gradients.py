@@ -41,8 +41,11 @@ def term_norms(request: Request) -> dict[str, float]:
 
 def _learning(towers: Towers, objective: Objective) -> list[nn.Parameter]:
     """The parameters of all models that are the student of a term."""
-    students = {term.of[0] for term in objective.features}
-    students |= {term.student for term in (*objective.logits, *objective.labels)}
+    students = {
+        *(term.of[0] for term in objective.features),
+        *(term.student for term in objective.logits),
+        *(term.student for term in objective.labels),
+    }
     models = [m for t, m in towers.modules.items() if t in students or t == towers.main]
     found = {id(p): p for m in models for p in m.parameters() if p.requires_grad}
     if any(hasattr(module, "unshard") for m in models for module in m.modules()):
