@@ -1,6 +1,7 @@
 """Write folders beside their place, and rename them when they are whole."""
 
 import contextlib
+import glob
 import os
 import re
 import shutil
@@ -26,7 +27,10 @@ def whole_folder(target: Path) -> Iterator[Path]:
     """
     place = Path(os.path.realpath(target))
     place.parent.mkdir(parents=True, exist_ok=True)
-    part, old = (place.with_name(f".{uuid.uuid4().hex}.{kind}") for kind in ("part", "old"))
+    for left in place.parent.glob(f".{glob.escape(place.name)}.*.part"):  # of a kill
+        shutil.rmtree(left)
+    name = f".{place.name}.{uuid.uuid4().hex}"
+    part, old = place.with_name(f"{name}.part"), place.with_name(f"{name}.old")
     part.mkdir()
     try:
         if place.exists():

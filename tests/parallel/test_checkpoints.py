@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -48,6 +49,7 @@ class Run:
             bank = losses.CRD(width=4, size=16, across_ranks=False)
             bank.embedding.build(16, 16, torch.device("cpu"))
             mapping.append(Match("blocks.1.down", "blocks.1.down", loss=bank))
+        torch.manual_seed(seed)
         self.distiller = fxdistill.wrap(student, teacher, mapping, **options)
         self.optimizer = torch.optim.AdamW(
             self.distiller.parameters(), lr=1e-2, foreach=False, fused=False
@@ -158,6 +160,34 @@ def failing(rank: int, path: str) -> None:
         again.load(path)
     for name, value in again.distiller.state_dict().items():
         assert torch.equal(whole(value), before[name]), name
+
+
+def exported(rank: int, path: str, wanted: dict[str, float]) -> None:
+    """The student as files of plain tensors, and norms of whole gradients."""
+    ids = torch.randint(VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(0))
+    for plan in ("tp", "dp"):
+        other = Run(plan)
+        del other.optimizer
+        batch = {"ids": ids[other.part], "labels": ids[other.part]}
+        norms = fxdistill.gradient_norms(other.distiller, batch)
+        for name, norm in wanted.items():
+            # A mesh of dp has another match beside, in the mean of the features.
+            if name != "features" or plan == "tp":
+                assert norms[name] == pytest.approx(norm, rel=1e-4), (plan, name)
+        assert other.distiller.explain(batch).finite
+        other.distiller.save_pretrained(f"{path}/{plan}")
+
+
+@pytest.mark.slow
+def test_norms_and_files_of_a_sharded_student_are_those_of_one_process(tmp_path: Path) -> None:
+    alone = Run("plain")
+    ids = torch.randint(VOCABULARY, (4, 8), generator=torch.Generator().manual_seed(0))
+    wanted = fxdistill.gradient_norms(alone.distiller, {"ids": ids, "labels": ids})
+    run(2, exported, str(tmp_path), wanted)
+    for plan in ("tp", "dp"):
+        state = load_file(tmp_path / plan / "model.safetensors")
+        for name, value in alone.distiller.student.state_dict().items():
+            assert torch.equal(state[name], value), name
 
 
 @pytest.mark.slow

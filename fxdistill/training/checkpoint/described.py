@@ -14,11 +14,8 @@ _SAID = ("of", "student", "teacher", "weights", "shift")
 
 def described(distiller: Distiller) -> dict[str, dict[str, str]]:
     """Models, matches and terms, each by name, as text: what must be alike to go on."""
-    learning = {id(module) for module in distiller.children()}
-    models = {
-        tower: "it learns" if id(model) in learning else "it is frozen"
-        for tower, model in distiller.models.items()
-    }
+    frozen = distiller.objective.frozen
+    models = {t: "it is frozen" if t in frozen else "it learns" for t in distiller.models}
     matches: dict[str, str] = {}
     for match in distiller.matches:
         name = f"{match.student}:{match.student_port}"
