@@ -108,6 +108,8 @@ def test_two_ranks_save_and_one_or_two_go_on(tmp_path: Path) -> None:
     assert [name.split("-")[0] for name in files] == ["plain.safetensors", "shard", "shard"]
     resumed(0, path, "plain", wanted)
     run(2, resumed, path, "fsdp2", wanted)
+    wanted = run(2, saved, str(tmp_path / "fsdp2"), "fsdp2")[0]
+    resumed(0, str(tmp_path / "fsdp2"), "plain", wanted)
     # and back: one process saves, two go on
     one = Run("plain", seed=3)
     one.steps(0, 2)

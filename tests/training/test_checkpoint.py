@@ -18,7 +18,7 @@ import fxdistill
 from fxdistill import errors
 from fxdistill.training.checkpoint import tree
 from lives import Life
-from toys import Toy
+from toys import Toy, tokens
 
 
 def assert_equal(a: Any, b: Any) -> None:
@@ -41,16 +41,17 @@ def assert_equal(a: Any, b: Any) -> None:
 # ---------------------------------------------------------------------- going on
 
 
-def test_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [False, {"backend": "aot_eager"}])
+def test_a_run_goes_on_bit_for_bit(tmp_path: Path, mode: Any) -> None:
     """Dropout, CRD's queue, a projection, AdamW, its schedule, settings and batches go on."""
-    run = Life()
+    run = Life(compile=mode)
     run.steps(3)
     run.distiller.set(temperature=2.0, weights={"blocks.1.mlp": 0.5})
     position = {"epoch": 1, "seen": [3, 4], "name": "ü", "share": 0.1, "none": None}
     place = run.save(tmp_path / "deep" / "run", step=3, data=position)
     wanted, state = run.steps(3), run.state()
     assert place == tmp_path / "deep" / "run" / "000001-step-3"
-    other = Life(seed=5)
+    other = Life(seed=5, compile=mode)
     assert other.steps(1) != wanted[:1]
     found = other.load(tmp_path / "deep" / "run")
     assert found == fxdistill.Checkpoint(3, position)
@@ -284,13 +285,16 @@ def test_numbers_pointer_and_leftovers(tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text("utf-8").strip() == "000004-step-3"
     # A kill between the rename and the pointer, and one while files were written.
     (tmp_path / "latest").write_text("000003-step-2", "utf-8")
-    (tmp_path / ".dead.part").mkdir()
-    (tmp_path / ".dead.part" / "half").write_text("x")
-    (tmp_path / ".pointer.part").write_text("x")
+    dead, pointer = (tmp_path / f".{digit * 32}.part" for digit in "af")
+    dead.mkdir()
+    (dead / "half").write_text("x")
+    pointer.write_text("x")
+    (tmp_path / ".mine.part").write_text("stays")
     (tmp_path / "mine.txt").write_text("stays")
     assert run.load(tmp_path).step == 2
     run.save(tmp_path, step=9, keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".mine.part",
         "000004-step-9",
         "latest",
         "mine.txt",
@@ -385,3 +389,79 @@ def test_a_loss_that_gives_no_warning_of_its_own(tmp_path: Path) -> None:
         run.load(tmp_path)
     now = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     assert_equal(now, state)
+
+
+# ---------------------------------------------------------------------- what others keep
+
+OPTIMIZERS: dict[str, Any] = {
+    "SGD": {"lr": 0.1, "momentum": 0.9},
+    "Adam": {"lr": 0.1, "amsgrad": True},
+    "AdamW": {"lr": torch.tensor(0.1), "foreach": False},
+    "Adafactor": {},
+    "ASGD": {},
+    "LBFGS": {"max_iter": 2, "history_size": 3},
+    "NAdam": {},
+    "RAdam": {},
+    "RMSprop": {"centered": True},
+    "Rprop": {},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_goes_on(name: str, tmp_path: Path) -> None:
+    """States of lists, of 0-d tensors, of factors of another shape than the parameter."""
+
+    def made() -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        distiller = fxdistill.wrap(Toy(2), Toy(3), task="causal_lm", compile=False)
+        made = getattr(torch.optim, name)(list(distiller.parameters()), **OPTIMIZERS[name])
+        return distiller, made
+
+    def steps(distiller: Any, optimizer: Any) -> list[float]:
+        def closure() -> Any:
+            optimizer.zero_grad()
+            loss = distiller(tokens(), labels=tokens()).loss
+            loss.backward()
+            return loss.detach()
+
+        return [float(optimizer.step(closure)) for _ in range(2)]
+
+    one, other = made(), made()
+    steps(*one)
+    fxdistill.save_checkpoint(tmp_path, one[0], optimizer=one[1])
+    fxdistill.load_checkpoint(tmp_path, other[0], optimizer=other[1])
+    assert_equal(other[1].state_dict(), one[1].state_dict())
+    assert steps(*other) == steps(*one)
+
+
+def test_every_scheduler_comes_back(tmp_path: Path) -> None:
+    """And a GradScaler, which has a state of plain numbers too."""
+    kinds = torch.optim.lr_scheduler
+
+    def made(count: int) -> tuple[Any, list[Any]]:
+        run = Life(mapping=None)
+        optimizer = torch.optim.SGD(run.distiller.parameters(), lr=0.1, momentum=0.9)
+        first = kinds.ConstantLR(optimizer, total_iters=2)
+        schedulers = [
+            kinds.SequentialLR(optimizer, [first, kinds.ExponentialLR(optimizer, 0.9)], [2]),
+            kinds.ReduceLROnPlateau(optimizer, patience=0),
+            kinds.OneCycleLR(optimizer, 0.3, total_steps=9),
+            kinds.CyclicLR(optimizer, 0.1, 0.3),
+            kinds.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+            kinds.CosineAnnealingWarmRestarts(optimizer, 3),
+            torch.amp.GradScaler("cpu"),
+        ]
+        optimizer.step()
+        for i in range(count):
+            for scheduler in schedulers[:-1]:
+                plateau = isinstance(scheduler, kinds.ReduceLROnPlateau)
+                scheduler.step(*([float(i)] if plateau else []))
+        return run.distiller, [optimizer, *schedulers]
+
+    distiller, (optimizer, *schedulers) = made(3)
+    fxdistill.save_checkpoint(tmp_path, distiller, optimizer=optimizer, schedulers=schedulers)
+    other, (again, *others) = made(1)
+    fxdistill.load_checkpoint(tmp_path, other, optimizer=again, schedulers=others)
+    assert again.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    for ours, theirs in zip(others, schedulers, strict=True):
+        assert ours.state_dict() == theirs.state_dict(), type(ours)

@@ -20,7 +20,7 @@ from fxdistill.errors import ResumeError
 POINTER = "latest"
 CONTENTS = "checkpoint.json"  # a folder with this file is a checkpoint
 _NAME = re.compile(r"(\d+)-step-\d+")
-_PART = ".part"
+_PART = re.compile(r"\.[0-9a-f]{32}\.part")  # also what base.files names what it writes
 _logger = logging.getLogger("fxdistill.checkpoint")
 
 
@@ -58,13 +58,13 @@ def found(folder: Path) -> Path:
 def begin(folder: Path) -> Path:
     """Remove what a kill has left, and make an empty folder for the files of a new checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob(f".*{_PART}"):
+    for path in [path for path in folder.iterdir() if _PART.fullmatch(path.name)]:
         _remove(path)
     there, last = _numbered(folder), _pointed(folder)
     for number, path in there.items():
         if last is not None and number > last:
             _remove(path)
-    part = folder / f".{uuid.uuid4().hex}{_PART}"
+    part = _hidden(folder)
     part.mkdir()
     return part
 
@@ -112,6 +112,11 @@ def _pointed(folder: Path) -> int | None:
     return None
 
 
+def _hidden(folder: Path) -> Path:
+    """A new name for what is not whole, or not any more."""
+    return folder / f".{uuid.uuid4().hex}.part"
+
+
 def _remove_old(path: Path) -> None:
     """Remove a checkpoint; a failure is logged only: the new one is whole."""
     try:
@@ -123,8 +128,8 @@ def _remove_old(path: Path) -> None:
 def _remove(path: Path) -> None:
     """Remove a folder; its name goes first, so that no half of a checkpoint looks like one."""
     gone = path
-    if not path.name.endswith(_PART):
-        gone = path.with_name(f".{uuid.uuid4().hex}{_PART}")
+    if not _PART.fullmatch(path.name):
+        gone = _hidden(path.parent)
         os.replace(path, gone)
     if gone.is_dir():
         shutil.rmtree(gone)

@@ -43,9 +43,9 @@ def save_checkpoint(
     After a crash, a kill or a full disk at any moment it holds the previous checkpoint or the new
     one. What a kill has left is removed by the next save. One run writes to a folder.
 
-    On several ranks all of them call this. Sharded parameters (``mesh=``, FSDP2, other DTensors)
-    are written by torch's DCP, each rank its shards. Random states, the data position and buffers
-    that differ (a queue of CRD) are saved for each rank.
+    On several ranks all of them call this, with a folder that all of them see. Sharded parameters
+    (``mesh=``, FSDP2, other DTensors) are written by torch's DCP, each rank its shards. Random
+    states, the data position and buffers that differ (a queue of CRD) are saved for each rank.
 
     Args:
         folder: Where the checkpoints of this run lie; it is made where it is not there.
@@ -82,7 +82,8 @@ def save_checkpoint(
         part = at.by_first(functools.partial(_begin, target))
         _write_tensors(part, found, at)
         at.by_all(functools.partial(_write_own, part, found, own, here))
-        at.by_first(functools.partial(_write_document, part, found))
+        seen = here.everyone(_files(part))
+        at.by_first(functools.partial(_write_document, part, found, seen))
         whole: Path = at.by_first(functools.partial(folders.publish, part, target, step, keep))
     except BaseException:
         if part is not None and here.first:
@@ -153,10 +154,21 @@ def _write_own(part: Path, found: Contents, own: dict[str, Any], here: Party) ->
     _write_json(own, part / RANKS / f"{here.rank}.json")
 
 
-def _write_document(part: Path, found: Contents) -> None:
-    """Write the document, which has the sizes of all ranks' files: all of them are there now."""
+def _files(part: Path) -> dict[str, int]:
+    """The sizes of the files in ``part``, as this rank sees them."""
     files = [path for path in part.rglob("*") if path.is_file()]
-    sizes = {path.relative_to(part).as_posix(): path.stat().st_size for path in files}
+    return {path.relative_to(part).as_posix(): path.stat().st_size for path in files}
+
+
+def _write_document(part: Path, found: Contents, seen: list[dict[str, int]]) -> None:
+    """Write the document, which has the sizes of all ranks' files: all of them are there now."""
+    sizes = _files(part)
+    for rank, files in enumerate(seen):
+        if apart := files.keys() - sizes.keys():
+            raise OSError(
+                f"rank 0 does not see what rank {rank} wrote ({min(apart)}): the folder must lie "
+                "on a disk that all ranks share"
+            )
     _write_json({**found.document, "files": sizes}, part / folders.CONTENTS)
 
 
