@@ -17,6 +17,8 @@ from torch import nn
 import fxdistill
 from fxdistill import errors
 from fxdistill.training.checkpoint import tree
+from fxdistill.training.checkpoint.contents import contents, run_of
+from fxdistill.training.checkpoint.save import _write_document
 from lives import Life
 from toys import Toy, tokens
 
@@ -302,6 +304,12 @@ def test_numbers_pointer_and_leftovers(tmp_path: Path) -> None:
     # A kill in the very first save, before there was a pointer.
     (tmp_path / "latest").unlink()
     assert run.load(tmp_path).step == 9
+
+
+def test_a_disk_that_ranks_do_not_share_is_told(tmp_path: Path) -> None:
+    found = contents(run_of(Life(mapping=None).distiller, None, ()))
+    with pytest.raises(OSError, match=r"what rank 1 wrote \(ranks/1.json\).*all ranks share"):
+        _write_document(tmp_path, found, [{}, {"ranks/1.json": 3}])
 
 
 def mounted(folder: Path, options: str) -> None:

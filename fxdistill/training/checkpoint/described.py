@@ -36,9 +36,9 @@ def _terms(objective: Any) -> dict[str, str]:
 
 
 def _match(match: Match) -> str:
-    options = replace(match, weight=1.0).options
-    with_loss = f"{_loss(match.loss)}, {options}" if match.loss is not None else options
-    return f"{match.teacher}:{match.teacher_port}" + (f" ({with_loss})" if with_loss else "")
+    loss = "" if match.loss is None else _loss(match.loss)
+    said = ", ".join(filter(None, (loss, replace(match, weight=1.0, loss=None).options)))
+    return f"{match.teacher}:{match.teacher_port}" + (f" ({said})" if said else "")
 
 
 def _said(value: Any) -> str:
