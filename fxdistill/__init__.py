@@ -21,6 +21,7 @@ _HOMES = {
     "DistillOutput": "distiller.output",
     "Distiller": "distiller.distiller",
     "FxDistillError": "errors",
+    "Head": "objective.head",
     "Importance": "objective.importance",
     "JointProgram": "graph.joint",
     "LossLog": "training.loss_log",
@@ -30,12 +31,15 @@ _HOMES = {
     "PassRecord": "graph.program",
     "Program": "graph.program",
     "balance": "training.balance",
+    "Schedule": "training.schedule",
     "base_of": "models.adapters",
     "gradient_norms": "training.balance",
     "load_checkpoint": "training.checkpoint.load",
     "match": "mapping.propose",
     "module_names": "models.tap",
+    "mutual": "recipes.mutual",
     "resolve": "mapping.resolve",
+    "rollout": "recipes.on_policy",
     "run": "graph.pipeline",
     "save_checkpoint": "training.checkpoint.save",
     "trace": "compiler.capture",
@@ -46,6 +50,8 @@ _MODULES = {
     "live": "training.loss_log",
     "losses": "losses",
     "passes": "passes",
+    "presets": "recipes.presets",
+    "schedules": "training.schedules",
 }
 
 if TYPE_CHECKING:
@@ -64,12 +70,18 @@ if TYPE_CHECKING:
     from fxdistill.mapping.resolve import resolve
     from fxdistill.models.adapters import base_of
     from fxdistill.models.tap import module_names
+    from fxdistill.objective.head import Head
     from fxdistill.objective.importance import Importance
+    from fxdistill.recipes import presets
+    from fxdistill.recipes.mutual import mutual
+    from fxdistill.recipes.on_policy import rollout
     from fxdistill.training import loss_log as live
+    from fxdistill.training import schedules
     from fxdistill.training.balance import balance, gradient_norms
     from fxdistill.training.checkpoint.load import Checkpoint, load_checkpoint
     from fxdistill.training.checkpoint.save import save_checkpoint
     from fxdistill.training.loss_log import LossLog, LossRow
+    from fxdistill.training.schedule import Schedule
 else:
 
     def __getattr__(name: str) -> Any:
@@ -93,6 +105,7 @@ __all__ = [
     "DistillOutput",
     "Distiller",
     "FxDistillError",
+    "Head",
     "Importance",
     "JointProgram",
     "LossLog",
@@ -101,6 +114,7 @@ __all__ = [
     "Matches",
     "PassRecord",
     "Program",
+    "Schedule",
     "balance",
     "base_of",
     "errors",
@@ -110,9 +124,13 @@ __all__ = [
     "losses",
     "match",
     "module_names",
+    "mutual",
+    "presets",
     "resolve",
+    "rollout",
     "run",
     "save_checkpoint",
+    "schedules",
     "trace",
     "wrap",
 ]

@@ -5,6 +5,7 @@ them into a graph. If they move, a head under an autocast of its own goes unnoti
 tests/passes/test_fuse_head.py fails.
 """
 
+import functools
 import operator
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -84,6 +85,8 @@ def _fusions(gm: fx.GraphModule) -> "list[_Fusion]":
         raise Unreadable("no loss of this library reads them")
     readers = {loss for summand in summands for loss in summand.losses}
     readers |= {scored.scores for summand in summands if (scored := summand.scored) is not None}
+    rolled = (s.argument(1) for s in summands if s.is_divergence)
+    readers |= {node for node in rolled if node.target is torch.roll}
     pairs = [pair for group in _by_student(summands) for pair in _pairs(group)]
     return [_Fusion.read(gm.graph, effects, stack, pair, readers) for pair in pairs]
 
@@ -314,7 +317,7 @@ def _heads(
     if value_of(theirs).shape != value_of(compared).shape:
         raise Unreadable("the logits that are compared differ in shape")
     _require_readers("teacher", theirs, readers)
-    teacher = _of("teacher", read_head, theirs)
+    teacher = _of("teacher", functools.partial(read_head, readers=readers), theirs)
     if not teacher.detached:
         raise Unreadable("the teacher learns too, and the fused form gives it no gradient")
     return student, teacher

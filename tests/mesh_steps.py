@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 import fxdistill
@@ -66,3 +67,17 @@ def split(batch: dict[str, Tensor], labels: Tensor, parts: int) -> Samples:
     rows = zip(*(x.chunk(parts) for x in batch.values()), strict=True)
     batches = [dict(zip(batch, row, strict=True)) for row in rows]
     return list(zip(batches, labels.chunk(parts), strict=True))
+
+
+def measured(distiller: Any, batch: dict[str, Tensor], labels: Tensor) -> Any:
+    out = distiller(**batch, labels=labels)
+    out.loss.backward()
+    return {"loss": out.loss.detach(), **out.losses}, gradients_of(distiller)
+
+
+def mine(mesh: DeviceMesh, x: Tensor) -> Tensor:
+    """This rank's samples: three on two ranks are two and one."""
+    for name in ("replicate", "dp"):
+        if name in (mesh.mesh_dim_names or ()):
+            x = x.chunk(mesh[name].size())[mesh[name].get_local_rank()]
+    return x

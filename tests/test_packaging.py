@@ -50,7 +50,8 @@ def test_public_names_are_imported_when_asked_for():
     imports = [n for n in block.body if isinstance(n, ast.ImportFrom)]
     told = {alias.name: node.module for node in imports for alias in node.names}
     homes = {name: f"fxdistill.{home}" for name, home in fxdistill._HOMES.items()}
-    of_folders = {"errors": "fxdistill", "losses": "fxdistill", "loss_log": "fxdistill.training"}
+    of_folders = {"errors": "fxdistill", "losses": "fxdistill", "presets": "fxdistill.recipes"}
+    of_folders |= dict.fromkeys(("loss_log", "schedules"), "fxdistill.training")
     assert told == {**homes, **of_folders}
     assert {"live" if name == "loss_log" else name for name in told} == set(fxdistill.__all__)
     submodules = {file.stem for file, _ in library_files() if file.parent.name == "fxdistill"}

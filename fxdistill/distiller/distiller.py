@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,14 @@ from fxdistill import parallel
 from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.journal import Journal
 from fxdistill.distiller import whose
+from fxdistill.distiller.agreement import Agreement, agreement, evaluating
 from fxdistill.distiller.guard import check_call, check_not_crossed, freezes, settle
 from fxdistill.distiller.looking import Looking, averaging_ranks
 from fxdistill.distiller.modes import Request, Result, Steps, eager, in_one_graph, regional
 from fxdistill.distiller.options import Options
 from fxdistill.distiller.output import DistillOutput, output_of
 from fxdistill.distiller.saved import Saved
-from fxdistill.distiller.settings import Setting, Settings
+from fxdistill.distiller.settings import Setting, Settings, TeacherWeights
 from fxdistill.distiller.student_face import StudentFace, StudentForward
 from fxdistill.distiller.towers import Model, Towers
 from fxdistill.errors import CaptureError, MatchWarning
@@ -36,10 +37,10 @@ class Distiller(StudentFace, Saved, Looking):
     """The module that ``fxdistill.wrap`` returns: call it like the student.
 
     Call ``backward()`` on the ``loss`` of its output. ``parameters()`` and ``state_dict()`` cover
-    the models that learn, the projections and the losses that are modules, under ``student.``,
-    ``projections.`` and ``loss_modules.``; a state dict also has the settings, and each tensor
-    once. ``to()`` moves a frozen teacher too; otherwise the
-    teacher is left alone, in eval mode.
+    the models that learn, the projections, the losses that are modules and the modules of heads,
+    under ``student.``, ``projections.``, ``loss_modules.`` and ``heads.``; a state dict also has
+    the settings, and each tensor once. ``to()`` moves a frozen teacher too; otherwise the teacher
+    is left alone, in eval mode.
     """
 
     def __init__(
@@ -47,20 +48,24 @@ class Distiller(StudentFace, Saved, Looking):
         models: Mapping[Tower, Model],
         objective: Objective,
         projections: nn.ModuleList,
+        heads: nn.ModuleDict,
         matches: Matches,
         settings: Mapping[str, Setting],
         options: Options,
         main: Tower = "student",
+        students: Sequence[Tower] = (),
     ) -> None:
         super().__init__()
         # A frozen model is not registered: parameters() and state_dict() must not contain it.
         losses = nn.ModuleList()
         objective = objective.with_modules(losses)
-        self._towers = Towers(models, Beside(projections, losses), main)
+        self._towers = Towers(models, Beside(projections, losses, heads), main)
+        if students:
+            self._modules["students"] = nn.ModuleList(models[t].module for t in students)
         for tower in (main, *(t for t in models if t != main)):
-            if models[tower].trains:
+            if models[tower].trains and tower not in students:
                 self._modules[tower] = models[tower].module
-        self.projections, self.loss_modules = projections, losses
+        self.projections, self.loss_modules, self.heads = projections, losses, heads
         # DDP would copy the first rank's queues over those that other ranks have of their own.
         self._ddp_params_and_buffers_to_ignore = [
             f"loss_modules.{name}" for name, _ in losses.named_buffers()
@@ -70,7 +75,7 @@ class Distiller(StudentFace, Saved, Looking):
         self.matches = matches
         self.options = options
         self.journal = Journal()
-        self._settings = Settings(settings, objective.weighed)
+        self._settings = Settings(settings, objective.names)
         self._steps = Steps()
         self._warnings: dict[str, bool] = {}  # by text: whether it has been given
         freezes(self, (models[tower].module for tower in self._towers.frozen))
@@ -106,9 +111,24 @@ class Distiller(StudentFace, Saved, Looking):
         return self._towers.main
 
     @property
-    def teacher(self) -> nn.Module:
-        """The teacher."""
-        return self._towers.modules["teacher"]
+    def students(self) -> tuple[nn.Module, ...]:
+        """The models that terms make learn from others; most distillers have one."""
+        several = self._modules.get("students")
+        return (self._towers.main_module,) if several is None else tuple(several.children())
+
+    @property
+    def teachers(self) -> dict[Tower, nn.Module]:
+        """The models that the student learns from, by name; of mutual learning there are none."""
+        ours = set(map(id, self.students))
+        return {t: m for t, m in self._towers.modules.items() if self._is_teacher(t, m, ours)}
+
+    def _is_teacher(self, tower: Tower, model: nn.Module, students: set[int]) -> bool:
+        return tower != self.main and (id(model) not in students or "students" not in self._modules)
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The teacher, or the first of several; ``None`` without one."""
+        return next(iter(self.teachers.values()), None)
 
     @property
     def settings(self) -> dict[str, Setting]:
@@ -172,7 +192,7 @@ class Distiller(StudentFace, Saved, Looking):
 
     def _warn_without_terms(self, request: Request) -> None:
         objective = request.objective
-        if not (objective.features or objective.logits or objective.labels):
+        if not (objective.features or objective.logits or objective.labels or objective.heads):
             text = (
                 "no term is in the loss, so it is 0 and teaches nothing: pass labels, give a "
                 "mapping, or a logit_loss"
@@ -253,17 +273,24 @@ class Distiller(StudentFace, Saved, Looking):
             self._warnings[text] = True
             warnings.warn(text, MatchWarning, stacklevel=4)
 
-    def set(self, *, weights: Mapping[str, Setting] | None = None, **values: Any) -> None:
+    def set(
+        self,
+        *,
+        weights: Mapping[str, Setting] | None = None,
+        teacher_weights: TeacherWeights | None = None,
+        **values: Any,
+    ) -> None:
         """Change weights or the temperature; nothing recompiles.
 
         The keywords are ``logit_weight``, ``feature_weight``, ``label_weight`` and ``temperature``;
-        ``weights={term name: weight}`` sets the weights of single matches. Values are numbers or
-        0-d tensors. A pending backward keeps the values of its own step.
+        ``weights={term name: weight}`` sets the weights of single matches, and of the terms of
+        heads; ``teacher_weights`` those of several teachers, in order or by name. Values are
+        numbers or 0-d tensors. A pending backward keeps the values of its own step.
 
         Raises:
             OptionError: A name is unknown, or a value is not a finite number. Nothing is changed.
         """
-        self._settings.set(weights, values)
+        self._settings.set(weights, teacher_weights, values)
 
     # ------------------------------------------------------------------ life cycle
 
@@ -325,6 +352,29 @@ class Distiller(StudentFace, Saved, Looking):
             with torch.no_grad():
                 for buffer, before in buffers.items():
                     buffer.copy_(before)
+
+    def agreement(self, batch: Mapping[str, Any]) -> Agreement:
+        """How far student and teacher agree on a batch, for evaluation.
+
+        The models run as they are, without compiling, in eval mode and without gradients; every
+        module's mode is put back. The mean is over the predictions that the logit term counts (by
+        labels, masks and weights; ``importance`` has no part), and over the vocabulary that both
+        models have. With several pairs of models, it is the mean over these. On a mesh and under
+        FSDP2 the samples of all ranks count, under DDP this rank's own.
+
+        Args:
+            batch: The keyword arguments of a call.
+
+        Returns:
+            ``(top1, divergence)``, 0-d tensors on the device: Σ w·[argmax z_S = argmax z_T] / Σ w,
+            and Σ w·KL(softmax z_T ‖ softmax z_S) / Σ w, at τ = 1. Both are 0 where nothing counts.
+
+        Raises:
+            LogitsError: A model returns no logits, or there is no teacher.
+        """
+        with evaluating(self._towers.modules.values()):
+            request = self._request(self._sorted((), dict(batch)))
+            return agreement(request, self._settings)
 
     def extra_repr(self) -> str:
         """The mode and the number of matches, for ``print(distiller)``."""

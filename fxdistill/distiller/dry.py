@@ -36,8 +36,8 @@ def captured(
 
 def tapped_shapes(request: Request, steps: Steps) -> Mapping[tuple[Tower, Tap], Tensor]:
     """The shapes of all matched values, as meta tensors; modules that do not run are left out."""
-    objective = replace(request.objective, logits=(), labels=(), returns=None)
-    request = replace(request, objective=objective)
+    request = _of_shapes(request)
+    objective = request.objective
     with tapping(request, steps, capturing=True) as table:
         given = (request.towers, objective, request.call.inputs)
         captured_warm(request.towers, lambda: capture.dry_values(run_towers, table, *given))
@@ -56,14 +56,22 @@ def fake_values(request: Request, steps: Steps) -> Mapping[tuple[Tower, Tap], Te
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise StepError("the models may communicate with other ranks")
-    objective = replace(request.objective, logits=(), labels=(), returns=None)
-    request = replace(request, objective=objective)
+    request = _of_shapes(request)
+    objective = request.objective
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, _for_shapes(request.towers.modules.values(), mode):
         inputs = tree_map(lambda x: _like(x, mode), dict(request.call.inputs))
         with tapping(request, steps, capturing=True) as table:
             run_towers(request.towers, objective, inputs)
         return values_of(table)
+
+
+def _of_shapes(request: Request) -> Request:
+    """The step without terms on logits; where a head makes its own, they tell how many classes."""
+    objective = request.objective
+    returns = next((head.student for head in objective.heads if head.has_module), None)
+    objective = replace(objective, logits=(), labels=(), returns=returns)
+    return replace(request, objective=objective)
 
 
 def _like(value: Any, mode: FakeTensorMode) -> Any:

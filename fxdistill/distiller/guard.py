@@ -60,6 +60,8 @@ def check_call(towers: Towers, objective: Objective, call: Call) -> None:
         check_same_device(main, projection, f"projection {i}")
     for i, loss in enumerate(towers.beside.losses):
         check_same_device(main, loss, f"loss module {i} ({type(loss).__name__})")
+    for name, head in towers.beside.heads.items():
+        check_same_device(main, head, f"head {name!r}")
     check_names(objective.features, call.batch)
     settle(towers, objective)
 

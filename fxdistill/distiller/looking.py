@@ -116,6 +116,7 @@ class Looking(nn.Module):
             main=towers.main,
             projections=towers.beside.projections,
             losses=towers.beside.losses,
+            heads=towers.beside.heads,
             objective=self.objective.on(averaging_ranks(self)),
             settings=self._settings.values,
             mode=self.options.mode,

@@ -187,6 +187,7 @@ def tapping(request: Request, steps: Steps, *, capturing: bool) -> Iterator[TapT
             towers.beside.projections,
             alone=objective.learns_from_features_alone,
             on_ranks=objective.ranks is not None,
+            others=[end for end in objective.of_heads if end[1] != LOGITS],
         ),
     )
     table = TapTable(capturing=capturing, expected=expected)

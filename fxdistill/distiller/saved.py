@@ -7,6 +7,7 @@ not the frozen base below them, as PEFT saves them. The settings stand in the st
 where torch keeps the versions of modules: ``torch.save`` keeps them, safetensors has tensors only.
 """
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,7 +40,9 @@ class Saved(nn.Module):
         loads it (of a PEFT model, the adapters). Of another model, ``model.safetensors`` has the
         keys of the model that was never wrapped, for its ``load_state_dict``. The files are written
         beside ``folder`` and renamed when they are whole; other files there, such as a
-        tokenizer's, stay. On a mesh all ranks call this, and the first one writes.
+        tokenizer's, stay. On a mesh all ranks call this, and the first one writes. Of
+        ``fxdistill.mutual`` each student goes into a folder of its own, by its name
+        ("student0").
 
         Args:
             folder: Where the student goes.
@@ -52,7 +55,16 @@ class Saved(nn.Module):
         of = {t.projection: t.name for t in self.objective.features if t.projection is not None}
         names = {str(index): name for index, name in sorted(of.items())}
         beside = self._towers.beside.projections if projections else None
-        save_student(folder, self._towers.main_module, beside, names)
+        for place, student in self._places(Path(folder)):
+            save_student(place, student, beside, names)
+
+    def _places(self, folder: Path) -> list[tuple[Path, nn.Module]]:
+        """Where each student goes: into the folder, or into one of its own where there are more."""
+        several = self._modules.get("students")
+        if several is None:
+            return [(folder, self._towers.main_module)]
+        ours = set(map(id, several.children()))
+        return [(folder / t, m) for t, m in self._towers.modules.items() if id(m) in ours]
 
 
 def _saving(module: Saved, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:

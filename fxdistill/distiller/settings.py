@@ -10,9 +10,11 @@ from torch import Tensor
 
 from fxdistill.base.tensors import scalar
 from fxdistill.errors import MatchWarning, OptionError, did_you_mean
+from fxdistill.objective.step_weights import Names
 from fxdistill.objective.term import GLOBAL_SETTINGS, Term
 
 Setting = float | Tensor
+TeacherWeights = Sequence[Setting] | Mapping[str, Setting]
 
 
 class Settings:
@@ -22,13 +24,20 @@ class Settings:
     still need.
     """
 
-    def __init__(self, values: Mapping[str, Setting], matches: Sequence[str]) -> None:
+    def __init__(self, values: Mapping[str, Setting], names: Names) -> None:
         self.values = dict(values)
-        self.matches = tuple(matches)
+        self.terms = (*names.matches, *names.heads)
+        self.teachers = names.teachers
+        self.names = (*GLOBAL_SETTINGS, *self.terms, *map(of_teacher, names.teachers))
         self._vector: Tensor | None = None
 
-    def set(self, weights: Mapping[str, Setting] | None, values: Mapping[str, Setting]) -> None:
-        """Change global settings by ``values``, weights of matches by ``weights``.
+    def set(
+        self,
+        weights: Mapping[str, Setting] | None,
+        teachers: TeacherWeights | None,
+        values: Mapping[str, Setting],
+    ) -> None:
+        """Change global settings by ``values``, weights of terms by ``weights``, and of teachers.
 
         Raises OptionError, and changes nothing, where a name is unknown or a value is not a finite
         number.
@@ -38,17 +47,19 @@ class Settings:
                 near = did_you_mean(name, GLOBAL_SETTINGS)
                 raise OptionError(f"set() knows no {name!r}. Nearest: {near}.")
         for name in weights or {}:
-            if name not in self.matches:
-                near = did_you_mean(name, self.matches)
+            if name not in self.terms:
+                near = did_you_mean(name, self.terms)
                 raise OptionError(f"no term {name!r}. Nearest: {near}.")
         new = {**values, **(weights or {})}
+        if teachers is not None:
+            new |= teacher_settings(teachers, self.teachers)
         check_settings(new)
         self.values = {**self.values, **new}
         self.forget()
 
     def saved(self) -> dict[str, float]:
         """The values by name, as numbers, for a state dict."""
-        return {name: float(self.values[name]) for name in (*GLOBAL_SETTINGS, *self.matches)}
+        return {name: float(self.values[name]) for name in self.names}
 
     def restore(self, saved: Mapping[str, float]) -> None:
         """Take the values of a state dict; those of matches that are not here are left out."""
@@ -66,8 +77,7 @@ class Settings:
 
     def made(self, device: torch.device) -> Tensor:
         """A new vector, which is not kept: a capture on fake tensors must not leave one behind."""
-        names = (*GLOBAL_SETTINGS, *self.matches)
-        return torch.stack([scalar(self.values[name], device) for name in names])
+        return torch.stack([scalar(self.values[name], device) for name in self.names])
 
     def forget(self) -> None:
         """Drop the vector, so that the next step makes a new one."""
@@ -75,6 +85,35 @@ class Settings:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_vector": None}
+
+
+def of_teacher(name: str) -> str:
+    """The name of the setting that is a teacher's weight."""
+    return f"teacher_weights.{name}"
+
+
+def teacher_settings(given: Any, teachers: Sequence[str]) -> dict[str, Setting]:
+    """The weights of teachers as settings; they are divided by their sum in each step.
+
+    ``given`` has one weight for each teacher, in order or by name. Raises OptionError for other
+    numbers, a weight below 0, or a sum of 0.
+    """
+    known = ", ".join(teachers) or "one teacher at most, which needs none"
+    if isinstance(given, Mapping) and set(given) <= set(teachers) and len(given) == len(teachers):
+        found = [given[name] for name in teachers]
+    elif isinstance(given, Sequence) and not isinstance(given, str) and len(given) == len(teachers):
+        found = list(given)
+    else:
+        raise OptionError(
+            f"teacher_weights={given!r}: one number for each teacher whose logits are averaged, in "
+            f"order or by name; there are: {known}"
+        )
+    made = {of_teacher(name): value for name, value in zip(teachers, found, strict=True)}
+    check_settings(made)
+    numbers = [float(value) for value in found]
+    if made and (min(numbers) < 0 or sum(numbers) <= 0):
+        raise OptionError(f"teacher_weights={given!r}: at least 0, and not all of them 0")
+    return made
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

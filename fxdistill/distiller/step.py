@@ -16,7 +16,7 @@ from fxdistill.objective.objective import Losses, Objective
 from fxdistill.objective.term import LOGITS
 from fxdistill.objective.tokens import Batch
 from fxdistill.taps.attention import lookup
-from fxdistill.taps.markers import begin, check, keep, named, tap, verified
+from fxdistill.taps.markers import begin, check, further_logits, keep, named, tap, verified
 
 
 def step(
@@ -64,12 +64,21 @@ def _run(towers: Towers, tower: Tower, inputs: Inputs, *, logits: bool) -> None:
 
 def _tap_logits(output: Any, tower: Tower) -> None:
     logits = logits_of(output)
+    if fields := further_fields(output):
+        further_logits(tower, fields)
     if logits is None:
         no_logits(tower)
     elif isinstance(logits, UnmadeLogits):
         keep(logits, LOGITS.path, LOGITS.port)
     else:
         tap(logits, tower, LOGITS.path, LOGITS.port)
+
+
+def further_fields(output: Any) -> str:
+    """The fields of an output that are logits beside its own, as those of MTP heads."""
+    if not isinstance(output, Mapping):
+        return ""
+    return ", ".join(name for name in output if "logits" in str(name) and name != "logits")
 
 
 @check

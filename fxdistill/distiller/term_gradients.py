@@ -18,7 +18,8 @@ from fxdistill.distiller.step import step
 from fxdistill.distiller.towers import Towers
 from fxdistill.distiller.traceless import traceless
 from fxdistill.errors import OptionError
-from fxdistill.objective.objective import Objective, StepWeights
+from fxdistill.objective.objective import Objective
+from fxdistill.objective.step_weights import StepWeights
 
 
 def term_norms(request: Request) -> dict[str, float]:
@@ -30,7 +31,7 @@ def term_norms(request: Request) -> dict[str, float]:
     towers, objective = request.towers, request.objective
     learning = _learning(towers, objective)
     with traceless(towers), torch.enable_grad(), tapping(request, Steps(), capturing=False):
-        weights = _leaves(StepWeights.of(request.settings.detach()))
+        weights = _leaves(StepWeights.of(request.settings.detach(), objective.names))
         given: Any = (request.call.inputs, request.call.batch, weights)
         losses, _ = step(towers, objective, *given)
         terms = _terms(losses.total, weights, objective)
@@ -45,6 +46,7 @@ def _learning(towers: Towers, objective: Objective) -> list[nn.Parameter]:
         *(term.of[0] for term in objective.features),
         *(term.student for term in objective.logits),
         *(term.student for term in objective.labels),
+        *(head.student for head in objective.heads),
     }
     models = [m for t, m in towers.modules.items() if t in students or t == towers.main]
     found = {id(p): p for m in models for p in m.parameters() if p.requires_grad}
@@ -59,20 +61,27 @@ def _learning(towers: Towers, objective: Objective) -> list[nn.Parameter]:
 
 
 def _leaves(weights: StepWeights) -> StepWeights:
-    """Weights to differentiate by; the global ones are 1, so that the terms are unweighted."""
+    """Weights to differentiate by; the global ones are 1, so that the terms are unweighted.
+
+    Those of heads are 0: the global weight multiplies a head too, whose part in it then is nothing.
+    """
 
     def leaf(value: Tensor) -> Tensor:
         return value.detach().clone().requires_grad_()
 
     one = torch.ones_like(weights.logits)
     matches = tuple(map(leaf, weights.matches))
-    return weights._replace(logits=leaf(one), features=leaf(one), labels=leaf(one), matches=matches)
+    heads = {name: leaf(torch.zeros_like(one)) for name in weights.heads}
+    ones = {"logits": leaf(one), "features": leaf(one), "labels": leaf(one)}
+    return weights._replace(**ones, matches=matches, heads=heads)
 
 
 def _terms(total: Tensor, weights: StepWeights, objective: Objective) -> dict[str, Tensor]:
     """Each term with its graph; those that are not in the total, or learn nothing, are left out."""
-    by = {"logits": weights.logits, "labels": weights.labels, "features": weights.features}
+    asked = {"logits": objective.logits, "labels": objective.labels, "features": objective.features}
+    by = {name: getattr(weights, name) for name, terms in asked.items() if terms}
     by.update(zip(objective.weighed, weights.matches, strict=True))
+    by.update(weights.heads)
     found = torch.autograd.grad(total, list(by.values()), create_graph=True, allow_unused=True)
     count = len(objective.weighed)
     return {

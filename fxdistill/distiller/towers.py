@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fxdistill import parallel
 from fxdistill.base.tensors import is_placed
+from fxdistill.errors import MeshError
 from fxdistill.models.tap import Tower
 from fxdistill.objective.beside import Beside
 from fxdistill.objective.call import Inputs
@@ -68,6 +69,19 @@ class Towers:
             parallel.recompute.gather_again(model, sharding)
         weights = sharding.gathered(model)
         return torch.func.functional_call(model, weights, inputs.args, inputs.kwargs)
+
+    def gathered(self, tower: Tower) -> Mapping[str, Tensor] | None:
+        """The plain weights of a model whose parameters lie on a mesh; ``None`` without one.
+
+        Raises MeshError where they are sharded within layers: its outputs are DTensors then.
+        """
+        sharding = self.shardings.get(tower)
+        if sharding is not None and sharding.leaves_dtensors:
+            raise MeshError(
+                f"the {tower} is tensor parallel by wrap(mesh=...): it gives DTensors, and runs in "
+                "steps of the distiller alone"
+            )
+        return None if sharding is None else dict(sharding.gathered(self.modules[tower]))
 
     def anchor(self) -> Tensor:
         """A trainable parameter, the main model's if it has one; without any, its first."""

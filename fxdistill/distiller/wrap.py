@@ -1,67 +1,56 @@
 """``wrap``: make a Distiller from models and options, and check everything that can be checked."""
 
 import contextlib
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fxdistill import parallel
-from fxdistill.base.ranks import Ranks
-from fxdistill.base.tensors import is_placed
-from fxdistill.distiller import dry
-from fxdistill.distiller.distiller import Distiller
-from fxdistill.distiller.guard import check_call
-from fxdistill.distiller.modes import Request, Steps
-from fxdistill.distiller.options import CompileLike, Options, read_options
-from fxdistill.distiller.pair import check_models, check_targets, check_trainable
-from fxdistill.distiller.settings import Settings, check_settings, warn_of_zero_weights
-from fxdistill.distiller.towers import Model, Towers
-from fxdistill.errors import (
-    CaptureError,
-    FxDistillError,
-    OptionError,
-    ProjectionError,
-    StepError,
-    gather,
-    raise_together,
+from fxdistill.distiller.assemble import (
+    FeatureLoss,
+    LossLike,
+    Parts,
+    as_inputs,
+    named_loss,
+    placed,
+    settings_of,
+    tried,
 )
+from fxdistill.distiller.distiller import Distiller
+from fxdistill.distiller.options import CompileLike, read_options
+from fxdistill.distiller.pair import check_models, check_targets, check_trainable
+from fxdistill.distiller.settings import (
+    Setting,
+    TeacherWeights,
+    teacher_settings,
+    warn_of_zero_weights,
+)
+from fxdistill.distiller.towers import Model
+from fxdistill.errors import FxDistillError, OptionError, gather, raise_together
 from fxdistill.graph.program import Pass
-from fxdistill.losses.names import LABEL_LOSSES, LOGIT_LOSSES, Loss, is_named, loss_name, loss_of
+from fxdistill.losses.names import LABEL_LOSSES, LOGIT_LOSSES, is_named, loss_name
 from fxdistill.mapping.matches import Mapped, Matches, parse_entries
 from fxdistill.mapping.resolve import resolve
+from fxdistill.mapping.teachers import Teachers, read_teachers
 from fxdistill.models.conventions import find_task
-from fxdistill.models.devices import device_of
-from fxdistill.models.dummy_inputs import dummy_inputs
 from fxdistill.models.landmarks import vocabulary_of
-from fxdistill.models.modes import buffers_kept_on_error, modes_kept_on_error
-from fxdistill.models.tap import Tower
-from fxdistill.objective.beside import Beside
-from fxdistill.objective.call import Inputs, sort_call
+from fxdistill.models.modes import modes_kept_on_error
+from fxdistill.objective.head import Head, head_terms_of
 from fxdistill.objective.importance import Importance, require_importance
-from fxdistill.objective.make_terms import (
-    Shapes,
-    asks_for_width,
-    check_options,
-    make_terms,
-    with_projections,
-)
+from fxdistill.objective.make_terms import check_options, make_terms
 from fxdistill.objective.objective import Objective
-from fxdistill.objective.term import PAIRS, LabelTerm, LogitTerm
+from fxdistill.objective.term import LabelTerm, LogitTerm
 from fxdistill.objective.vocabulary import require_padding_only
-
-FeatureLoss = str | Callable[..., Tensor]
-LossLike = str | Callable[..., Tensor] | None
 
 
 def wrap(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module] | None,
     mapping: Mapped = None,
     *,
+    heads: Mapping[str, Head] | None = None,
+    teacher_weights: TeacherWeights | None = None,
     feature_loss: FeatureLoss = "mse",
     pairs_loss: Callable[..., Tensor] | None = None,
     feature_weight: float = 1.0,
@@ -92,10 +81,17 @@ def wrap(
     Args:
         student: The model to train. Without a ``mesh``, ``wrap`` changes nothing in it.
         teacher: The model to learn from. With ``freeze_teacher`` it runs under ``no_grad`` and in
-            eval mode.
+            eval mode. Several, in a list or by name in a dict: the logit loss compares with the
+            mean of their probabilities at τ (of ``mse_logits`` of their logits), and matches say
+            which is theirs (``Match(of=...)``). ``None``: the student learns from labels, and
+            from itself (``of="self"``, ``Head(teacher="self")``).
         mapping: ``{student path: teacher path or Match}``, or a list of ``Match``. In a path, ``*``
             stands for one segment, ``**`` for any number of them, and ``{i}`` for a number that the
             other side may compute with (``{2*i+1}``). ``fxdistill.match`` proposes a mapping.
+        heads: Further logits of the student by name, each an ``fxdistill.Head``: auxiliary
+            classifiers, and heads that predict more tokens.
+        teacher_weights: The weights of several teachers in the mean, one for each, in order or by
+            name; they are divided by their sum. Default: equal. ``distiller.set`` changes them.
         feature_loss: The loss of matches that name none: "mse", "l2", "smooth_l1", "l1", "cosine",
             "fitnet"; "attention_transfer", "fpn" (maps); "gram", "distance_wise", "angle_wise",
             "similarity_preserving", "info_nce", "CRD" (samples); "detection_classification",
@@ -150,88 +146,81 @@ def wrap(
     Raises:
         FxDistillError: A subclass for each kind of mistake; see ``fxdistill.errors``.
     """
-    check_models(student=student, teacher=teacher)
+    check_models(student=student)
+    teachers = read_teachers(teacher)
     check_trainable(student)
     options = read_options(compile, None if outputs is None else tuple(outputs), tuple(passes))
-    examples = _as_inputs(example_inputs)
-    matches = _resolved(student, teacher, mapping, feature_loss)
+    examples = as_inputs(example_inputs)
+    matches = _resolved(student, teacher, teachers, mapping, feature_loss)
     found_task = find_task(student, task)
+    of_logits = named_loss(logit_loss, LOGIT_LOSSES, "logit_loss")
+    of_labels = named_loss(label_loss, LABEL_LOSSES, "label_loss")
     objective = Objective(
-        features=make_terms(student, matches, feature_loss, found_task, pairs_loss),
-        logits=tuple(map(LogitTerm, _named(logit_loss, LOGIT_LOSSES, "logit_loss"))),
-        labels=tuple(map(LabelTerm, _named(label_loss, LABEL_LOSSES, "label_loss"))),
+        features=make_terms(student, matches, feature_loss, found_task, teachers, pairs_loss),
+        logits=tuple(LogitTerm(loss, teachers=tuple(teachers.models)) for loss in of_logits)
+        if teachers.models
+        else (),
+        labels=tuple(map(LabelTerm, of_labels)),
+        heads=head_terms_of(heads, student, teachers, (of_logits, of_labels), found_task),
         task=found_task,
         vocab_size=vocab_size,
-        importance=require_importance(importance, logit_loss),
+        importance=require_importance(importance, logit_loss if teachers.models else None),
         own_losses=is_named(logit_loss) and is_named(label_loss),
         returns="student" if options.outputs else None,
     )
     if objective.logits and objective.own_losses:
-        _check_vocabularies(student, teacher, vocab_size)
-    settings = {
-        "logit_weight": logit_weight,
-        "feature_weight": feature_weight,
-        "label_weight": label_weight,
-        "temperature": temperature,
-        **{term.name: term.weight for term in objective.features if not term.in_pairs},
-        **({PAIRS: 1.0} if PAIRS in objective.weighed else {}),
-    }
-    check_settings(settings)
+        _check_vocabularies(student, teachers, vocab_size)
+    settings = settings_of(
+        objective, heads, (logit_weight, feature_weight, label_weight, temperature)
+    )
+    settings |= _teacher_settings(objective, teachers, teacher_weights)
     warn_of_zero_weights(objective.features)
     if freeze_teacher:
-        check_targets(student, teacher)
-    models = {"teacher": Model(teacher, not freeze_teacher), "student": Model(student)}
+        for model in teachers.models.values():
+            check_targets(student, model)
+    models = {name: Model(model, not freeze_teacher) for name, model in teachers.models.items()}
+    models["student"] = Model(student)
     losses = [
         loss_name(loss) for loss in (logit_loss, label_loss, feature_loss, pairs_loss) if loss
     ]
     asked = f"{matches}\n{losses} {settings}\n{options.mode} {options.outputs} {found_task}"
-    asked += f" {importance}"
-    plans = {"student": student_plan, "teacher": teacher_plan}
-    with modes_kept_on_error(teacher), _placed(models, objective, mesh, plans, asked) as placed:
+    asked += f" {importance} {sorted(heads or ())}"
+    plans = {"student": student_plan, **teachers.of_each(teacher_plan, "teacher_plan")}
+    with contextlib.ExitStack() as stack:
+        for model in teachers.models.values():
+            stack.enter_context(modes_kept_on_error(model))
+        found = stack.enter_context(placed(models, objective, mesh, plans, asked))
         parts = Parts(
-            placed.models,
-            replace(objective, ranks=placed.ranks),
+            found.models,
+            replace(objective, ranks=found.ranks),
             matches,
             settings,
-            replace(options, gathers=mesh is not None, notes=placed.notes),
+            replace(options, gathers=mesh is not None, notes=found.notes),
+            dict(heads or {}),
         )
-        return _tried(parts, examples)
+        return tried(parts, examples)
 
 
-class Placed(NamedTuple):
-    """The models, placed on the mesh if there is one."""
-
-    models: Mapping[Tower, Model]
-    ranks: Ranks | None = None
-    notes: tuple[str, ...] = ()
-
-
-class Parts(NamedTuple):
-    """The parts of a distiller without its projections."""
-
-    models: Mapping[Tower, Model]
-    objective: Objective
-    matches: Matches
-    settings: Mapping[str, float]
-    options: Options
-
-
-def _as_inputs(examples: Mapping[str, Any] | tuple[Any, ...] | None) -> Inputs | None:
-    if examples is None:
-        return None
-    if not isinstance(examples, (tuple, Mapping)):
+def _teacher_settings(
+    objective: Objective, teachers: Teachers, given: TeacherWeights | None
+) -> dict[str, Setting]:
+    """The weights of several teachers, equal where none are given."""
+    mixed = objective.names.teachers
+    if given is not None and not mixed:
         raise OptionError(
-            f"example_inputs is a {type(examples).__name__}: a dict of the keywords of a call, or "
-            "a tuple of its positional arguments"
+            "teacher_weights says how the logits of several teachers are averaged, and "
+            + ("there is no logit loss" if len(teachers.models) > 1 else "there are not several")
         )
-    return Inputs(examples, {}) if isinstance(examples, tuple) else Inputs((), dict(examples))
+    if isinstance(given, Mapping):
+        given = {teachers.keys.get(key, key): value for key, value in given.items()}
+    return teacher_settings([1.0] * len(mixed) if given is None else given, mixed) if mixed else {}
 
 
 # ---------------------------------------------------------------------- matches and losses
 
 
 def _resolved(
-    student: nn.Module, teacher: nn.Module, mapping: Mapped, default: FeatureLoss
+    student: nn.Module, teacher: Any, teachers: Teachers, mapping: Mapped, default: FeatureLoss
 ) -> Matches:
     """The explicit matches; if they cannot be resolved, the errors of their options come too."""
     problems: list[FxDistillError] = []
@@ -244,126 +233,9 @@ def _resolved(
     raise AssertionError("resolve has raised, so there is a problem")
 
 
-def _named(loss: LossLike, table: dict[str, Loss], what: str) -> tuple[Loss, ...]:
-    """The loss as a tuple of one; an empty tuple for ``None``, which turns it off."""
-    return () if loss is None else (loss_of(loss, table, what),)
-
-
-def _check_vocabularies(student: nn.Module, teacher: nn.Module, vocab_size: int | None) -> None:
-    """Raise VocabularyError now and not in the first step, where both heads tell their width."""
-    sizes = vocabulary_of(student), vocabulary_of(teacher)
-    if sizes[0] is not None and sizes[1] is not None:
-        require_padding_only(sizes[0], sizes[1], vocab_size)
-
-
-# ---------------------------------------------------------------------- placement
-
-
-@contextlib.contextmanager
-def _placed(
-    models: Mapping[Tower, Model],
-    objective: Objective,
-    mesh: Any,
-    plans: Mapping[Tower, Mapping[str, Any] | None],
-    asked: str,
-) -> Iterator[Placed]:
-    """Put the models on the mesh, if there is one; undo that if the body raises."""
-    if mesh is None:
-        if any(plan is not None for plan in plans.values()):
-            raise OptionError("student_plan and teacher_plan are for models on a mesh: mesh=...")
-        yield Placed(models)
-        return
-    modules = {tower: models[tower].module for tower in plans}
-    taps = [end for term in objective.features for end in term.taps]
-    frozen = [tower for tower, model in models.items() if not model.trains]
-    with (
-        parallel.sharding.kept_on_error(*modules.values()),
-        buffers_kept_on_error(*modules.values()),
-    ):
-        found = parallel.setup.set_up(modules, plans, mesh, taps, asked, frozen)
-        sharded = {t: replace(model, sharding=found.shardings[t]) for t, model in models.items()}
-        yield Placed(sharded, found.ranks, found.notes)
-
-
-# ---------------------------------------------------------------------- projections, and a check
-
-
-def _tried(parts: Parts, examples: Inputs | None) -> Distiller:
-    """Make the distiller with its projections, and check it on the examples."""
-    problems: list[FxDistillError] = []
-    distiller = _with_projections(parts, examples, problems)
-    if examples is None:
-        raise_together(problems)
-        return distiller
-    check = functools.partial(distiller.check, *examples.args, **examples.kwargs)
-    if problems:  # report the errors of the check together with them
-        gather(problems, check)
-        raise_together(problems)
-    check()
-    return distiller
-
-
-def _with_projections(
-    parts: Parts, examples: Inputs | None, problems: list[FxDistillError]
-) -> Distiller:
-    models, objective = parts.models, parts.objective
-    modules = {tower: model.module for tower, model in models.items()}
-    shapes, wrong = _shapes(parts, examples), list[FxDistillError]()
-    given = (objective.features, parts.matches, modules)
-    terms, projections = with_projections(*given, shapes, wrong)
-    if any(isinstance(error, ProjectionError) for error in wrong) and examples is None:
-        # Structure does not tell all widths: ask a run on fake tensors, if inputs can be made.
-        shapes, again = _dummy_shapes(parts), list[FxDistillError]()
-        terms, projections = with_projections(*given, shapes, again)
-        wrong = again
-    problems += wrong
-    objective = replace(objective, features=terms)
-    objective.with_modules(losses := nn.ModuleList())
-    _make_alike((projections, losses), modules.values())
-    rest = (parts.matches, parts.settings, parts.options)
-    return Distiller(models, objective, projections, *rest)
-
-
-def _dummy_shapes(parts: Parts) -> Shapes:
-    """The shapes at the taps on inputs made for each model; empty where that cannot be told."""
-    made = {tower: dummy_inputs(model.module) for tower, model in parts.models.items()}
-    if any(inputs is None for inputs in made.values()):
-        return {}
-    examples = Inputs((), {f"{tower}_inputs": inputs for tower, inputs in made.items()})
-    try:
-        values = dry.fake_values(_request(parts, examples), Steps())
-    except StepError:
-        return {}
-    except Exception:  # of the models' own code: a capture may go another way
-        return _shapes(parts, examples)
-    return {end: torch.empty(value.shape, device="meta") for end, value in values.items()}
-
-
-def _shapes(parts: Parts, examples: Inputs | None) -> Shapes:
-    """The shapes at the taps on the examples; empty if no projection needs them."""
-    if examples is None or not asks_for_width(parts.objective.features, parts.matches):
-        return {}
-    # The check that follows reports a step that cannot be captured, with advice.
-    with contextlib.suppress(CaptureError):
-        return dry.tapped_shapes(_request(parts, examples), Steps())
-    return {}
-
-
-def _request(parts: Parts, examples: Inputs) -> Request:
-    """A step of the models without projections."""
-    towers, objective = (
-        Towers(parts.models, Beside(nn.ModuleList(), nn.ModuleList()), "student"),
-        parts.objective,
-    )
-    call = sort_call(towers.modules, towers.main, objective.task, *examples)
-    check_call(towers, objective, call)
-    settings = Settings(parts.settings, objective.weighed).made(device_of(towers.main_module))
-    return Request(towers, objective, call, settings)
-
-
-def _make_alike(beside: Iterable[nn.ModuleList], models: Iterable[nn.Module]) -> None:
-    """Copy the projections and loss modules of the mesh's first rank, made at random, to all."""
-    found = {p.device_mesh for model in models for p in model.parameters() if is_placed(p)}
-    made = [module for modules in beside for module in modules]
-    if made and found:
-        parallel.setup.make_alike(made, found)
+def _check_vocabularies(student: nn.Module, teachers: Teachers, vocab_size: int | None) -> None:
+    """Raise VocabularyError now and not in the first step, where the heads tell their widths."""
+    known = [vocabulary_of(model) for model in (student, *teachers.models.values())]
+    sizes = [size for size in known if size is not None]
+    for size in sizes[1:] if known[0] is not None else ():
+        require_padding_only(sizes[0], size, vocab_size)

@@ -11,7 +11,8 @@ SECTION = "fxdistill"
 OBJECTIVE = "objective"  # the section that is no model
 PROJECTIONS = "projections"
 LOSS_MODULES = "loss_modules"
-BESIDE = (PROJECTIONS, LOSS_MODULES)  # the modules that are trained beside the models
+HEADS = "heads"
+BESIDE = (PROJECTIONS, LOSS_MODULES, HEADS)  # the modules that are trained beside the models
 ITSELF = "(itself)"  # the label for operators of a model outside of its modules
 Paths = Mapping[Tower, Collection[str]]  # of blocks
 
@@ -29,9 +30,9 @@ def section_of(node: fx.Node) -> str | None:
 def module_of(node: fx.Node) -> tuple[str, str]:
     """The model and the module path that ``node`` was called in; ``("", "")`` outside of modules.
 
-    The objective calls no modules but projections, ``("projections", index)``, and losses that are
-    modules, ``("loss_modules", path)``. The first module on the stack of calls is the model itself,
-    wherever it is called from.
+    The objective calls no modules but projections, ``("projections", index)``, losses that are
+    modules, ``("loss_modules", path)``, and those of heads, ``("heads", path)``. The first module
+    on the stack of calls is the model itself, wherever it is called from.
     """
     if node.target in WITH_RANDOM_STATE:  # made by the partitioner, around an operator of a model
         node = first_argument(node)
@@ -43,7 +44,7 @@ def module_of(node: fx.Node) -> tuple[str, str]:
     root, path = paths[0], paths[-1]
     if section == OBJECTIVE:
         if PROJECTIONS not in root:
-            return LOSS_MODULES, path
+            return HEADS if HEADS in root else LOSS_MODULES, path
         index = root.rpartition(f".{PROJECTIONS}.")[2].rpartition(f"['{PROJECTIONS}'].")[2]
         inside = path[len(root) + 1 :] if path.startswith(f"{root}.") else ""
         return PROJECTIONS, f"{index}.{inside}" if inside else index

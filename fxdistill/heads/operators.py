@@ -14,7 +14,16 @@ from torch import Tensor
 from fxdistill.heads.curve import Unreadable
 
 Kind = Literal[
-    "times", "divided", "tanh", "plus", "reshaped", "cast", "detached", "placed", "sliced"
+    "times",
+    "divided",
+    "tanh",
+    "plus",
+    "reshaped",
+    "cast",
+    "detached",
+    "placed",
+    "sliced",
+    "rolled",
 ]
 # Functions, and methods by their names in a graph. _KINDS adds the methods as Tensor has them.
 _OF_KIND: dict[Kind, tuple[Any, ...]] = {
@@ -27,6 +36,7 @@ _OF_KIND: dict[Kind, tuple[Any, ...]] = {
     "detached": (torch.detach, "detach"),
     "placed": ("redistribute",),
     "sliced": (operator.getitem, "__getitem__"),
+    "rolled": (torch.roll,),  # of tokens: the target of a head that predicts further ahead
 }
 _KINDS: dict[Any, Kind] = {op: kind for kind, ops in _OF_KIND.items() for op in ops}
 _KINDS |= {

@@ -6,7 +6,7 @@ at most a few operators on single logits. The result is a ``Head``, from which t
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -82,8 +82,11 @@ def value_of(node: fx.Node) -> Tensor:
     return value
 
 
-def read_head(logits: fx.Node) -> Head:
-    """Read the head backwards from its ``logits``; raises Unreadable for any other form."""
+def read_head(logits: fx.Node, readers: Collection[fx.Node] = ()) -> Head:
+    """Read the head backwards from its ``logits``; raises Unreadable for any other form.
+
+    Besides the head, ``readers`` may read what it computes.
+    """
     size = value_of(logits).shape[-1]
     if not isinstance(size, int):
         raise Unreadable("vocabulary has no fixed size")
@@ -92,7 +95,7 @@ def read_head(logits: fx.Node) -> Head:
     while (found := _projection(node)) is None:
         chain.append(node)
         node = _source(node)
-        _require_one_reader(node)
+        _require_one_reader(node, readers)
     head = replace(found, nodes=(*chain, node))
     for step in reversed(chain):
         head = _followed(head, step)
@@ -152,10 +155,10 @@ def _source(node: fx.Node) -> fx.Node:
     raise Unreadable(f"logits come from {target_name(node)}, not from a linear layer")
 
 
-def _require_one_reader(node: fx.Node) -> None:
-    if len(node.users) > 1:
-        readers = ", ".join(target_name(user) for user in node.users)
-        raise Unreadable(f"logits are read on their way by {readers}")
+def _require_one_reader(node: fx.Node, readers: Collection[fx.Node]) -> None:
+    if len([user for user in node.users if user not in readers]) > 1:
+        names = ", ".join(target_name(user) for user in node.users)
+        raise Unreadable(f"logits are read on their way by {names}")
 
 
 def _followed(head: Head, step: fx.Node) -> Head:
@@ -174,6 +177,8 @@ def _followed(head: Head, step: fx.Node) -> Head:
         return _reshaped(head, step, source)
     if kind == "sliced":
         return _sliced(head, step, source)
+    if kind == "rolled":
+        return _rolled(head, step)
     if kind == "cast":
         before, after = value_of(source), value_of(step)
         require_lossless(before.dtype, after.dtype)
@@ -222,6 +227,18 @@ def _sliced(head: Head, step: fx.Node, source: fx.Node) -> Head:
 
     def move(graph: fx.Graph, hidden: fx.Node) -> fx.Node:
         return graph.call_function(operator.getitem, (hidden, index))
+
+    return replace(head, moves=(*head.moves, move))
+
+
+def _rolled(head: Head, step: fx.Node) -> Head:
+    """Roll the tokens of the hidden state as ``step`` rolls those of the logits."""
+    _, count, axis = step.args if len(step.args) == 3 else (None, None, None)
+    if axis != 1 or step.kwargs:
+        raise Unreadable("logits are rolled along another axis than the tokens'")
+
+    def move(graph: fx.Graph, hidden: fx.Node) -> fx.Node:
+        return graph.call_function(torch.roll, (hidden, count, 1))
 
     return replace(head, moves=(*head.moves, move))
 

@@ -27,6 +27,7 @@ from fxdistill.losses.logits import (
 )
 from fxdistill.losses.maps import attention_transfer, fpn
 from fxdistill.losses.memory_bank import CRD
+from fxdistill.losses.mixture import mean_of_teachers
 from fxdistill.losses.relational import (
     angle_wise,
     distance_wise,
@@ -57,6 +58,7 @@ __all__ = [
     "jsd",
     "l1",
     "l2",
+    "mean_of_teachers",
     "mse",
     "mse_logits",
     "relation_kl",

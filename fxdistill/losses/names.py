@@ -58,14 +58,14 @@ LABEL_LOSSES: dict[str, Loss] = {f.__name__: f for f in (cross_entropy, ctc)}
 _NAMED = (*FEATURE_LOSSES.values(), *LOGIT_LOSSES.values(), *LABEL_LOSSES.values())
 
 
-def _plain(loss: Any) -> Any:
+def plain_loss(loss: Any) -> Any:
     """What a partial is made of; a module may have an attribute of that name, and is none."""
     return loss.func if isinstance(loss, functools.partial) else loss
 
 
 def is_named(loss: Any) -> bool:
     """Whether ``loss`` is ``None``, a name, or a loss of this package, also as a partial."""
-    plain = _plain(loss)
+    plain = plain_loss(loss)
     if plain is None or isinstance(plain, (str, CRD)):
         return True
     return any(plain is f for f in _NAMED)
@@ -93,10 +93,10 @@ def kind_of(loss: Any) -> Kind:
     """The kind of a loss of features."""
     sees: Sees = "places"
     if of_attention(loss):
-        sees = "whole maps" if _plain(loss) is transfer_matrix else "attention"
+        sees = "whole maps" if plain_loss(loss) is transfer_matrix else "attention"
     elif between_samples(loss):
         sees = "samples together"
-    elif any(_plain(loss) is f for f in OF_MAPS):
+    elif any(plain_loss(loss) is f for f in OF_MAPS):
         sees = "whole samples"
     options = getattr(loss, "keywords", None) or {}
     across = bool(options.get("across_ranks", getattr(loss, "across_ranks", True)))
@@ -110,7 +110,7 @@ def compares(loss: Any) -> Compared:
     tokens attend each other; or nothing, which a callable says by an attribute,
     ``loss.compares_shapes = "any"``.
     """
-    plain = _plain(loss)
+    plain = plain_loss(loss)
     if plain is attention_transfer:
         return "places"
     if of_attention(loss):
@@ -122,18 +122,18 @@ def compares(loss: Any) -> Compared:
 
 def of_attention(loss: Any) -> bool:
     """Whether a loss compares how tokens attend each other."""
-    return any(_plain(loss) is f for f in OF_ATTENTION)
+    return any(plain_loss(loss) is f for f in OF_ATTENTION)
 
 
 def needs_queries(loss: Any) -> bool:
     """Whether a loss of attention needs queries and keys, so that a map alone will not do."""
     options = getattr(loss, "keywords", None) or {}
-    return _plain(loss) is relation_kl or bool(options.get("scores"))
+    return plain_loss(loss) is relation_kl or bool(options.get("scores"))
 
 
 def between_samples(loss: Any) -> bool:
     """Whether a loss compares the samples of a batch with each other."""
-    plain = _plain(loss)
+    plain = plain_loss(loss)
     return isinstance(plain, CRD) or any(plain is f for f in OF_SAMPLES)
 
 
@@ -142,7 +142,7 @@ def aligns_labels(loss: Any) -> bool:
 
     It says so by an attribute, ``loss.aligns_labels = True``.
     """
-    plain = _plain(loss)
+    plain = plain_loss(loss)
     return plain is ctc or getattr(plain, "aligns_labels", False) is True
 
 
@@ -160,7 +160,7 @@ def loss_of(loss: Any, table: dict[str, Loss], what: str) -> Loss:
 
 def _ready(loss: Any) -> Loss:
     """``loss``; a class of modules, or a partial of one, becomes a module."""
-    plain = _plain(loss)
+    plain = plain_loss(loss)
     if isinstance(plain, type) and issubclass(plain, nn.Module):
         return loss()  # type: ignore[no-any-return]
     return loss  # type: ignore[no-any-return]
@@ -170,4 +170,4 @@ def loss_name(loss: Any) -> str:
     """The name of a loss, also inside ``functools.partial``."""
     if isinstance(loss, str):
         return loss
-    return getattr(_plain(loss), "__name__", type(loss).__name__)
+    return getattr(plain_loss(loss), "__name__", type(loss).__name__)

@@ -42,6 +42,9 @@ class Match:
         tokens: Whose tokens index the values: ``"input"``, ``"encoder"``, ``"decoder"``, or
             ``"teacher"``: those of the teacher's own inputs (``teacher_inputs``). ``None``: they
             have none, and nothing of the text weighs them. ``"auto"``: by their axes.
+        of: Of several teachers, the one that the path is of: its name, or its index in a sequence;
+            ``None``: the first. ``"self"``: the student itself, whose value is then a target
+            without gradient.
         weights: The name of weights that a call brings, ``distiller(..., weights={name: tensor})``:
             ``[B]`` for samples, or the value's leading axes, or the places of a map. They multiply
             what else weighs the values (``weights="foreground"`` of a detector's anchors).
@@ -64,6 +67,7 @@ class Match:
     tokens: Literal["auto", "input", "encoder", "decoder", "teacher"] | None = field(
         default="auto", kw_only=True
     )
+    of: str | int | None = field(default=None, kw_only=True)
     weights: str | None = field(default=None, kw_only=True)
     shapes: Literal["equal", "any"] = field(default="equal", kw_only=True)
     reason: str = field(default="", kw_only=True, compare=False)
@@ -84,6 +88,7 @@ class Match:
             parts.append(f"project {self.project if is_name else type(self.project).__name__}")
         parts += [] if self.rearrange is None else [f"rearrange {self.rearrange}"]
         parts += [] if self.tokens == "auto" else [f"tokens {self.tokens or 'none'}"]
+        parts += [] if self.of is None else [f"of {self.of}"]
         parts += [] if self.weights is None else [f"weights {self.weights}"]
         parts += [] if self.shapes == "equal" else [f"shapes {self.shapes}"]
         parts += [] if self.reduce is None else [f"reduce {self.reduce}"]

@@ -169,6 +169,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "loss": (str, Mapping),
     "rearrange": (str, tuple),
     "reduce": (tuple,),
+    "of": (str, int),
 }
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -21,40 +22,68 @@ from fxdistill.mapping.attends import attention_problems
 from fxdistill.mapping.match import Match
 from fxdistill.mapping.matches import Matches, parse_entries
 from fxdistill.mapping.patterns import Binding, Pattern, in_words, natural
-from fxdistill.models.tap import Tap, module_names
+from fxdistill.mapping.teachers import read_teachers
+from fxdistill.models.tap import Tap, Tower, module_names
 
-PORT = re.compile(r"output(\[\d+\]|\.\w+)?|input(\[\d+\]|\.\w+)?|attention(\.(q|k|v|heads))?")
+PORT = re.compile(r"(output|input)(\[\d+\]|\.\w+)*|attention(\.(q|k|v|heads))?")
 _SHOWN = 6
 
 ModulePaths = Mapping[str, Collection[str]]  # by tower
 
 
-def resolve(student: nn.Module, teacher: nn.Module, mapping: object) -> Matches:
+def resolve(student: nn.Module, teacher: Any, mapping: object) -> Matches:
     """Expand a mapping in any of its forms to explicit matches, in order.
 
+    ``teacher`` is what ``wrap`` takes: a model, several in a list or a dict by name, or ``None``.
     All errors are raised together: PathError for a path that no module has, with the nearest that
     exist; CountError where the two sides of a pattern match different numbers of modules;
     PatternError for a text that is no pattern; PortError for an unknown port; DuplicateError where
     two entries claim one student value; OptionError for an entry that is not a match.
     """
-    models = {"student": student, "teacher": teacher}
-    # Keys of a dict: a lookup takes constant time, and patterns match in natural order.
-    paths = {
-        tower: dict.fromkeys(sorted(module_names(model), key=natural)).keys()
-        for tower, model in models.items()
-    }
+    teachers = read_teachers(teacher)
     matches, problems = parse_entries(mapping)
+    known: dict[Tower | None, Collection[str]] = {}
     found: list[tuple[Match, Match]] = []
+    groups: dict[Tower | None, list[tuple[Match, Match]]] = {}
     for match in matches:
-        found += [(match, pair) for pair in gather(problems, _expand, match, paths) or ()]
-    problems += _claimed_twice(found)
-    for tower, model in models.items():
-        taps = [tap_of(pair, tower) for _, pair in found]
-        problems += _one_module_twice(model, tower, taps)
-        problems += attention_problems(model, tower, taps)
+        before = len(problems)
+        tower = gather(problems, teachers.tower_of, match)
+        if len(problems) > before:
+            continue
+        for name, model in ((None, student), (tower, teachers.models.get(tower or ""))):
+            if name not in known and model is not None:
+                known[name] = _paths(model)
+        paths = {"student": known[None], "teacher": known[tower]}
+        pairs = [(match, pair) for pair in gather(problems, _expand, match, paths) or ()]
+        found += pairs
+        groups.setdefault(tower, []).extend(pairs)
+    for group in groups.values():
+        problems += _claimed_twice(group)
+    problems += [
+        DuplicateError(f"of='self': {str(m.student)!r} would be compared with itself")
+        for _, m in groups.get(None, ())
+        if tap_of(m, "student") == tap_of(m, "teacher")
+    ]
+    problems += _of_model(student, "student", [pair for _, pair in found])
+    for tower, group in groups.items():
+        model = student if tower is None else teachers.models[tower]
+        problems += _of_model(model, "teacher", [pair for _, pair in group])
     raise_together(problems)
     notes = mapping.notes if isinstance(mapping, Matches) else ()
     return Matches([pair for _, pair in found], notes)
+
+
+def _paths(model: nn.Module) -> Collection[str]:
+    """The paths of a model's modules.
+
+    They are keys of a dict: a lookup takes constant time, and patterns match in natural order.
+    """
+    return dict.fromkeys(sorted(module_names(model), key=natural)).keys()
+
+
+def _of_model(model: nn.Module, side: str, pairs: list[Match]) -> list[FxDistillError]:
+    taps = [tap_of(pair, side) for pair in pairs]
+    return [*_one_module_twice(model, side, taps), *attention_problems(model, side, taps)]
 
 
 def tap_of(match: Match, tower: str) -> Tap:

@@ -13,16 +13,22 @@ from torch import nn
 
 from fxdistill.base.ranks import Ranks, shared
 from fxdistill.losses.names import Loss
-from fxdistill.objective.term import LabelTerm, LogitTerm, Term
+from fxdistill.objective.term import HeadTerm, LabelTerm, LogitTerm, Term
 
 AnyTerm = TypeVar("AnyTerm", Term, LogitTerm, LabelTerm)
 
 
 class Beside(NamedTuple):
-    """The projections of matches, and the losses that have parameters or state of their own."""
+    """Projections of matches, losses with parameters or state of their own, modules of heads."""
 
     projections: nn.ModuleList
     losses: nn.ModuleList
+    heads: nn.ModuleDict
+
+    @classmethod
+    def nothing(cls) -> "Beside":
+        """No modules."""
+        return cls(nn.ModuleList(), nn.ModuleList(), nn.ModuleDict())
 
     def loss_of(self, term: Term | LogitTerm | LabelTerm, ranks: Ranks | None) -> Loss:
         """What computes a term: its function, or its module, whose gradients ranks share."""
@@ -56,3 +62,10 @@ def numbered(terms: Sequence[AnyTerm], losses: nn.ModuleList) -> tuple[AnyTerm, 
         else:
             found.append(term)
     return tuple(found)
+
+
+def numbered_head(head: HeadTerm, losses: nn.ModuleList) -> HeadTerm:
+    """The head, whose terms know the index of a loss that is a module."""
+    logits = None if head.logits is None else numbered([head.logits], losses)[0]
+    labels = None if head.labels is None else numbered([head.labels], losses)[0]
+    return replace(head, logits=logits, labels=labels)

@@ -40,14 +40,20 @@ def verify(
     *,
     alone: bool,
     on_ranks: bool = False,
+    others: Sequence[tuple[Tower, Tap]] = (),
 ) -> None:
     """Check every match against the values in ``table``; add warnings to it, raise errors.
 
+    ``others`` are further values that must be there, those of heads.
     ``alone`` says that only the matches could train anything: there is no other term and no
     projection. ``on_ranks`` says that other ranks have samples, too.
     """
     problems: list[FxDistillError] = []
     frozen: list[Term] = []
+    for tower, tap in others:
+        if value_of(table, tower, tap) is None:
+            known = table.problems.get((tower, tap.path, tap.port))
+            problems.append(known or not_executed(table, tower, tap))
     for term in terms:
         found = [value_of(table, *end) for end in term.taps]
         missing = [

@@ -82,6 +82,7 @@ def feature_terms(terms: Sequence[Term], lookup: Lookup, step: Step) -> Mapping[
 def compared(term: Term, lookup: Lookup, step: Step) -> Compared:
     """Both values of a match, laid out and projected, and the weights of their tokens."""
     s, t = (lookup(tower, tap) for tower, tap in term.taps)
+    t = t.detach() if term.constant else t
     s, t = _laid_out(term, s, t, step.batch, step.task)
     if term.projection is not None:
         s = projected(step.beside.projections[term.projection], s, step.ranks)
@@ -104,6 +105,7 @@ def compared(term: Term, lookup: Lookup, step: Step) -> Compared:
 def attended(term: Term, lookup: Lookup, step: Step) -> Compared:
     """How both models attend, and the weights of the queries."""
     s, t = (each(on_every_rank, lookup(tower, tap)) for tower, tap in term.taps)
+    t = each(Tensor.detach, t) if term.constant else t
     queries = of_queries(s)
     weights = _weights(term, queries, step.batch, step.task)
     weights = times_named(weights, term, queries, step.batch)

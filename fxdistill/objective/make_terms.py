@@ -32,6 +32,7 @@ from fxdistill.mapping.match import Match
 from fxdistill.mapping.matches import Matches
 from fxdistill.mapping.projections import Width, structural_widths
 from fxdistill.mapping.resolve import tap_of
+from fxdistill.mapping.teachers import Teachers
 from fxdistill.models.conventions import Stream, Task, stream_of
 from fxdistill.models.tap import ATTENTION, Tap, Tower
 from fxdistill.objective.arrange import arranged_shape
@@ -46,12 +47,14 @@ def make_terms(
     matches: Matches,
     default: str | Callable[..., Tensor],
     task: Task | None,
+    teachers: Teachers,
     pairs_loss: Callable[..., Tensor] | None = None,
 ) -> tuple[Term, ...]:
     """Make one term for each match, named by the student's tap, with ``#2`` at its second match.
 
-    Matches without a loss of their own go to ``pairs_loss``, if there is one. Raises all errors in
-    the matches' options together.
+    Where a match says of which teacher it is, ``of/`` stands before that. Matches without a loss of
+    their own go to ``pairs_loss``, if there is one. Raises all errors in the matches' options
+    together.
     """
     if pairs_loss is not None and not callable(pairs_loss):
         raise OptionError(
@@ -62,7 +65,7 @@ def make_terms(
     terms, problems = [], list[FxDistillError]()
     for match in matches:
         tap = tap_of(match, "student")
-        base = str(tap)
+        base = str(tap) if match.of is None else f"{match.of}/{tap}"
         if base in RESERVED:  # a module that is named like another term: add its port
             base += ":output"
         seen[base] = seen.get(base, 0) + 1
@@ -72,6 +75,7 @@ def make_terms(
         if in_pairs:
             gather(problems, _check_pair, match)
         if loss is not None and both is not None:
+            tower = teachers.tower_of(match)
             terms.append(
                 Term(
                     name,
@@ -81,6 +85,8 @@ def make_terms(
                     match.weight,
                     _stream(match, student, tap, task),
                     layouts=both,
+                    of=("student", "student" if tower is None else tower),
+                    constant=tower is None,
                     keeps_tokens=keeps_tokens(both[0], _token_axis(student, tap)),
                     pools_tokens=_pools(_has_tokens(match, tap), both),
                     has_tokens=_has_tokens(match, tap),

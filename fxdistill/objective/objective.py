@@ -15,30 +15,25 @@ from torch import Tensor, nn
 
 from fxdistill.base.attention import each
 from fxdistill.base.ranks import Ranks, over_ranks, total_over_ranks
-from fxdistill.base.tensors import on_every_rank
-from fxdistill.losses.names import Loss, aligns_labels, is_named
-from fxdistill.losses.reduce import IGNORE
+from fxdistill.losses.names import aligns_labels, is_named
 from fxdistill.models.conventions import Task
 from fxdistill.models.tap import Tap, Tower
-from fxdistill.objective.beside import Beside, numbered
-from fxdistill.objective.denominators import denominator, items_elsewhere, rescaled
+from fxdistill.objective.beside import Beside, numbered, numbered_head
 from fxdistill.objective.feature_terms import Lookup, Step, feature_terms
-from fxdistill.objective.importance import (
-    Importance,
-    factors_of,
-    kept_share,
-    scores_of,
-    with_importance,
+from fxdistill.objective.importance import Importance, kept_share
+from fxdistill.objective.logit_terms import (
+    Found,
+    LogitStep,
+    Predictions,
+    Rules,
+    head_terms,
+    label_term,
+    logit_term,
+    predictions,
 )
-from fxdistill.objective.term import LOGITS, PAIRS, LabelTerm, LogitTerm, Term
-from fxdistill.objective.tokens import Batch, align_labels, prediction_weights
-from fxdistill.objective.values import ordinary
-from fxdistill.objective.vocabulary import (
-    require_numbers_of_classes,
-    require_task,
-    require_vocabulary_last,
-    shared_vocabulary,
-)
+from fxdistill.objective.step_weights import Names, StepWeights
+from fxdistill.objective.term import LOGITS, PAIRS, HeadTerm, LabelTerm, LogitTerm, Term
+from fxdistill.objective.tokens import Batch
 
 
 class Losses(NamedTuple):
@@ -53,53 +48,6 @@ class Losses(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class StepWeights(NamedTuple):
-    """The settings of a step as 0-d tensors; ``matches`` has one weight per match, in order."""
-
-    logits: Tensor
-    features: Tensor
-    labels: Tensor
-    temperature: Tensor
-    matches: tuple[Tensor, ...]
-
-    @classmethod
-    def of(cls, settings: "Tensor | StepWeights") -> "StepWeights":
-        """Split the vector that enters the graph: ``GLOBAL_SETTINGS`` in order, then matches."""
-        if isinstance(settings, StepWeights):  # of one who differentiates by each weight
-            return settings
-        logits, features, labels, temperature = settings[:4].unbind()
-        return cls(logits, features, labels, temperature, settings[4:].unbind())
-
-
-class Predictions(NamedTuple):
-    """The logits of one model that learns, and the weight of each prediction.
-
-    ``items`` is the denominator, where it is not the sum of the weights. ``counts`` is what a given
-    number of items counts: the predictions, or the labels where these have a grid of their own.
-    """
-
-    logits: Tensor
-    task: Task | None
-    weights: Tensor
-    items: Tensor | None
-    counts: Tensor
-
-    def by(self, factors: Tensor, given: Tensor | None, ranks: Ranks | None) -> "Predictions":
-        """The predictions with their importance; a ``given`` number of items stays what it is."""
-        weights = with_importance(self.weights, factors)
-        items = self.items if given is not None else denominator(None, weights, 0, ranks, factors)
-        return self._replace(weights=weights, items=items)
-
-
-class Found(NamedTuple):
-    """A term on logits, its weight in the total, and the importance of its predictions."""
-
-    name: str
-    weight: Tensor
-    loss: Tensor
-    factors: Tensor | None = None
-
-
 @dataclass(frozen=True)
 class Objective:
     """All terms of a distiller. A kind of loss without terms is off."""
@@ -111,6 +59,7 @@ class Objective:
     vocab_size: int | None = None
     # Models whose values are constants; the distiller sets this.
     frozen: frozenset[Tower] = frozenset()
+    heads: tuple[HeadTerm, ...] = ()  # further logits of a student
     ranks: Ranks | None = None  # the ranks, where they hold different samples
     own_losses: bool = True  # the library's logit and label losses: it knows the shapes they take
     importance: Importance | None = None  # of the predictions, in the terms of logits
@@ -123,20 +72,30 @@ class Objective:
         return alone if len(alone) == len(self.features) else (*alone, PAIRS)
 
     @property
+    def names(self) -> Names:
+        """The names of the settings behind the global ones."""
+        of_heads = tuple(term.name for head in self.heads for term in head.terms)
+        mixed = (*self.logits, *(h.logits for h in self.heads if h.logits is not None))
+        return Names(self.weighed, of_heads, next((t.teachers for t in mixed if t.weighs), ()))
+
+    @property
     def compared(self) -> frozenset[Tower]:
         """The models that a term reads as its teacher."""
-        return frozenset((*(t.of[1] for t in self.features), *(t.teacher for t in self.logits)))
+        of_logits = (tower for term in self.logits for tower in term.teachers)
+        of_heads = (tower for head in self.heads for tower, _ in head.targets)
+        return frozenset((*(t.of[1] for t in self.features), *of_logits, *of_heads))
 
     @property
     def towers(self) -> frozenset[Tower]:
         """The models that any term reads."""
         learning = (*(t.of[0] for t in self.features), *self._predicting)
-        return self.compared.union(learning)
+        return self.compared.union(learning, (head.student for head in self.heads))
 
     @property
     def reads(self) -> tuple[tuple[Tower, Tap], ...]:
         """Every value that the terms or the caller need, each once."""
         found = [tap for term in self.features for tap in term.taps]
+        found += [end for end in self.of_heads if end[1] != LOGITS]
         found += [(tower, LOGITS) for tower in self.with_logits]
         return tuple(dict.fromkeys(found))
 
@@ -144,8 +103,16 @@ class Objective:
     def with_logits(self) -> tuple[Tower, ...]:
         """The models whose logits are read."""
         returned = () if self.returns is None else (self.returns,)
-        teachers = (term.teacher for term in self.logits)
-        return tuple(dict.fromkeys((*self._predicting, *teachers, *returned)))
+        teachers = (tower for term in self.logits for tower in term.teachers)
+        of_heads = (tower for tower, tap in self.of_heads if tap == LOGITS)
+        return tuple(dict.fromkeys((*self._predicting, *teachers, *of_heads, *returned)))
+
+    @property
+    def of_heads(self) -> tuple[tuple[Tower, Tap], ...]:
+        """The values that heads read."""
+        return tuple(
+            end for head in self.heads for end in ((head.student, head.tap), *head.targets)
+        )
 
     @property
     def can_fuse(self) -> bool:
@@ -154,13 +121,14 @@ class Objective:
             return False
         if self.importance is not None and not self.importance.names:
             return False
-        return self.own_losses and all(term.teacher in self.frozen for term in self.logits)
+        return self.own_losses and all(self.frozen.issuperset(t.teachers) for t in self.logits)
 
     @property
     def unchanging(self) -> bool:
         """Whether all losses are the library's own: a callable of the user's may have state."""
         losses = [term.loss for term in self.features]
         losses += [*(t.loss for t in self.logits), *(t.loss for t in self.labels)]
+        losses += [term.loss for head in self.heads for term in head.terms]
         named = self.importance is None or bool(self.importance.names)
         return named and all(map(is_named, losses))
 
@@ -168,7 +136,8 @@ class Objective:
     def learns_from_features_alone(self) -> bool:
         """Whether only matches can train anything: teachers frozen, nothing beside them."""
         plain = all(t.projection is None and t.module is None for t in self.features)
-        return plain and not self.logits and not self.labels and self.compared <= self.frozen
+        others = self.logits or self.labels or self.heads
+        return plain and not others and self.compared <= self.frozen
 
     @property
     def _predicting(self) -> tuple[Tower, ...]:
@@ -187,10 +156,11 @@ class Objective:
             features=numbered(self.features, losses),
             logits=numbered(self.logits, losses),
             labels=numbered(self.labels, losses),
+            heads=tuple(numbered_head(head, losses) for head in self.heads),
         )
 
     def without_labels(self) -> "Objective":
-        """The objective of a call without labels."""
+        """The objective of a call without labels; each head keeps its setting."""
         return replace(self, labels=())
 
     def returning(self, tower: Tower) -> "Objective":
@@ -199,7 +169,8 @@ class Objective:
 
     def taps_of(self, tower: Tower) -> list[Tap]:
         """The values of one model that matches read."""
-        return [tap for term in self.features for name, tap in term.taps if name == tower]
+        found = [tap for term in self.features for name, tap in term.taps if name == tower]
+        return found + [tap for name, tap in self.of_heads if name == tower and tap != LOGITS]
 
     def __call__(
         self,
@@ -216,26 +187,34 @@ class Objective:
         runs and gives zero gradients.
         """
         lookup = with_constants(lookup, self.frozen)
-        weights = StepWeights.of(settings)
+        weights = StepWeights.of(settings, self.names)
         parts: list[Tensor] = []
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
-        task, counted = self.task, None
+        step = LogitStep(lookup, batch, weights, beside, self._rules)
+        first: Predictions | None = None
         weighed = batch  # with the importance of positions, where features have it too
         for tower in self._predicting:
-            made = self._predictions(tower, lookup, batch)
-            task, counted = task or made.task, made.counts if counted is None else counted
-            found = self._of_logits(tower, made, lookup, batch, weights, beside)
-            for name, weight, loss, factors in found:
+            made = predictions(lookup(tower, LOGITS), step)
+            first = made if first is None else first
+            for name, weight, loss, factors in self._of_tower(tower, made, step):
                 parts.append(weight * loss)
                 terms[name] = loss.detach()
                 if factors is not None and self.importance is not None and weighed is batch:
                     if self.importance.drops:
                         metrics["kept"] = kept_share(factors, made.weights, self.ranks)
                     weighed = batch.weighed(factors) if self.importance.features else batch
+        for head in self.heads:
+            own = None if first is None else first.logits
+            of_head, found = head_terms(head, step, own)
+            first = of_head if first is None else first
+            parts += [weight * loss for _, weight, loss, _ in found]
+            terms.update({name: loss.detach() for name, _, loss, _ in found})
+        task = self.task if first is None else first.task
+        counted = None if first is None else first.counts
         if self.features:
-            step = Step(weighed, task, beside, self.ranks, counted)
-            named = feature_terms(self.features, lookup, step)
+            of_features = Step(weighed, task, beside, self.ranks, counted)
+            named = feature_terms(self.features, lookup, of_features)
             weighted = [w * loss for w, loss in zip(weights.matches, named.values(), strict=True)]
             mean = torch.stack(weighted).sum() / len(weighted)
             parts.append(weights.features * mean)
@@ -246,100 +225,19 @@ class Objective:
             total, terms = together(total, terms, self.ranks)
         return Losses(total, terms, metrics)
 
-    def _predictions(self, tower: Tower, lookup: Lookup, batch: Batch) -> Predictions:
-        """The logits of ``tower``, and the weights of its predictions."""
-        logits = lookup(tower, LOGITS)
-        task = self.task or ("classification" if logits.ndim == 2 else None)
-        if self.own_losses:
-            require_vocabulary_last(logits, task)
-            require_numbers_of_classes(batch.labels)
-        require_task(task, logits, batch)
-        counts = None
-        if (labels := batch.labels) is not None and self._labels_apart(labels, logits):
-            counts, batch = (labels != IGNORE).float(), batch._replace(labels=None)
-        weights = prediction_weights(batch, task, logits)
-        if counts is None or batch.num_items is None:
-            items = denominator(batch.num_items, weights, 0, self.ranks, logits)
-        else:
-            items = items_elsewhere(batch.num_items, weights, counts, self.ranks)
-        return Predictions(logits, task, weights, items, weights if counts is None else counts)
+    @property
+    def _rules(self) -> Rules:
+        own_labels = not all(is_named(term.loss) for term in self.labels)
+        apart = any(aligns_labels(term.loss) for term in self.labels)
+        given = (self.task, self.vocab_size, self.own_losses, apart, own_labels)
+        return Rules(*given, self.importance, self.ranks)
 
-    def _of_logits(
-        self,
-        tower: Tower,
-        made: Predictions,
-        lookup: Lookup,
-        batch: Batch,
-        weights: StepWeights,
-        beside: Beside,
-    ) -> list[Found]:
+    def _of_tower(self, tower: Tower, made: Predictions, step: LogitStep) -> list[Found]:
         """Each term on the logits of ``tower``."""
-        found = []
-        for term in self.logits:
-            if term.student == tower:
-                given = (lookup, weights.temperature, batch.num_items)
-                weight = of_share(weights.logits, term.share)
-                loss_of = beside.loss_of(term, self.ranks)
-                value, factors = self._logit_term(loss_of, term, made, *given)
-                found.append(Found(term.name, weight, value, factors))
-        for label in self.labels:
-            if label.student == tower:
-                loss_of = beside.loss_of(label, self.ranks)
-                loss = self._label_term(loss_of, label, made, batch.labels, batch.num_items)
-                found.append(Found(label.name, of_share(weights.labels, label.share), loss))
-        return found
-
-    def _logit_term(
-        self,
-        loss_of: Loss,
-        term: LogitTerm,
-        made: Predictions,
-        lookup: Lookup,
-        temperature: Tensor,
-        num_items: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The value of a term, and the importance of its predictions."""
-        s, t = shared_vocabulary(made.logits, lookup(term.teacher, LOGITS), self.vocab_size)
-        if not self.own_losses:
-            s, t = on_every_rank(s), on_every_rank(t)
-        factors = None
-        if (importance := self.importance) is not None:
-            scores = scores_of(importance, term.loss, s, t, temperature, made.weights)
-            factors = factors_of(importance, scores, made.weights, self.ranks)
-            made = made.by(factors, num_items, self.ranks)
-        loss = loss_of(s, t, temperature=temperature, weights=made.weights)
-        return rescaled(ordinary(loss, term.name), made.weights, 0, made.items), factors
-
-    def _label_term(
-        self,
-        loss_of: Loss,
-        term: LabelTerm,
-        made: Predictions,
-        labels: Tensor | None,
-        num_items: Tensor | None,
-    ) -> Tensor:
-        assert labels is not None
-        assert made.task is not None
-        apart = self._labels_apart(labels, made.logits)
-        aligned = labels if apart else align_labels(labels, made.task)
-        logits = made.logits if self.own_losses else on_every_rank(made.logits)
-        loss = ordinary(loss_of(logits, aligned, weights=made.weights), term.name)
-        if not apart:
-            return rescaled(loss, made.weights, 0, made.items)
-        items = denominator(num_items, made.counts, 0, self.ranks, loss)
-        return rescaled(loss, made.counts, 0, items)
-
-    def _labels_apart(self, labels: Tensor, logits: Tensor) -> bool:
-        """Whether labels have a grid of their own, which a loss of the user's, or ctc, aligns."""
-        if any(aligns_labels(term.loss) for term in self.labels):
-            return True
-        own = not all(is_named(term.loss) for term in self.labels)
-        return own and labels.shape != logits.shape[:-1]
-
-
-def of_share(weight: Tensor, share: float) -> Tensor:
-    """A term's share of a global weight; a share of 1 adds no node to the graph."""
-    return weight if share == 1.0 else weight * share
+        divergences = [term for term in self.logits if term.student == tower]
+        on_labels = [term for term in self.labels if term.student == tower]
+        found = [logit_term(term, made, step) for term in divergences]
+        return found + [label_term(term, made, step) for term in on_labels]
 
 
 def together(

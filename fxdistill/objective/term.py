@@ -4,6 +4,7 @@ Each term names the models that its values come from. Any number of models may b
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from fxdistill.losses.names import Compared, Kind, Loss, kind_of
 from fxdistill.mapping.layout import Layout
@@ -34,6 +35,7 @@ class Term:
     keeps_tokens: bool = True
     pools_tokens: tuple[bool, bool] = (False, False)
     of: tuple[Tower, Tower] = ("student", "teacher")
+    constant: bool = False  # the second value is a target, though its model learns
     has_tokens: bool = True  # unless the match says that it has none
     said_tokens: bool = False  # the match says whose tokens the values have
     by_teacher: bool = False  # the tokens of the teacher's own inputs weigh the values
@@ -61,19 +63,31 @@ class Term:
         return (self.of[0], self.student), (self.of[1], self.teacher)
 
 
+Target = Literal["mean", "logits", "each"]
+
+
 @dataclass(frozen=True)
 class LogitTerm:
-    """``loss(student logits, teacher logits, *, temperature, weights)``, times ``share``.
+    """``loss(student logits, target, *, temperature, weights)``, times ``share``.
 
-    ``share`` is the term's fraction of the logit weight.
+    Several ``teachers`` are one target: the ``"mean"`` of their probabilities, by the teachers'
+    weights; the plain mean of their ``"logits"``; or ``"each"`` is a target, and the term is the
+    mean of the losses. ``share`` is the term's fraction of the logit weight.
     """
 
     loss: Loss
     name: str = "logits"
     student: Tower = "student"
-    teacher: Tower = "teacher"
+    teachers: tuple[Tower, ...] = ("teacher",)
+    target: Target = "mean"
     share: float = 1.0
     module: int | None = None
+    constant: bool = False  # the target has no gradient, though its models learn
+
+    @property
+    def weighs(self) -> bool:
+        """Whether its teachers have weights; students that teach each other all count alike."""
+        return len(self.teachers) > 1 and self.target == "mean" and not self.constant
 
 
 @dataclass(frozen=True)
@@ -85,3 +99,32 @@ class LabelTerm:
     student: Tower = "student"
     share: float = 1.0
     module: int | None = None
+
+
+@dataclass(frozen=True)
+class HeadTerm:
+    """Further logits of a student: ``tap``, through the module of that name if there is one.
+
+    ``shift`` is how many places ahead they predict. Each of its losses has a setting, by its name,
+    as its weight; ``target`` is the value of the teachers that the first compares with.
+    """
+
+    name: str
+    tap: Tap
+    shift: int = 1
+    has_module: bool = False
+    logits: LogitTerm | None = None
+    labels: LabelTerm | None = None
+    target: Tap = LOGITS
+    student: Tower = "student"
+
+    @property
+    def terms(self) -> tuple[LogitTerm | LabelTerm, ...]:
+        """The terms of the head."""
+        return tuple(term for term in (self.logits, self.labels) if term is not None)
+
+    @property
+    def targets(self) -> tuple[tuple[Tower, Tap], ...]:
+        """The values that it is compared with."""
+        teachers = () if self.logits is None else self.logits.teachers
+        return tuple((tower, self.target) for tower in teachers)

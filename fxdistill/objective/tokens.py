@@ -107,15 +107,20 @@ def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a * b
 
 
-def align_labels(labels: Tensor, task: Task) -> Tensor:
-    """Move labels to the positions that predict them: one to the left for a causal model."""
+def align_labels(labels: Tensor, task: Task, shift: int = 1) -> Tensor:
+    """Move labels to the positions that predict them: ``shift`` to the left in a causal model."""
     if task != "causal_lm":
         return labels
-    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)], dim=1)
+    ends = torch.full_like(labels[:, :shift], IGNORE)
+    return torch.cat([labels[:, shift:], ends], dim=1)
 
 
-def prediction_weights(batch: Batch, task: Task | None, logits: Tensor) -> Tensor:
-    """The weight of every prediction, in the shape of ``logits`` without the vocabulary axis."""
+def prediction_weights(batch: Batch, task: Task | None, logits: Tensor, shift: int = 1) -> Tensor:
+    """The weight of every prediction, in the shape of ``logits`` without the vocabulary axis.
+
+    A causal model predicts ``shift`` places ahead. Of a text without labels its last prediction
+    counts, whose token is not in the batch; one further ahead has no target there.
+    """
     chosen = chosen_weights(batch)
     mask = attended(batch) if task in ("causal_lm", "masked_lm") else None
     if task == "seq2seq":
@@ -130,14 +135,18 @@ def prediction_weights(batch: Batch, task: Task | None, logits: Tensor) -> Tenso
         weights = _times(_times(chosen, mask), counted)
         return _ones(logits) if weights is None else weights
     if batch.labels is None and chosen is None:
-        if mask is None:
-            return _ones(logits)
-        return mask * torch.cat([mask[:, 1:], torch.ones_like(mask[:, :1])], dim=1)
+        here = _ones(logits) if mask is None else mask
+        if mask is None and shift == 1:
+            return here
+        beyond = torch.zeros_like(here[:, : shift - 1])
+        told = torch.cat([here[:, shift:], torch.ones_like(here[:, :1]), beyond], dim=1)
+        told = told[:, : here.shape[1]]
+        return told if mask is None else mask * told
     of_token = _times(chosen, mask)
     if batch.labels is not None:
         of_token = _times(of_token, (batch.labels != IGNORE).float())
     assert of_token is not None
-    predicted = torch.cat([of_token[:, 1:], torch.zeros_like(of_token[:, :1])], dim=1)
+    predicted = torch.cat([of_token[:, shift:], torch.zeros_like(of_token[:, :shift])], dim=1)
     return predicted if mask is None else predicted * mask
 
 

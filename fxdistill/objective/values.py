@@ -12,11 +12,14 @@ from fxdistill.objective.checks import comparison_problem
 from fxdistill.taps.markers import check
 
 
-def projected(projection: nn.Module, value: Tensor, ranks: Ranks | None) -> Tensor:
-    """``projection(value)``; the parameters stay plain tensors, equal on every rank."""
+def projected(projection: nn.Module, value: Tensor, ranks: Ranks | None, *more: Tensor) -> Tensor:
+    """``projection(value, *more)``; the parameters stay plain tensors, equal on every rank.
+
+    ``more`` are whole tensors without gradients.
+    """
     summed = ranks is not None and ranks.projections
     if not is_placed(value) and not summed:
-        return projection(value)  # type: ignore[no-any-return]
+        return projection(value, *more)  # type: ignore[no-any-return]
     weights: dict[str, Tensor] = dict(projection.named_parameters())
     if ranks is not None and summed:
         groups, scale = ranks.groups, ranks.scale
@@ -25,7 +28,9 @@ def projected(projection: nn.Module, value: Tensor, ranks: Ranks | None) -> Tens
         everywhere, dense = base.placement.everywhere, base.placement.dense
         weights = {name: everywhere(weight, value) for name, weight in weights.items()}
         value = dense(value)
-    return torch.func.functional_call(projection, weights, (value,))  # type: ignore[no-any-return]
+        more = tuple(everywhere(x, value) for x in more)
+    given = (value, *more)
+    return torch.func.functional_call(projection, weights, given)  # type: ignore[no-any-return]
 
 
 def ordinary(loss: Tensor, name: str) -> Tensor:

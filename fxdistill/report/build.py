@@ -92,6 +92,7 @@ def _report(
         passes=pass_lines(program.history),
         nodes=dict(Counter(section_of(n) or "inputs" for n in program.gm.graph.nodes)),
         warnings=tuple(dict.fromkeys((*known.warnings, *table.warnings))),
+        notes=(*known.notes, *_further_logits(subject, table)),
     )
     if halves is None:
         return found
@@ -103,6 +104,20 @@ def _report(
             stopped="sizes in the step depend on values: what it costs is not known before it runs"
             + depends_on_values(halves.forward.graph),
         )
+
+
+def _further_logits(subject: Subject, table: TapTable) -> Iterator[str]:
+    """Notes on logits that a model which learns returns and no head trains."""
+    for tower, fields in table.further.items():
+        ports = [
+            h.tap.port for h in subject.objective.heads if (h.student, h.tap.path) == (tower, "")
+        ]
+        unread = [f for f in fields.split(", ") if not any(f in port for port in ports)]
+        if unread and tower not in subject.frozen:
+            yield (
+                f"the {tower} also returns {', '.join(unread)}, which no head trains: "
+                f'wrap(..., heads={{"name": fxdistill.Head(":{unread[0]}")}})'
+            )
 
 
 def _objective(subject: Subject, call: Call) -> Objective:
@@ -243,6 +258,12 @@ def _terms(subject: Subject, objective: Objective) -> Iterator[TermLine]:
         *((t.name, t.loss, "label_weight", t.share) for t in objective.labels),
     ):
         yield TermLine(name, loss_name(loss), share * _number(settings[setting]))
+    labelled = bool(objective.labels)
+    for head in objective.heads:
+        for term in head.terms if labelled else (head.logits,) if head.logits else ():
+            setting = "logit_weight" if term is head.logits else "label_weight"
+            weight = _number(settings[setting]) * _number(settings[term.name])
+            yield TermLine(term.name, loss_name(term.loss), weight)
     if objective.features:
         names = sorted({loss_name(term.loss) for term in objective.features})
         yield TermLine("features", ", ".join(names), _number(settings["feature_weight"]))
@@ -339,7 +360,7 @@ def _plain(subject: Subject, call: Call, paths: Paths) -> Plain | None:
     labels = tuple(term for term in objective.labels if term.student == subject.main)
     if not labels:
         return None
-    alone = dataclasses.replace(objective, features=(), logits=(), labels=labels)
+    alone = dataclasses.replace(objective, features=(), logits=(), labels=labels, heads=())
     recipe = _recipe(subject)
     wanted = dataclasses.replace(recipe.wanted, user=(), fuse_head=False)
     _, halves, _ = subject.capture(call, alone, dataclasses.replace(recipe, wanted=wanted))

@@ -10,7 +10,7 @@ from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.journal import Journal
 from fxdistill.graph.halves import Halves
 from fxdistill.graph.joint import JointProgram
-from fxdistill.graph.sections import LOSS_MODULES, PROJECTIONS
+from fxdistill.graph.sections import HEADS, LOSS_MODULES, PROJECTIONS
 from fxdistill.models.tap import Tower
 from fxdistill.objective.call import Call
 from fxdistill.objective.objective import Objective
@@ -36,6 +36,7 @@ class Subject:
     main: Tower
     projections: nn.ModuleList
     losses: nn.ModuleList
+    heads: nn.ModuleDict
     objective: Objective
     settings: Mapping[str, float | Tensor]
     mode: str
@@ -51,7 +52,8 @@ class Subject:
         """The models, the main first, then what is beside them; the first owns what they share."""
         others = {name: model for name, model in self.models.items() if name != self.main}
         main = {self.main: self.models[self.main]}
-        return {**main, **others, PROJECTIONS: self.projections, LOSS_MODULES: self.losses}
+        beside = {PROJECTIONS: self.projections, LOSS_MODULES: self.losses, HEADS: self.heads}
+        return {**main, **others, **beside}
 
     @property
     def teachers(self) -> frozenset[Tower]:
@@ -60,6 +62,7 @@ class Subject:
         students = {term.of[0] for term in objective.features}
         students |= {term.student for term in objective.logits}
         students |= {term.student for term in objective.labels}
+        students |= {head.student for head in objective.heads}
         return frozenset(self.models) - students - {self.main}
 
     @property

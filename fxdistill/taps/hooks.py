@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,19 +15,21 @@ from fxdistill.taps import attention
 from fxdistill.taps.markers import note_localised, raw, reject, tap
 from fxdistill.taps.table import capturing
 
+SELECTOR = re.compile(r"\[\d+\]|\.\w+")
+
 
 def pick(value: Any, port: str) -> Tensor | None:
     """Find the tensor that ``port`` selects from the inputs or the output of a module.
 
     ``"output"`` and ``"input"`` select the first tensor, ``[i]`` an element, ``.field`` a field or
-    key.
+    key; one may follow another (``"output.mtp_logits[0]"``).
     """
-    selector = port.removeprefix("output").removeprefix("input")
-    if selector.startswith("["):
-        value = list(_elements(value))[int(selector[1:-1])]
-    elif selector.startswith("."):
-        name = selector[1:]
-        value = value[name] if isinstance(value, Mapping) else getattr(value, name)
+    for selector in SELECTOR.findall(port):
+        if selector.startswith("["):
+            value = list(_elements(value))[int(selector[1:-1])]
+        else:
+            name = selector[1:]
+            value = value[name] if isinstance(value, Mapping) else getattr(value, name)
     return _first_tensor(value)
 
 

@@ -139,6 +139,13 @@ CHECKS: set[Callable[..., None]] = set()
 
 
 @check
+def further_logits(tower: Tower, fields: str) -> None:
+    """Note the ``fields`` of a model's output that look like further logits, for the report."""
+    if (table := active()) is not None:
+        table.further[tower] = fields
+
+
+@check
 def verified() -> None:
     """Check all tapped values before the objective reads them."""
     table = active()

@@ -30,7 +30,8 @@ def gradient_norms(
 
     Returns:
         The norms by term: "logits" and "labels", where the total has them; "features", the mean
-        over the matches with their weights, Σ w_i·loss_i / N; and each match by its path.
+        over the matches with their weights, Σ w_i·loss_i / N; each match by its path, and the
+        terms of further heads by theirs ("name:logits").
 
     Raises:
         OptionError: ``batch`` is neither a dict nor a tuple, or the parameters are FSDP2's.
@@ -49,9 +50,10 @@ def balance(
 ) -> dict[str, float]:
     """Set weights, so that the gradients of the terms stand in the ratio of the targets.
 
-    The weighted norm of a term is its weight times its ``gradient_norms``: λ·‖∂L_k/∂θ‖, and
-    λ_features·w_i/N·‖∂loss_i/∂θ‖ for a match. Weights w are set so that these norms are c·target
-    for all terms named, with the c that keeps their sum as it was before; other weights stay.
+    The weighted norm of a term is its weight times its ``gradient_norms``: λ·‖∂L_k/∂θ‖,
+    λ_features·w_i/N·‖∂loss_i/∂θ‖ for a match, λ·w_h·‖∂L_h/∂θ‖ for a term of a head. Weights are
+    set so that these norms are c·target for all terms named, with the c that keeps their sum as it
+    was before; other weights stay.
 
     ```python
     fxdistill.balance(distiller, batch, target={"logits": 1.0, "labels": 1.0, "features": 0.3})
@@ -70,27 +72,30 @@ def balance(
         OptionError: A term is not in the total, a target is no such number, or a gradient is 0 or
             not finite, so that no weight gives it its share. Nothing is changed.
     """
-    named = _checked(target, distiller.objective.weighed)
+    named = _checked(target, distiller.objective.weighed, distiller.objective.names.heads)
     norms = gradient_norms(distiller, batch)
-    pulls = {name: _pull(distiller, name, norms) for name in named}
-    for name, norm in pulls.items():
-        if not math.isfinite(norm) or (norm == 0 and named[name] > 0):
-            raise OptionError(
-                f"balance: the gradient of {name!r} has the norm {norms[name]:g}, or the weight of "
-                "features is 0: no weight gives it its share. distiller.explain(batch) says what "
-                "is not finite."
-            )
-    settings = distiller.settings
-    before = sum(abs(float(settings[WEIGHTS.get(k, k)])) * pull for k, pull in pulls.items())
+    settings = {name: float(value) for name, value in distiller.settings.items()}
+    for name, share in named.items():
+        _require_norm(name, norms, share)
+    pulls = {name: norms[name] * _factor(distiller, name, settings) for name in named}
+    before = sum(abs(settings[WEIGHTS.get(k, k)]) * pull for k, pull in pulls.items())
     scale = (before or 1.0) / sum(named.values())
-    weights = {k: scale * share / pulls[k] if share else 0.0 for k, share in named.items()}
-    of_all = {WEIGHTS[name]: weight for name, weight in weights.items() if name in WEIGHTS}
-    matches = {name: weight for name, weight in weights.items() if name not in WEIGHTS}
-    distiller.set(weights=matches, **of_all)
-    return weights
+    weights: dict[str, float] = {}
+    for name in sorted(named, key=lambda name: name not in WEIGHTS):  # others multiply by these
+        pull = norms[name] * _factor(distiller, name, settings)
+        if named[name] and not pull:
+            raise OptionError(f"balance: {name!r} is under a global weight of 0: raise that first")
+        weights[name] = scale * named[name] / pull if named[name] else 0.0
+        settings[WEIGHTS.get(name, name)] = weights[name]
+    of_all: dict[str, Any] = {
+        WEIGHTS[name]: weight for name, weight in weights.items() if name in WEIGHTS
+    }
+    others = {name: weight for name, weight in weights.items() if name not in WEIGHTS}
+    distiller.set(weights=others, **of_all)
+    return {name: weights[name] for name in named}
 
 
-def _checked(target: Any, matches: Sequence[str]) -> dict[str, float]:
+def _checked(target: Any, matches: Sequence[str], heads: Sequence[str]) -> dict[str, float]:
     """The targets as numbers; raises OptionError."""
     named = dict(target) if isinstance(target, Mapping) else {}
     if len(named) < 2:
@@ -102,24 +107,36 @@ def _checked(target: Any, matches: Sequence[str]) -> dict[str, float]:
     if not any(named.values()):
         raise OptionError("target: all are 0, and no term would be left")
     for name in named:
-        if name not in (*WEIGHTS, *matches):
-            near = did_you_mean(str(name), (*WEIGHTS, *matches))
+        if name not in (*WEIGHTS, *matches, *heads):
+            near = did_you_mean(str(name), (*WEIGHTS, *matches, *heads))
             raise OptionError(f"target: no term {name!r}. Nearest: {near}.")
-    if "features" in named and any(name not in WEIGHTS for name in named):
+    if "features" in named and any(name in matches for name in named):
         raise OptionError(
             "target names 'features' and matches: 'features' is their weighted sum. Name either."
         )
     return {name: float(value) for name, value in named.items()}
 
 
-def _pull(distiller: Distiller, name: str, norms: Mapping[str, float]) -> float:
-    """The norm of a term's gradient at a weight of 1: what its weight multiplies."""
+def _require_norm(name: str, norms: Mapping[str, float], share: float) -> None:
+    """Raise OptionError where no weight can give a term its share."""
     if name not in norms:
         raise OptionError(
             f"target: {name!r} is not in the total of this batch, or learns nothing. It has: "
             f"{', '.join(norms) or 'no terms'}."
         )
+    if not math.isfinite(norms[name]) or (share and not norms[name]):
+        raise OptionError(
+            f"balance: the gradient of {name!r} has the norm {norms[name]:g}: no weight gives it "
+            "its share. distiller.explain(batch) says what is not finite."
+        )
+
+
+def _factor(distiller: Distiller, name: str, settings: Mapping[str, float]) -> float:
+    """What multiplies a term besides its own weight."""
     if name in WEIGHTS:
-        return norms[name]
-    matches = len(distiller.objective.weighed)
-    return float(distiller.settings["feature_weight"]) / matches * norms[name]
+        return 1.0
+    for head in distiller.objective.heads:
+        for term in head.terms:
+            if term.name == name:
+                return settings["logit_weight" if term is head.logits else "label_weight"]
+    return settings["feature_weight"] / len(distiller.objective.weighed)

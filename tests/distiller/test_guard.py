@@ -107,9 +107,9 @@ def test_targets_that_move_are_warned_of():
     fxdistill.wrap(student, teacher, compile=False)
 
 
-@pytest.mark.parametrize("wrong", [None, "gpt2", [Toy(1), Toy(1)], Toy])
+@pytest.mark.parametrize("wrong", [3, "gpt2", ["gpt2"], Toy])
 def test_a_teacher_that_is_no_model_is_named(wrong):
-    with pytest.raises(errors.OptionError, match=r"teacher is a .*an nn.Module is needed"):
+    with pytest.raises(errors.OptionError, match=r"teacher.* is a .*nn.Module"):
         fxdistill.wrap(Toy(1), wrong)
     with pytest.raises(errors.OptionError, match=r"student is a .*an nn.Module is needed"):
         fxdistill.wrap(wrong, Toy(1))

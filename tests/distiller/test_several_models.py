@@ -33,7 +33,8 @@ def models(*depths):
 def distiller(named, objective, mode, main):
     settings = {**WEIGHTS, **{term.name: term.weight for term in objective.features}}
     options = Options(mode=mode, lowering=Lowering("aot_eager"))
-    return Distiller(named, objective, nn.ModuleList(), Matches(), settings, options, main)
+    beside = nn.ModuleList(), nn.ModuleDict()
+    return Distiller(named, objective, *beside, Matches(), settings, options, main)
 
 
 def seen(model, ids, *paths):
@@ -89,8 +90,8 @@ def two_teachers():
             for of, s, t, weight in pairs
         ),
         logits=(
-            LogitTerm(losses.forward_kl, "big/logits", teacher="big", share=0.75),
-            LogitTerm(losses.forward_kl, "small/logits", teacher="small", share=0.25),
+            LogitTerm(losses.forward_kl, "big/logits", teachers=("big",), share=0.75),
+            LogitTerm(losses.forward_kl, "small/logits", teachers=("small",), share=0.25),
         ),
         task="causal_lm",
     )
@@ -137,13 +138,13 @@ def test_two_teachers(mode):
 def two_students():
     return Objective(
         features=(
-            Term("a", losses.mse, Tap("blocks.0.mlp"), Tap("blocks.2.mlp"), of=("a", "teacher")),
+            Term("a", losses.mse, Tap("blocks.0.mlp"), Tap("blocks.2.mlp"), of=("a", ("teacher",))),
             # Both learn: the gradient of what they compare goes to either.
             Term("a<-b", losses.mse, Tap("blocks.1.mlp"), Tap("blocks.0.mlp"), of=("a", "b")),
         ),
         logits=(
-            LogitTerm(losses.forward_kl, "a/logits", "a", "teacher"),
-            LogitTerm(losses.forward_kl, "b/logits", "b", "teacher", share=0.5),
+            LogitTerm(losses.forward_kl, "a/logits", "a", ("teacher",)),
+            LogitTerm(losses.forward_kl, "b/logits", "b", ("teacher",), share=0.5),
         ),
         labels=(
             LabelTerm(losses.cross_entropy, "a/labels", "a"),
@@ -215,7 +216,7 @@ def test_a_model_that_no_term_reads_does_not_run():
     student, big, small = models(2, 4, 1)
     named = {"big": Model(big, False), "small": Model(small, False), "student": Model(student)}
     objective = Objective(
-        logits=(LogitTerm(losses.forward_kl, teacher="big"),),
+        logits=(LogitTerm(losses.forward_kl, teachers=("big",)),),
         task="causal_lm",
     )
     made = distiller(named, objective, "eager", "student")

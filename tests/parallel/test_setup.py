@@ -14,24 +14,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 import families
 import fxdistill
 from fxdistill import Match, errors
-from mesh_steps import AOT, MODES, aot, compare, gradients_of
+from mesh_steps import AOT, MODES, aot, compare, measured, mine
 from processes import run
 
 Case = tuple[str, str, dict[str, Any]]
-
-
-def measured(distiller: Any, batch: dict[str, Tensor], labels: Tensor) -> Any:
-    out = distiller(**batch, labels=labels)
-    out.loss.backward()
-    return {"loss": out.loss.detach(), **out.losses}, gradients_of(distiller)
-
-
-def mine(mesh: DeviceMesh, x: Tensor) -> Tensor:
-    """This rank's samples: three on two ranks are two and one."""
-    for name in ("replicate", "dp"):
-        if name in (mesh.mesh_dim_names or ()):
-            x = x.chunk(mesh[name].size())[mesh[name].get_local_rank()]
-    return x
 
 
 def check_one(family: str, mode: str, options: Any, mesh: DeviceMesh, **more: Any) -> None:

@@ -15,7 +15,7 @@ from fxdistill.losses.names import loss_name
 from fxdistill.models.tap import Tower
 from fxdistill.models.weights import weight_of
 from fxdistill.objective.objective import Objective
-from fxdistill.objective.term import Term
+from fxdistill.objective.term import LOGITS, LogitTerm, Term
 from fxdistill.objective.weighed_by import weighed_by
 from fxdistill.report.faces.terminal_tables import row, table
 
@@ -58,12 +58,25 @@ def _terms(objective: Objective, projections: nn.ModuleList) -> Table:
         add(*_ends(term), loss_name(term.loss), weighed, layout)
     predictions = "samples" if objective.task == "classification" else "tokens"
     for of_logits in objective.logits:
-        ours, theirs = of_model(of_logits.student, "logits"), of_model(of_logits.teacher, "logits")
+        ours, theirs = of_model(of_logits.student, "logits"), _targets(of_logits, "logits")
         add(ours, theirs, loss_name(of_logits.loss), predictions, "")
     for label in objective.labels:
         ours = of_model(label.student, "logits")
         add(ours, "labels, where given", loss_name(label.loss), predictions, "")
+    for head in objective.heads:
+        ours = of_model(head.student, f"head {head.name}")
+        if head.logits is not None:
+            theirs = _targets(head.logits, "logits" if head.target == LOGITS else str(head.target))
+            add(ours, theirs, loss_name(head.logits.loss), predictions, "")
+        if head.labels is not None:
+            add(ours, "labels, where given", loss_name(head.labels.loss), predictions, "")
     return made
+
+
+def _targets(term: LogitTerm, value: str) -> str:
+    """What a term on logits is compared with: the value of each teacher."""
+    own = term.teachers == (term.student,)
+    return f"its own {value}" if own else ", ".join(of_model(t, value) for t in term.teachers)
 
 
 def _ends(term: Term) -> list[str]:

@@ -1,0 +1,247 @@
+"""The terms on logits: of models and of further heads, against teachers and against labels."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxdistill.base.ranks import Ranks
+from fxdistill.base.tensors import on_every_rank
+from fxdistill.errors import ShapeError
+from fxdistill.losses.logits import mse_logits, sigmoid_kl
+from fxdistill.losses.mixture import Pooled, mean_of_teachers
+from fxdistill.losses.names import Loss, plain_loss
+from fxdistill.losses.reduce import IGNORE
+from fxdistill.models.conventions import Task
+from fxdistill.objective.beside import Beside
+from fxdistill.objective.denominators import denominator, items_elsewhere, rescaled
+from fxdistill.objective.feature_terms import Lookup
+from fxdistill.objective.importance import Importance, factors_of, scores_of, with_importance
+from fxdistill.objective.pooled_head import made_logits
+from fxdistill.objective.step_weights import StepWeights
+from fxdistill.objective.term import LOGITS, HeadTerm, LabelTerm, LogitTerm
+from fxdistill.objective.tokens import Batch, align_labels, prediction_weights
+from fxdistill.objective.values import ordinary
+from fxdistill.objective.vocabulary import (
+    require_numbers_of_classes,
+    require_task,
+    require_vocabulary_last,
+    shared_vocabulary,
+)
+from fxdistill.taps.markers import check
+
+
+class Rules(NamedTuple):
+    """What holds for every prediction of a distiller.
+
+    ``apart`` says that a label loss takes labels of any grid, ``own_labels`` that it is the
+    user's, ``own_losses`` that all losses on logits are the library's.
+    """
+
+    task: Task | None
+    vocab_size: int | None
+    own_losses: bool
+    apart: bool
+    own_labels: bool
+    importance: Importance | None
+    ranks: Ranks | None
+
+    def labels_apart(self, labels: Tensor, logits: Tensor) -> bool:
+        """Whether labels have a grid of their own, which a loss of the user's, or ctc, aligns."""
+        return self.apart or (self.own_labels and labels.shape != logits.shape[:-1])
+
+
+class LogitStep(NamedTuple):
+    """What the terms on logits of one step share."""
+
+    lookup: Lookup
+    batch: Batch
+    weights: StepWeights
+    beside: Beside
+    rules: Rules
+
+
+class Predictions(NamedTuple):
+    """Logits that learn, and the weight of each prediction.
+
+    ``items`` is the denominator, where it is not the sum of the weights. ``counts`` is what a given
+    number of items counts: the predictions, or the labels where these have a grid of their own.
+    ``shift`` is how many places ahead a causal model predicts.
+    """
+
+    logits: Tensor
+    task: Task | None
+    weights: Tensor
+    items: Tensor | None
+    counts: Tensor
+    shift: int = 1
+
+    def by(self, factors: Tensor, given: Tensor | None, ranks: Ranks | None) -> "Predictions":
+        """The predictions with their importance; a ``given`` number of items stays what it is."""
+        weights = with_importance(self.weights, factors)
+        items = self.items if given is not None else denominator(None, weights, 0, ranks, factors)
+        return self._replace(weights=weights, items=items)
+
+
+class Found(NamedTuple):
+    """A term on logits, its weight in the total, and the importance of its predictions."""
+
+    name: str
+    weight: Tensor
+    loss: Tensor
+    factors: Tensor | None = None
+
+
+def predictions(logits: Tensor, step: LogitStep, shift: int = 1) -> Predictions:
+    """The weights of the predictions that ``logits`` are."""
+    rules, batch = step.rules, step.batch
+    task = rules.task or ("classification" if logits.ndim == 2 else None)
+    if rules.own_losses:
+        require_vocabulary_last(logits, task)
+        require_numbers_of_classes(batch.labels)
+    require_task(task, logits, batch)
+    counts = None
+    if (labels := batch.labels) is not None and rules.labels_apart(labels, logits):
+        counts, batch = (labels != IGNORE).float(), batch._replace(labels=None)
+    weights = prediction_weights(batch, task, logits, shift)
+    if counts is None or batch.num_items is None:
+        items = denominator(batch.num_items, weights, 0, rules.ranks, logits)
+    else:
+        items = items_elsewhere(batch.num_items, weights, counts, rules.ranks)
+    counts = weights if counts is None else counts
+    return Predictions(logits, task, weights, items, counts, shift)
+
+
+def logit_term(term: LogitTerm, made: Predictions, step: LogitStep) -> Found:
+    """The divergence of a model from its target."""
+    targets = [step.lookup(tower, LOGITS) for tower in term.teachers]
+    loss, factors = _divergence(term, made, targets, step, step.rules.importance)
+    return Found(term.name, of_share(step.weights.logits, term.share), loss, factors)
+
+
+def label_term(term: LabelTerm, made: Predictions, step: LogitStep) -> Found:
+    """The loss of a model on the labels."""
+    loss = _on_labels(term, made, step)
+    return Found(term.name, of_share(step.weights.labels, term.share), loss)
+
+
+def head_terms(
+    head: HeadTerm, step: LogitStep, own: Tensor | None
+) -> tuple[Predictions, list[Found]]:
+    """The terms of further logits, under the global weights times those of the head.
+
+    ``own`` are the model's own logits, where a term reads them.
+    """
+    value = step.lookup(head.student, head.tap)
+    if head.has_module:
+        module, rules = step.beside.heads[head.name], step.rules
+        value = made_logits(module, value, step.batch, rules.task, rules.ranks)
+    require_head(value, head.name, own, head.has_module)
+    made, found = predictions(value, step, head.shift), []
+    if (logits := head.logits) is not None:
+        targets = [step.lookup(*end) for end in head.targets]
+        ahead = head.shift - 1 if head.target == LOGITS and made.task == "causal_lm" else 0
+        # The last predictions have no target; they weigh nothing already.
+        targets = [torch.roll(t, -ahead, 1) for t in targets] if ahead else targets
+        loss, _ = _divergence(logits, made, targets, step, None)
+        weight = step.weights.logits * step.weights.heads[logits.name]
+        found.append(Found(logits.name, weight, loss))
+    if (labels := head.labels) is not None and step.batch.labels is not None:
+        weight = step.weights.labels * step.weights.heads[labels.name]
+        found.append(Found(labels.name, weight, _on_labels(labels, made, step)))
+    return made, found
+
+
+def _divergence(
+    term: LogitTerm,
+    made: Predictions,
+    targets: list[Tensor],
+    step: LogitStep,
+    importance: Importance | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The value of a term, and the importance of its predictions."""
+    rules, tau = step.rules, step.weights.temperature
+    cut = [shared_vocabulary(made.logits, target, rules.vocab_size) for target in targets]
+    size = min(s.shape[-1] for s, _ in cut)
+    # Padding columns that one teacher lacks have probability zero in the mean of all.
+    students, teachers = zip(*((_cut(s, size), _cut(t, size)) for s, t in cut), strict=True)
+    s = students[0]
+    if not rules.own_losses:
+        s, teachers = on_every_rank(s), tuple(map(on_every_rank, teachers))
+    if term.constant:
+        teachers = tuple(t.detach() for t in teachers)
+    given, factors = step.batch.num_items, None
+    targets = list(teachers) if term.target == "each" else [_one_target(term, teachers, step)]
+    if importance is not None:
+        scores = scores_of(importance, term.loss, s, targets[0], tau, made.weights)
+        factors = factors_of(importance, scores, made.weights, rules.ranks)
+        made = made.by(factors, given, rules.ranks)
+    loss_of = step.beside.loss_of(term, rules.ranks)
+    losses = [loss_of(s, t, temperature=tau, weights=made.weights) for t in targets]
+    losses = [ordinary(loss, term.name) for loss in losses]
+    loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+    return rescaled(loss, made.weights, 0, made.items), factors
+
+
+def _one_target(term: LogitTerm, teachers: tuple[Tensor, ...], step: LogitStep) -> Tensor:
+    """The target of all teachers together."""
+    if len(teachers) == 1:
+        return teachers[0]
+    weights = step.weights.teachers if term.weighs else None
+    if weights is None:
+        weights = torch.ones(len(teachers), device=teachers[0].device)
+    tau: Tensor | float = step.weights.temperature
+    pooled = pooled_by(term.loss)
+    if term.target == "logits":
+        tau, pooled = 1.0, "logits"
+    return mean_of_teachers(list(teachers), weights, temperature=tau, pooled=pooled)
+
+
+def pooled_by(loss: Loss) -> Pooled:
+    """What of several teachers a loss compares with the mean of."""
+    if plain_loss(loss) is mse_logits:
+        return "logits"
+    return "classes" if plain_loss(loss) is sigmoid_kl else "probabilities"
+
+
+def _on_labels(term: LabelTerm, made: Predictions, step: LogitStep) -> Tensor:
+    rules, labels, given = step.rules, step.batch.labels, step.batch.num_items
+    assert labels is not None
+    assert made.task is not None
+    apart = rules.labels_apart(labels, made.logits)
+    aligned = labels if apart else align_labels(labels, made.task, made.shift)
+    logits = made.logits if rules.own_losses else on_every_rank(made.logits)
+    loss_of = step.beside.loss_of(term, rules.ranks)
+    loss = ordinary(loss_of(logits, aligned, weights=made.weights), term.name)
+    if not apart:
+        return rescaled(loss, made.weights, 0, made.items)
+    items = denominator(given, made.counts, 0, rules.ranks, loss)
+    return rescaled(loss, made.counts, 0, items)
+
+
+@check
+def require_head(logits: Any, name: str, own: Tensor | None, classes: bool) -> None:
+    """Raise ShapeError unless a head's value is logits on the grid of the model's ``own``.
+
+    With ``classes``, there must also be as many of them.
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        what = str(logits.dtype) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ShapeError(f"head {name!r} gives {what}, and logits are floating point numbers")
+    if own is None:
+        return
+    if logits.shape[:-1] != own.shape[:-1] or (classes and logits.shape[-1] != own.shape[-1]):
+        raise ShapeError(
+            f"head {name!r} gives {list(logits.shape)}, and the student's own logits are "
+            f"{list(own.shape)}: name a value with these axes, or give the head a module that "
+            'makes such logits (module="auto" pools and adds a linear layer)'
+        )
+
+
+def _cut(logits: Tensor, size: int) -> Tensor:
+    return logits if logits.shape[-1] == size else logits[..., :size]
+
+
+def of_share(weight: Tensor, share: float) -> Tensor:
+    """A term's share of a global weight; a share of 1 adds no node to the graph."""
+    return weight if share == 1.0 else weight * share

@@ -1,0 +1,156 @@
+"""``be_your_own_teacher``: the deepest classifier of a model teaches its earlier exits."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxdistill.errors import OptionError, PathError, did_you_mean
+from fxdistill.mapping.match import Match, Reduction
+from fxdistill.mapping.projections import structural_widths
+from fxdistill.models.tap import Tap
+from fxdistill.objective.head import Head
+from fxdistill.recipes.numbers import require
+from fxdistill.recipes.preset import Preset
+
+_NAME = "be_your_own_teacher"
+_MAPS: Reduction = ("b c h w -> b c", "mean")
+_TOKENS: Reduction = ("b l d -> b d", "mean")
+Pooling = Reduction | str | None
+
+
+def be_your_own_teacher(
+    student: nn.Module,
+    blocks: Iterable[str],
+    *,
+    deepest: str | None = None,
+    alpha: float = 0.3,
+    feature: float = 0.03,
+    temperature: float = 3.0,
+    module: Any = "auto",
+    reduce: Pooling = "auto",
+) -> Preset:
+    """Self-distillation with early exits: ``wrap(student, None, **preset)``.
+
+    CE_C + Σ over exits i of (1 - α)·CE_i + α·τ²·KL(p_C ‖ p_i) + λ·‖F_i - F_C‖².
+
+    Zhang et al. (2019), "Be Your Own Teacher: Improve the Performance of Convolutional Neural
+    Networks via Self Distillation", section 3: p_C are the predictions of the student's own,
+    deepest classifier, F features at the end of a block; the deepest ones teach without gradient.
+    The default weights and τ are those of the authors' code.
+
+    Args:
+        student: The model, which gives logits ``[B, classes]``.
+        blocks: The paths of its sections in the order in which they run, the deepest last: each
+            but the last gets an exit. With ``deepest`` each of them gets one.
+        deepest: The path of the section whose output teaches features; ``None``: the last block.
+        alpha: α, from 0 to 1.
+        feature: λ, the weight of the features; 0 leaves them out.
+        temperature: τ.
+        module: What makes an exit's logits: ``"auto"``, the mean over places or tokens and a linear
+            layer, or a callable ``(path) -> nn.Module``.
+        reduce: What makes features ``[B, D]`` of a block's output, as in ``Match``: ``"auto"``
+            takes the mean over the places of maps, as the paper's bottlenecks end, and over tokens;
+            ``None`` if a block gives ``[B, D]``. Other widths are mapped by a linear layer.
+
+    Returns:
+        Arguments for ``wrap``: ``heads`` named ``exit0``, ``exit1``, ..., and ``mapping``.
+
+    Raises:
+        OptionError: There are fewer than two blocks, one is listed twice, or a number is out of
+            range.
+        PathError: The student has no such block.
+    """
+    paths = _checked(student, blocks, deepest)
+    require(_NAME, "alpha", alpha, most=1)
+    require(_NAME, "feature", feature)
+    require(_NAME, "temperature", temperature, above=0)
+    if module != "auto" and (not callable(module) or isinstance(module, nn.Module)):
+        raise OptionError(f"{_NAME}: module={module!r}: 'auto', or a callable path -> nn.Module")
+    *exits, last = paths
+    heads = {
+        f"exit{i}": Head(
+            path,
+            module=module if module == "auto" else module(path),
+            teacher="self",
+            logit_weight=alpha,
+            label_weight=1 - alpha,
+        )
+        for i, path in enumerate(exits)
+    }
+    arguments: dict[str, Any] = {
+        "heads": heads,
+        "logit_loss": "forward_kl",
+        "temperature": temperature,
+        "label_loss": "cross_entropy",
+    }
+    if feature > 0:
+        widths = structural_widths(student)
+        pooled = [_pooling(student, path, widths, reduce) for path in paths]
+        arguments["mapping"] = [
+            _match_of_itself(path, last, (own, pooled[-1]))
+            for path, own in zip(exits, pooled, strict=False)
+        ]
+        # wrap takes the mean over the exits; the paper adds them up.
+        arguments["feature_weight"] = feature * len(exits)
+    told = f"alpha={alpha}, feature={feature}, temperature={temperature}"
+    return Preset(
+        f"{_NAME}(student, {paths}, {told})",
+        "Zhang et al. (2019), Be Your Own Teacher: Improve the Performance of Convolutional Neural "
+        "Networks via Self Distillation",
+        arguments,
+    )
+
+
+def squared_distance(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Σ w·‖s - t‖² / Σ w over samples ``[B, D]``: a sum over the width; 0 where nothing counts."""
+    values = (student.float() - teacher.float()).square().sum(-1)
+    if weights is None:
+        return values.mean()
+    total = weights.sum()
+    found = torch.where(weights != 0, weights * values, 0).sum()
+    return torch.where(total == 0, found, found / torch.where(total == 0, 1, total))
+
+
+def _match_of_itself(
+    path: str, last: str, pooled: tuple[Reduction | None, Reduction | None]
+) -> Match:
+    options: dict[str, Any] = {"of": "self", "loss": squared_distance, "project": "auto"}
+    if any(side is not None for side in pooled):
+        options["reduce"] = pooled
+    return Match(path, last, **options)
+
+
+def _pooling(student: nn.Module, path: str, widths: Any, said: Pooling) -> Reduction | None:
+    """How a block's output becomes ``[B, D]``: by its structure, unless that is said."""
+    if said is None or isinstance(said, tuple):
+        return said
+    if said != "auto":
+        raise OptionError(f"{_NAME}: reduce={said!r}: 'auto', None, or (pattern, 'mean')")
+    known = widths(Tap(path, "output"), ())
+    block = student.get_submodule(path)
+    convolves = any(isinstance(m, nn.Conv2d) for m in block.modules())
+    if convolves or (known is not None and known.is_map):
+        return _MAPS
+    mixes = any("attention" in type(m).__name__.lower() for m in block.modules())
+    return _TOKENS if mixes else None
+
+
+def _checked(student: nn.Module, blocks: Iterable[str], deepest: str | None) -> list[str]:
+    """The paths of the exits, and of the deepest section behind them."""
+    if not isinstance(student, nn.Module):
+        raise OptionError(f"{_NAME}(student, blocks): student={student!r} is no model")
+    if isinstance(blocks, str) or not isinstance(blocks, Iterable):
+        raise OptionError(f"{_NAME}: blocks={blocks!r}: paths of modules, the deepest last")
+    paths = [*blocks, *([] if deepest is None else [deepest])]
+    names = [name for name, _ in student.named_modules() if name]
+    for path in paths:
+        if path not in names:
+            near = did_you_mean(str(path), names)
+            raise PathError(f"{_NAME}: the student has no block {path!r}. Nearest: {near}.")
+    if len(paths) < 2:
+        raise OptionError(f"{_NAME}: blocks={paths}: an exit and a deeper block to learn from")
+    if len(set(paths)) < len(paths):
+        raise OptionError(f"{_NAME}: blocks={paths}: one is listed twice")
+    return paths

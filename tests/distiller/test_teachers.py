@@ -1,0 +1,310 @@
+"""Several teachers, none, and the student as its own: against plain PyTorch, in all modes."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+
+import fxdistill
+from fxdistill import Match, errors, losses
+from fxdistill.losses.names import LOGIT_LOSSES
+from fxdistill.objective.logit_terms import pooled_by
+from toys import Toy, assert_same_gradients, gradients, tokens
+
+AOT = {"backend": "aot_eager"}
+MODES = pytest.mark.parametrize(
+    "compile", [False, "regional", AOT], ids=["eager", "regional", "graph"]
+)
+TAU = 2.0
+
+
+def toys(*depths):
+    torch.manual_seed(0)
+    return [Toy(depth) for depth in depths]
+
+
+def values(model, ids, *paths):
+    """Logits, and what the modules at ``paths`` return, by hooks."""
+    found, handles = {}, []
+    for path in paths:
+
+        def keep(module, args, output, path=path):
+            found[path] = output[0] if isinstance(output, tuple) else output
+
+        handles.append(model.get_submodule(path).register_forward_hook(keep))
+    logits = model(ids)["logits"]
+    for handle in handles:
+        handle.remove()
+    return logits, found
+
+
+def target_of(logits, share):
+    """Σ w_k softmax(z_k / τ), in float64."""
+    return sum(w * (z.double() / TAU).softmax(-1) for w, z in zip(share, logits, strict=True))
+
+
+def by_hand(name, s, teachers, share):
+    """A divergence of one prediction from the mean of teachers, from the formula."""
+    if name == "mse_logits":
+        z = sum(w * t.double() for w, t in zip(share, teachers, strict=True))
+        return (s.double() - z).square().mean(-1)
+    if name == "sigmoid_kl":
+        p = sum(w * (t.double() / TAU).sigmoid() for w, t in zip(share, teachers, strict=True))
+        q = (s.double() / TAU).sigmoid()
+        one = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+        return TAU**2 * one.mean(-1)
+    p, q = target_of(teachers, share), (s.double() / TAU).softmax(-1)
+    if name == "forward_kl":
+        return TAU**2 * (p * (p / q).log()).sum(-1)
+    if name == "reverse_kl":
+        return TAU**2 * (q * (q / p).log()).sum(-1)
+    if name == "jsd":
+        m = (p + q) / 2
+        return TAU**2 * ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)) / 2
+    if name == "soft_cross_entropy":
+        return -(TAU**2) * (p * q.log()).sum(-1)
+    assert name == "total_variation"
+    return (p - q).abs().sum(-1) / 2
+
+
+@pytest.mark.parametrize("name", list(LOGIT_LOSSES))
+def test_the_target_is_a_mean_of_probabilities(name):
+    torch.manual_seed(0)
+    s = torch.randn(2, 5, 11, requires_grad=True)
+    teachers = [3 * torch.randn(2, 5, 11) for _ in range(3)]
+    weights = torch.tensor([3.0, 1.0, 0.0])
+    loss = LOGIT_LOSSES[name]
+    target = losses.mean_of_teachers(teachers, weights, temperature=TAU, pooled=pooled_by(loss))
+    value = loss(s, target, temperature=TAU)
+    want = by_hand(name, s, teachers, (0.75, 0.25, 0.0)).mean()
+    torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-6)
+    got, expected = (torch.autograd.grad(x, s, retain_graph=True)[0] for x in (value, want))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_entries_that_teachers_rule_out():
+    """-inf where all teachers rule an entry out, the others' probability where one does."""
+    a, b = torch.tensor([0.0, -torch.inf, -torch.inf]), torch.tensor([0.0, 0.0, -torch.inf])
+    found = losses.mean_of_teachers([a, b], torch.ones(2)).softmax(-1)
+    torch.testing.assert_close(found, torch.tensor([0.75, 0.25, 0.0]))
+    one = losses.mean_of_teachers([a], torch.ones(1), temperature=3.0)
+    torch.testing.assert_close(one.softmax(-1), a.softmax(-1))
+
+
+@MODES
+def test_two_teachers_by_name(compile):
+    student, big, small = toys(2, 4, 1)
+    plain, ids, others = copy.deepcopy(student), tokens(), tokens().flip(1)
+    matches = [
+        Match("blocks.0.mlp", "blocks.3.mlp", of="big"),
+        Match("blocks.1.mixer", "blocks.0.mixer", of="small", weight=0.25),
+        Match("blocks.1.mlp", "blocks.0.mlp"),  # of the first
+    ]
+    distiller = fxdistill.wrap(
+        student,
+        {"big": big, "small": small},
+        matches,
+        teacher_weights={"big": 3.0, "small": 1.0},
+        temperature=TAU,
+        label_weight=0.5,
+        task="causal_lm",
+        compile=compile,
+    )
+    out = distiller(ids, labels=ids, small_inputs={"ids": others})
+    out.loss.backward()
+
+    s, f = values(plain, ids, "blocks.0.mlp", "blocks.1.mixer", "blocks.1.mlp")
+    with torch.no_grad():
+        b, of_big = values(big, ids, "blocks.3.mlp", "blocks.0.mlp")
+        t, of_small = values(small, others, "blocks.0.mixer")
+    want = {
+        "logits": by_hand("forward_kl", s, (b, t), (0.75, 0.25))[:, :-1].mean().float(),
+        "labels": F.cross_entropy(s[:, :-1].flatten(0, 1), ids[:, 1:].flatten()),
+        "big/blocks.0.mlp": F.mse_loss(f["blocks.0.mlp"], of_big["blocks.3.mlp"]),
+        "small/blocks.1.mixer": F.mse_loss(f["blocks.1.mixer"], of_small["blocks.0.mixer"]),
+        "blocks.1.mlp": F.mse_loss(f["blocks.1.mlp"], of_big["blocks.0.mlp"]),
+    }
+    # Features count every token that has a label: all.
+    want["features"] = (
+        want["big/blocks.0.mlp"] + 0.25 * want["small/blocks.1.mixer"] + want["blocks.1.mlp"]
+    ) / 3
+    total = want["logits"] + 0.5 * want["labels"] + want["features"]
+    total.backward()
+    assert set(out.losses) == set(want)
+    for name, value in want.items():
+        torch.testing.assert_close(out.losses[name], value.detach(), msg=name)
+    torch.testing.assert_close(out.loss, total)
+    assert_same_gradients(gradients(student), gradients(plain))
+    assert all(p.grad is None for model in (big, small) for p in model.parameters())
+
+
+def test_weights_of_teachers_change_without_a_compile():
+    student, one, two = toys(1, 1, 1)
+    two.load_state_dict({k: v + 0.1 for k, v in two.state_dict().items()})
+    ids = tokens()
+    distiller = fxdistill.wrap(student, [one, two], label_loss=None, task="causal_lm", compile=AOT)
+    assert distiller.settings["teacher_weights.teacher0"] == 1.0
+
+    def value(*weights):
+        distiller.set(teacher_weights=weights)
+        return distiller(ids).losses["logits"]
+
+    distiller(ids)
+    counters.clear()
+    found = [value(1, 0), value(0, 2), value(0.5, 0.5), value(7, 7)]
+    assert not counters["stats"]
+    alone = [
+        fxdistill.wrap(student, t, label_loss=None, task="causal_lm", compile=False)(ids).loss
+        for t in (one, two)
+    ]
+    torch.testing.assert_close(torch.stack(found[:2]), torch.stack(alone).detach())
+    torch.testing.assert_close(found[2], found[3])
+    for wrong in ((1,), (0, 0), (-1, 2), {"one": 1}, (float("nan"), 1), "ab"):
+        before = distiller.settings
+        with pytest.raises(errors.OptionError, match="teacher"):
+            distiller.set(teacher_weights=wrong)
+        assert distiller.settings == before
+    saved = distiller.state_dict()
+    assert saved._metadata[""]["settings"]["teacher_weights.teacher1"] == 7.0
+
+
+@MODES
+def test_teachers_that_learn_too(compile):
+    student, one, two = toys(1, 2, 1)
+    plain, ids = copy.deepcopy([student, one, two]), tokens()
+    distiller = fxdistill.wrap(
+        student,
+        [one, two],
+        [Match("blocks.0.mlp", "blocks.0.mlp", of=1)],
+        freeze_teacher=False,
+        temperature=TAU,
+        label_loss=None,
+        task="causal_lm",
+        compile=compile,
+    )
+    distiller(ids).loss.backward()
+    s, f = values(plain[0], ids, "blocks.0.mlp")
+    a, _ = values(plain[1], ids)
+    b, g = values(plain[2], ids, "blocks.0.mlp")
+    total = by_hand("forward_kl", s, (a, b), (0.5, 0.5)).mean().float()
+    (total + F.mse_loss(f["blocks.0.mlp"], g["blocks.0.mlp"])).backward()
+    for model, other in zip((student, one, two), plain, strict=True):
+        assert_same_gradients(gradients(model), gradients(other))
+
+
+@MODES
+def test_the_student_teaches_itself(compile):
+    """Be Your Own Teacher: the deeper value is a target, and gets no gradient from the term."""
+    (student,) = toys(3)
+    plain, ids = copy.deepcopy(student), tokens()
+    mapping = [
+        Match("blocks.0", "blocks.2", of="self"),
+        Match("blocks.1.mlp", "blocks.2.mlp", of="self", loss="cosine"),
+    ]
+    distiller = fxdistill.wrap(
+        student, None, mapping, feature_weight=0.5, task="causal_lm", compile=compile
+    )
+    assert distiller.teacher is None
+    out = distiller(ids, labels=ids)
+    out.loss.backward()
+    s, f = values(plain, ids, "blocks.0", "blocks.2", "blocks.1.mlp", "blocks.2.mlp")
+    first = F.mse_loss(f["blocks.0"], f["blocks.2"].detach())
+    second = (1 - F.cosine_similarity(f["blocks.1.mlp"], f["blocks.2.mlp"].detach(), -1)).mean()
+    labels = F.cross_entropy(s[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    (labels + 0.5 * (first + second) / 2).backward()
+    assert list(out.losses) == ["labels", "features", "self/blocks.0", "self/blocks.1.mlp"]
+    torch.testing.assert_close(out.losses["self/blocks.0"], first.detach())
+    assert_same_gradients(gradients(student), gradients(plain))
+
+
+@pytest.mark.parametrize("compile", [False, AOT], ids=["eager", "graph"])
+def test_no_teacher(compile):
+    (student,) = toys(1)
+    plain, ids = copy.deepcopy(student), tokens()
+    distiller = fxdistill.wrap(student, None, task="causal_lm", compile=compile)
+    out = distiller(ids, labels=ids)
+    out.loss.backward()
+    assert list(out.losses) == ["labels"]
+    logits = plain(ids)["logits"]
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    assert_same_gradients(gradients(student), gradients(plain))
+    with pytest.warns(UserWarning, match="no term is in the loss"):
+        distiller(ids)
+
+
+def test_vocabularies_with_padding_of_their_own():
+    """Columns that one teacher lacks have no part in the mean of all."""
+    torch.manual_seed(0)
+    z = [torch.randn(2, 6, size) for size in (100, 104, 102)]
+
+    class Model(nn.Module):
+        def __init__(self, logits):
+            super().__init__()
+            self.logits = nn.Parameter(logits)
+
+        def forward(self, x):
+            return self.logits * x
+
+    distiller = fxdistill.wrap(
+        Model(z[1]), [Model(z[0]), Model(z[2])], task="masked_lm", label_loss=None, compile=False
+    )
+    found = distiller(torch.ones(())).loss
+    s, a, b = (x[..., :100] for x in (z[1], z[0], z[2]))
+    want = losses.forward_kl(s, ((a.softmax(-1) + b.softmax(-1)) / 2).log())
+    torch.testing.assert_close(found, want)
+
+
+def test_report_shows_every_teacher():
+    student, big, small = toys(1, 2, 1)
+    distiller = fxdistill.wrap(
+        student,
+        {"big": big, "small": small},
+        [Match("blocks.0.mlp", "blocks.0.mlp", of="small")],
+        task="causal_lm",
+        compile=AOT,
+    )
+    report = distiller.report(tokens(), labels=tokens())
+    assert [tower.name for tower in report.towers] == ["big", "small", "student"]
+    assert (report.pairs[0].name, report.pairs[0].teacher_model) == ("small/blocks.0.mlp", "small")
+    assert "big/logits, small/logits" in " ".join(str(distiller.summary()).split())
+
+
+MANY = [nn.Linear(2, 2), nn.Linear(2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "options", "says"),
+    [
+        ([], {}, "holds no model"),
+        ("gpt2", {}, "a list or a dict"),
+        ({"a": nn.Linear(2, 2), "b": "gpt2"}, {}, "'b' is a str"),
+        ({"self": nn.Linear(2, 2)}, {}, "'self'"),
+        ({"my teacher": nn.Linear(2, 2)}, {}, "NAME_inputs"),
+        (MANY, {"mapping": [Match("0", "", of=2)]}, "no such teacher"),
+        (MANY, {"mapping": [Match("0", "x", of=1)]}, "no module of the teacher matches 'x'"),
+        (MANY, {"teacher_weights": (1, 2, 3)}, "teacher0, teacher1"),
+        (MANY, {"teacher_weights": (1, -2)}, "at least 0"),
+        (MANY, {"teacher_weights": (1, 2), "logit_loss": None}, "no logit loss"),
+        (nn.Linear(2, 2), {"teacher_weights": (1,)}, "not several"),
+        (None, {"mapping": {"0": "1"}}, "there is no teacher"),
+        (None, {"mapping": [Match("0", "0", of="self")]}, "with itself"),
+    ],
+)
+def test_bad_input(teacher, options, says):
+    student = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(errors.FxDistillError, match=says):
+        fxdistill.wrap(student, teacher, options.pop("mapping", None), **options)
+
+
+def test_teachers_with_other_vocabularies():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def model(size):
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=size, num_hidden_layers=1, **sizes))
+
+    with pytest.raises(errors.VocabularyError, match=r"64 entries and the teacher's 128"):
+        fxdistill.wrap(model(64), [model(64), model(128)])

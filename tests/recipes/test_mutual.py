@@ -1,0 +1,138 @@
+"""Students that teach each other, against a plain loop of PyTorch, in all modes."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxdistill
+from fxdistill import Match, errors
+from toys import Toy, assert_same_gradients, gradients, tokens
+
+AOT = {"backend": "aot_eager"}
+MODES = pytest.mark.parametrize(
+    "compile", [False, "regional", AOT], ids=["eager", "regional", "graph"]
+)
+TAU = 2.0
+
+
+def toys(*depths):
+    torch.manual_seed(0)
+    return [Toy(depth) for depth in depths]
+
+
+def kl(target, logits):
+    """τ² KL(target ‖ softmax(logits/τ)), a mean over the predictions of known tokens."""
+    log_q = F.log_softmax(logits / TAU, -1)
+    return TAU**2 * F.kl_div(log_q[:, :-1], target[:, :-1], reduction="none").sum(-1).mean()
+
+
+def term(logits, others, peers):
+    others = [z.detach() for z in others]
+    if peers == "each":
+        return sum(kl((z / TAU).softmax(-1), logits) for z in others) / len(others)
+    if peers == "logits":
+        return kl((sum(others) / len(others) / TAU).softmax(-1), logits)
+    return kl(sum((z / TAU).softmax(-1) for z in others) / len(others), logits)
+
+
+def run(model, ids):
+    seen = []
+    handle = model.blocks[0].mlp.register_forward_hook(lambda m, a, out: seen.append(out))
+    logits = model(ids)["logits"]
+    handle.remove()
+    return logits, seen[0]
+
+
+@MODES
+@pytest.mark.parametrize("peers", ["logits", "probabilities", "each"])
+def test_three_students(compile, peers):
+    students = toys(2, 3, 1)
+    plain, ids = copy.deepcopy(students), tokens()
+    distiller = fxdistill.mutual(
+        students,
+        {"blocks.0.mlp": "blocks.0.mlp"},
+        temperature=TAU,
+        logit_weight=0.7,
+        label_weight=0.5,
+        feature_weight=0.3,
+        peers=peers,
+        task="causal_lm",
+        compile=compile,
+    )
+    out = distiller(ids, labels=ids)
+    out.loss.backward()
+
+    logits, features = zip(*(run(model, ids) for model in plain), strict=True)
+    want, total = {}, 0.0
+    for i, z in enumerate(logits):
+        want[f"{i}:logits"] = term(z, [*logits[:i], *logits[i + 1 :]], peers)
+        want[f"{i}:labels"] = F.cross_entropy(z[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        total = total + 0.7 * want[f"{i}:logits"] + 0.5 * want[f"{i}:labels"]
+    pairs = list(itertools.permutations(range(3), 2))
+    for i, j in pairs:
+        want[f"{i}<-{j}/blocks.0.mlp"] = F.mse_loss(features[i], features[j].detach())
+    want["features"] = sum(want[f"{i}<-{j}/blocks.0.mlp"] for i, j in pairs) / len(pairs)
+    total = total + 0.3 * want["features"]
+    total.backward()
+    assert set(out.losses) == set(want)
+    for name, value in want.items():
+        torch.testing.assert_close(out.losses[name], value.detach(), msg=name)
+    torch.testing.assert_close(out.loss, total)
+    for model, other in zip(students, plain, strict=True):
+        assert_same_gradients(gradients(model), gradients(other))
+
+
+def test_students_are_trained_saved_and_moved():
+    students = toys(1, 2)
+    distiller = fxdistill.mutual(students, task="causal_lm", compile=AOT)
+    assert distiller.students == tuple(students)
+    assert (distiller.teachers, distiller.teacher) == ({}, None)
+    (group,) = distiller.param_groups()
+    assert {id(p) for p in group["params"]} == {id(p) for m in students for p in m.parameters()}
+    state = distiller.state_dict()
+    assert set(state) == {
+        f"students.{i}.{k}" for i, m in enumerate(students) for k in m.state_dict()
+    }
+    other = fxdistill.mutual(toys(1, 2), task="causal_lm", compile=False)
+    for model in other.students:
+        nn.init.zeros_(model.embed.weight)
+    other.load_state_dict(state)
+    ids = tokens()
+    torch.testing.assert_close(other(ids, labels=ids).loss, distiller(ids, labels=ids).loss)
+    distiller.eval()
+    assert not any(m.training for model in students for m in model.modules())
+    with torch.no_grad():  # an evaluation returns the first student's logits
+        torch.testing.assert_close(distiller(ids).logits, students[0](ids)["logits"])
+    distiller.to(torch.float64)
+    assert {p.dtype for model in students for p in model.parameters()} == {torch.float64}
+
+
+def test_report_shows_every_student():
+    distiller = fxdistill.mutual(toys(1, 2), task="causal_lm", compile=AOT)
+    report = distiller.report(tokens(), labels=tokens())
+    assert [tower.name for tower in report.towers] == ["student0", "student1"]
+    assert [line.name for line in report.terms] == ["0:logits", "1:logits", "0:labels", "1:labels"]
+    assert report.flops.teacher == 0
+
+
+@pytest.mark.parametrize(
+    ("students", "options", "says"),
+    [
+        (toys(1), {}, "got 1 student: its teachers are other students"),
+        (toys(1)[0], {}, "got 1 student"),
+        ([], {}, "got 0 student"),
+        (toys(1) * 2, {}, "one model"),
+        (["gpt2", "gpt2"], {}, "student0 is a str"),
+        (toys(1, 1), {"peers": "mean"}, "'probabilities'"),
+        (toys(1, 1), {"mapping": {"blocks.9": "blocks.0"}}, r"Nearest: 'blocks\.0'"),
+        (toys(1, 1), {"mapping": [Match("blocks.0", "blocks.0", of=0)]}, "every other"),
+        (toys(1, 1), {"student_plan": [None]}, "1 entries, and there are 2"),
+    ],
+)
+def test_bad_input(students, options, says):
+    with pytest.raises(errors.FxDistillError, match=says):
+        fxdistill.mutual(students, **options)
