@@ -1,7 +1,7 @@
 """What a checkpoint says of its distiller in words, so that another one can be told from it."""
 
 import functools
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from typing import Any
 
 from fxdistill.distiller.distiller import Distiller
@@ -9,7 +9,7 @@ from fxdistill.losses.names import loss_name
 from fxdistill.mapping.match import Match
 
 # What a term compares. The weight is a setting, which is restored; the rest of a term follows.
-_SAID = ("of", "student", "teacher", "weights", "shift")
+_SAID = ("of", "student", "teacher", "teachers", "target", "tap", "shift", "has_module", "weights")
 
 
 def described(distiller: Distiller) -> dict[str, dict[str, str]]:
@@ -25,14 +25,18 @@ def described(distiller: Distiller) -> dict[str, dict[str, str]]:
 
 def _terms(objective: Any) -> dict[str, str]:
     """Each term by name, whatever kinds of terms an objective has."""
+    values = [getattr(objective, field.name) for field in fields(objective)]
+    items: list[Any] = [item for value in values if isinstance(value, tuple) for item in value]
     found: dict[str, str] = {}
-    for field in fields(objective):
-        value = getattr(objective, field.name)
-        for term in value if isinstance(value, tuple) else ():
-            if is_dataclass(term) and hasattr(term, "loss") and hasattr(term, "name"):
-                said = (f"{k} {_said(getattr(term, k))}" for k in _SAID if getattr(term, k, None))
-                found[_new(str(term.name), found)] = f"{_loss(term.loss)}: {', '.join(said)}"
+    for item in [item for item in items if hasattr(item, "name")]:
+        for term in getattr(item, "terms", (item,)):  # a head has several
+            own = f" of {_told(item)}" if item is not term else ""
+            found[_new(str(term.name), found)] = f"{_loss(term.loss)}: {_told(term)}{own}"
     return found
+
+
+def _told(term: Any) -> str:
+    return ", ".join(f"{k} {_said(getattr(term, k))}" for k in _SAID if getattr(term, k, None))
 
 
 def _match(match: Match) -> str:
