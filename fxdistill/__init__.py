@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 # The public names and their homes. Each is imported when it is first asked for: the command line
 # answers --help without torch. Readers of types are told below; a test compares the lists.
 _HOMES = {
+    "Checkpoint": "training.checkpoint.load",
     "DistillOutput": "distiller.output",
     "Distiller": "distiller.distiller",
     "FxDistillError": "errors",
@@ -29,14 +30,18 @@ _HOMES = {
     "Matches": "mapping.matches",
     "PassRecord": "graph.program",
     "Program": "graph.program",
+    "balance": "training.balance",
     "Schedule": "training.schedule",
     "base_of": "models.adapters",
+    "gradient_norms": "training.balance",
+    "load_checkpoint": "training.checkpoint.load",
     "match": "mapping.propose",
     "module_names": "models.tap",
     "mutual": "recipes.mutual",
     "resolve": "mapping.resolve",
     "rollout": "recipes.on_policy",
     "run": "graph.pipeline",
+    "save_checkpoint": "training.checkpoint.save",
     "trace": "compiler.capture",
     "wrap": "distiller.wrap",
 }
@@ -72,6 +77,9 @@ if TYPE_CHECKING:
     from fxdistill.recipes.on_policy import rollout
     from fxdistill.training import loss_log as live
     from fxdistill.training import schedules
+    from fxdistill.training.balance import balance, gradient_norms
+    from fxdistill.training.checkpoint.load import Checkpoint, load_checkpoint
+    from fxdistill.training.checkpoint.save import save_checkpoint
     from fxdistill.training.loss_log import LossLog, LossRow
     from fxdistill.training.schedule import Schedule
 else:
@@ -93,6 +101,7 @@ else:
 
 
 __all__ = [
+    "Checkpoint",
     "DistillOutput",
     "Distiller",
     "FxDistillError",
@@ -106,9 +115,12 @@ __all__ = [
     "PassRecord",
     "Program",
     "Schedule",
+    "balance",
     "base_of",
     "errors",
+    "gradient_norms",
     "live",
+    "load_checkpoint",
     "losses",
     "match",
     "module_names",
@@ -117,6 +129,7 @@ __all__ = [
     "resolve",
     "rollout",
     "run",
+    "save_checkpoint",
     "schedules",
     "trace",
     "wrap",
