@@ -42,7 +42,17 @@ _OURS = "fxdistill"
 _KNOWN = {"torch", "_operator", "operator", "builtins", "math", "einops", _OURS}
 # The namespaces of operators that torch brings along.
 _OF_TORCH = {
-    *("aten", "prim", "prims", "rngprims", "inductor", "quantized", "_quantized", "mkldnn", "onednn"),
+    *(
+        "aten",
+        "prim",
+        "prims",
+        "rngprims",
+        "inductor",
+        "quantized",
+        "_quantized",
+        "mkldnn",
+        "onednn",
+    ),
     *("_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "c10d", "_dtensor"),
     *("fsdp", "symm_mem", "quantized_decomposed", "higher_order", "profiler"),
 }

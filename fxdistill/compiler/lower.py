@@ -27,11 +27,12 @@ from fxdistill.compiler.cached import Caching, caching_of
 from fxdistill.errors import OptionError, did_you_mean
 from fxdistill.graph import pipeline
 from fxdistill.graph.halves import Halves
-from fxdistill.graph.pipeline import Observer
-from fxdistill.graph.program import Pass, Program
+from fxdistill.graph.pipeline import Observer, pass_name
+from fxdistill.graph.program import Pass, PassRecord, Program, output_values
 
 Compiled = Callable[..., Any]
 SMALLEST_BUDGET = 1e-6
+FROM_CACHE = "AOTAutogradCache"  # the record of a step that was found compiled
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,11 @@ def lower(
         careful = _UNFUSED if _crosses_cpu_ranks(gm, example_inputs) else {}
         options = caching.options({**careful, **lowering.options})
         patches = {"custom_partitioner_fn": partition, **options}
-        with caching.used():
-            return cast(Compiled, compile_fx(gm, list(example_inputs), config_patches=patches))
+        with caching.used() as found:
+            compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
+        if found.hit and joint_passes:
+            _say_found(gm, joint_passes, observers)
+        return cast(Compiled, compiled)
     if lowering.backend == "aot_eager":
         aot = aot_autograd(
             fw_compiler=boxed_nop, partition_fn=partition, keep_inference_input_mutations=True
@@ -79,6 +83,18 @@ def lower(
     compiler = lookup_backend(backend) if isinstance(backend, str) else backend
     options = {"options": dict(lowering.options)} if lowering.options else {}
     return cast(Compiled, compiler(gm, list(example_inputs), **options))
+
+
+def _say_found(
+    gm: fx.GraphModule, joint_passes: Sequence[Pass], observers: Sequence[Observer]
+) -> None:
+    """Tell observers why no pass of the joint level has run."""
+    names, count = ", ".join(map(pass_name, joint_passes)), len(gm.graph.nodes)
+    said = f"had the compiled step, so these did not run again: {names}"
+    record = PassRecord(FROM_CACHE, count, count, (), 0.0, False, (said,), "joint")
+    program = Program(gm, tuple(f"output_{i}" for i in range(len(output_values(gm.graph)))))
+    for observer in observers:
+        observer(record, program)
 
 
 # On CPUs, Inductor (torch 2.13) loses track of in-place collectives once it fuses kernels: its C++
