@@ -5,12 +5,14 @@
 Each round starts processes in turns: "first" with an empty cache of its own, then "second" with
 what it left, for fxdistill and for hooks + `torch.compile` (see features.py), on the same pair. A
 step is forward and backward. "step" is the first step alone; "process" is everything from the start
-of Python to the end of that step, imports and the making of the models included.
+of Python to the end of that step, imports and the making of the models included. "cpu" is the time
+that processors worked for the process, which other work on the machine changes less.
 """
 
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 KINDS = ("one graph", "regional", "hooks")
+WHAT = ("step", "process", "cpu")
+SIZES = ("vocabulary", "batch", "length", "width", "layers")
 
 
 def child(o: argparse.Namespace) -> None:
@@ -62,62 +66,55 @@ def child(o: argparse.Namespace) -> None:
     step()
     ended = time.time()
     found = dict(counters["aot_autograd"])
-    print(json.dumps({"step": ended - begun, "process": ended - o.started, "counters": found}))
+    times = {"step": ended - begun, "process": ended - o.started, "cpu": cpu_seconds()}
+    print(json.dumps({**times, "counters": found}))
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def run(o: argparse.Namespace, kind: str, cache: str) -> dict[str, float]:
     """Run one process and return what it printed last."""
-    arguments = [
-        f"--{n}={getattr(o, n)}" for n in ("vocabulary", "batch", "length", "width", "layers")
-    ]
-    command = [sys.executable, __file__, "--child", kind, "--started", str(time.time()), *arguments]
+    arguments = ["--child", kind, "--started", str(time.time())]
+    arguments += [f"--{name}={getattr(o, name)}" for name in SIZES]
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+    command = [sys.executable, __file__, *arguments]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measured(o: argparse.Namespace) -> list[dict[str, dict[str, float]]]:
-    """The seconds of every process in every round."""
+    """The medians of every kind of process in every round."""
     rounds = []
     for _ in range(o.rounds):
-        found = {}
+        found: dict[str, list[dict[str, float]]] = {}
         with tempfile.TemporaryDirectory() as folder:
             for which in ("first", *["second"] * o.seconds):
                 for kind in o.kinds:
-                    cache = str(Path(folder) / kind.replace(" ", "_"))
-                    told = run(o, kind, cache)
+                    told = run(o, kind, str(Path(folder) / kind.replace(" ", "_")))
                     print(kind, which, told, flush=True)
                     found.setdefault(f"{kind}, {which}", []).append(told)
-        rounds.append(
-            {
-                name: {k: statistics.median(t[k] for t in tolds) for k in ("step", "process")}
-                for name, tolds in found.items()
-            }
-        )
+        rounds.append({name: medians(tolds) for name, tolds in found.items()})
     return rounds
 
 
-def table(rounds: list[dict[str, dict[str, float]]]) -> Table:
+def medians(tolds: list[dict[str, float]]) -> dict[str, float]:
+    return {what: statistics.median(told[what] for told in tolds) for what in WHAT}
+
+
+def table(rounds: list[dict[str, dict[str, float]]], what: str) -> Table:
     """Medians over the rounds, and ratios to the first process and to the hooks' second one."""
-    columns = (
-        "process",
-        "step, s",
-        "of its first",
-        "of hooks'",
-        "process, s",
-        "of its first",
-        "of hooks'",
-    )
-    made = Table(*columns)
+    made = Table(f"{what} of", "s", "of its first", "of the hooks'")
     for name in rounds[0]:
         kind, which = name.split(", ")
-        cells = []
-        for what in ("step", "process"):
-            cells.append(f"{statistics.median(r[name][what] for r in rounds):.1f}")
-            for other in (f"{kind}, first", f"hooks, {which}"):
-                ratios = sorted(r[name][what] / r[other][what] for r in rounds if other in r)
-                spread = f" ({ratios[0]:.2f}-{ratios[-1]:.2f})" if ratios else ""
-                cells.append(f"{statistics.median(ratios):.2f}{spread}" if ratios else "")
+        cells = [f"{statistics.median(r[name][what] for r in rounds):.1f}"]
+        for other in (f"{kind}, first", f"hooks, {which}"):
+            ratios = sorted(r[name][what] / r[other][what] for r in rounds if other in r)
+            spread = f"({ratios[0]:.2f}-{ratios[-1]:.2f})" if ratios else ""
+            cells.append(f"{statistics.median(ratios):.2f} {spread}" if ratios else "")
         made.add_row(name, *cells)
     return made
 
@@ -130,9 +127,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument(
-        "--layers", type=int, default=4, help="of the student; the teacher has two a layer"
-    )
+    parser.add_argument("--layers", type=int, default=4, help="of the student")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=1, help="second processes in each round")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
@@ -142,7 +137,8 @@ def main() -> None:
     if o.child:
         child(o)
     else:
-        Console(width=120).print(vars(o), table(measured(o)))
+        rounds = measured(o)
+        Console(width=100).print(vars(o), *(table(rounds, what) for what in WHAT))
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def test_the_joint_passes_are_recorded():
 @pytest.mark.slow
 def test_inductor_runs_the_joint_passes_and_takes_its_options():
     student, teacher = toy_pair()
-    options = {"options": {"epilogue_fusion": False}, "mode": "default"}
+    options = {"options": {"epilogue_fusion": False}, "mode": "reduce-overhead"}
     distiller = fxdistill.wrap(student, teacher, MAPPING, compile=options)
     distiller(tokens()).loss.backward()
     assert "KeepTeacher" in [r.name for r in distiller.program.history]
