@@ -127,10 +127,16 @@ def caching_of(gm: fx.GraphModule, every: Sequence[Pass], *, wanted: bool = True
     except _Unreadable as error:
         parts, why_not = [*map(repr, every)], str(error)
         _LOG.info("the compiled step is not kept for later processes: %s", why_not)
-    versions = (_PACKAGE, torch.__version__, einops.__version__)
+    versions = (_PACKAGE, torch.__version__, einops.__version__, repr(_autocast()))
     key = _digest(part.encode() for part in (*versions, *parts, _labels(nodes)))
     functions = sorted({name for node in nodes if (name := _own_function(node))})
     return Caching(key, why_not, tuple(functions))
+
+
+def _autocast() -> list[tuple[str, bool, torch.dtype]]:
+    """The state of autocast around the step, which not every version of torch has in its key."""
+    kinds = ("cpu", "cuda")
+    return [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
 
 
 def _labels(nodes: Sequence[fx.Node]) -> str:

@@ -15,7 +15,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -205,7 +205,7 @@ def _same(a: Any, b: Any) -> bool:
 def _shapes(value: Any) -> list[Any]:
     """The sizes of all tensors in a value, by identity where they are symbolic."""
     leaves = (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
-    return [[s if type(s) is int else id(s.node) for s in leaf.shape] for leaf in leaves]
+    return [[s if type(s) is int else id(cast(Any, s).node) for s in leaf.shape] for leaf in leaves]
 
 
 class _Runner(fx.Interpreter):

@@ -48,6 +48,8 @@ def test_equal_graphs_have_one_key_and_options_and_labels_another():
     assert caching_of(graph(), (KeepTeacher(("other",)),)).key != first.key
     assert caching_of(graph(), (PruneTeacher(),)).key != first.key
     assert caching_of(graph(section="teacher"), (KeepTeacher(),)).key != first.key
+    with torch.autocast("cpu", torch.bfloat16):
+        assert caching_of(graph(), (KeepTeacher(),)).key != first.key
 
 
 def test_the_key_follows_every_file_of_ours(monkeypatch, tmp_path):
