@@ -20,7 +20,7 @@ from fxdistill.distiller.modes import Request, Steps, tapping
 from fxdistill.distiller.settings import Setting
 from fxdistill.distiller.step import step
 from fxdistill.distiller.towers import Towers
-from fxdistill.distiller.traceless import traceless
+from fxdistill.distiller.unchanged import unchanged
 from fxdistill.models.tap import Tap, Tower
 from fxdistill.objective.objective import Losses, Objective
 
@@ -101,7 +101,7 @@ def explained(request: Request, settings: dict[str, Setting]) -> Explanation:
     found = [f for name, value in settings.items() if (f := _of("weight", None, name, value))]
     found += _inputs(request)
     found += _parameters(towers)
-    with traceless(towers), torch.enable_grad():
+    with unchanged(towers.every), torch.enable_grad():
         modules: dict[Tower, list[Finding]] = {tower: [] for tower in towers.modules}
         with watched(towers, modules), tapping(request, Steps(), capturing=False) as table:
             given = (request.call.inputs, request.call.batch, request.settings)

@@ -20,12 +20,12 @@ from fxdistill.distiller.options import Options
 from fxdistill.distiller.settings import Settings
 from fxdistill.distiller.term_gradients import term_norms
 from fxdistill.distiller.towers import Towers
-from fxdistill.distiller.traceless import inputs_of, traceless
+from fxdistill.distiller.unchanged import unchanged
 from fxdistill.errors import CaptureError
 from fxdistill.graph.joint import JointProgram
 from fxdistill.mapping.matches import Matches
 from fxdistill.models.devices import device_of
-from fxdistill.objective.call import Call
+from fxdistill.objective.call import Call, inputs_of
 from fxdistill.objective.objective import Objective
 from fxdistill.report.build import build
 from fxdistill.report.faces.summary import Summary, summary
@@ -147,13 +147,13 @@ class Looking(nn.Module):
         Raises:
             OptionError: ``batch`` is neither a dict nor a tuple.
         """
-        with traceless(self._towers):  # sorting a call settles the modes of frozen models
+        with unchanged(self._towers.every):  # sorting a call settles the modes of frozen models
             request = self._request(self._sorted(*inputs_of(batch)))
             return explained(request, self._settings.values)
 
     def gradient_norms(self, batch: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, float]:
         """The norm of each term's gradient: what ``fxdistill.gradient_norms`` returns."""
-        with traceless(self._towers):
+        with unchanged(self._towers.every):
             return term_norms(self._request(self._sorted(*inputs_of(batch))))
 
     def summary(self) -> Summary:

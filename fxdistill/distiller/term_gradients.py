@@ -16,7 +16,7 @@ from fxdistill.base.tensors import is_placed
 from fxdistill.distiller.modes import Request, Steps, tapping
 from fxdistill.distiller.step import step
 from fxdistill.distiller.towers import Towers
-from fxdistill.distiller.traceless import traceless
+from fxdistill.distiller.unchanged import unchanged
 from fxdistill.errors import OptionError
 from fxdistill.objective.objective import Objective
 from fxdistill.objective.step_weights import StepWeights
@@ -30,7 +30,7 @@ def term_norms(request: Request) -> dict[str, float]:
     """
     towers, objective = request.towers, request.objective
     learning = _learning(towers, objective)
-    with traceless(towers), torch.enable_grad(), tapping(request, Steps(), capturing=False):
+    with unchanged(towers.every), torch.enable_grad(), tapping(request, Steps(), capturing=False):
         weights = _leaves(StepWeights.of(request.settings.detach(), objective.names))
         given: Any = (request.call.inputs, request.call.batch, weights)
         losses, _ = step(towers, objective, *given)
