@@ -353,3 +353,14 @@ def test_teachers_with_other_vocabularies():
 
     with pytest.raises(errors.VocabularyError, match=r"64 entries and the teacher's 128"):
         fxdistill.wrap(model(64), [model(64), model(128)])
+
+
+@pytest.mark.slow
+def test_teachers_are_mixed_by_compiled_code():
+    """As a user runs it: Inductor compiles the mixing inside of the operator, for both dtypes."""
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        h, w = torch.randn(40, 8, dtype=dtype), torch.randn(64, 8, dtype=dtype)
+        given = {"other_teachers": [(h * 2, w + 1, None, 1.0, 30.0)], "temperature": TAU}
+        found = [losses.vocab_loss(h, w, h, w, compile=c, **given).loss for c in (True, False)]
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)

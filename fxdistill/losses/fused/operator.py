@@ -114,7 +114,8 @@ class _Loop:
         if call.mixture is not None:
             columns, sides = ChunkSpec.read(call.spec).columns, teachers.unpacked(call.others)
             spec = teachers.MixSpec.read(call.mixed)
-            self.mixing = teachers.Mixing(sides, spec, size, rows, columns)
+            some = teachers.Rows(rows, columns, call.compiled)
+            self.mixing = teachers.Mixing(sides, spec, size, some)
         # Sums over many chunks are kept in float32 at least.
         kind = torch.float64 if h.dtype == torch.float64 else torch.float32
         self.dh = h.new_empty(h.shape) if "h" in needs else h.new_empty(0)

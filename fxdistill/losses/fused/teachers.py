@@ -5,12 +5,14 @@ few rows at a time, into one: to the body of a chunk there is one teacher whose 
 """
 
 import ast
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fxdistill.base.nodes import own_code
 from fxdistill.losses.fused.call import HeadSide
 from fxdistill.losses.fused.chunk import through_head
 from fxdistill.losses.mixture import Pooled, mean_of_teachers
@@ -50,17 +52,38 @@ def unpacked(tensors: Sequence[Tensor]) -> list[HeadSide]:
     return [HeadSide(h, w, b if b.numel() else None) for h, w, b in sides]
 
 
+class Rows(NamedTuple):
+    """How many tokens are mixed at a time, of how many columns, and whether that is compiled."""
+
+    count: int
+    columns: int
+    compiled: bool
+
+
+@functools.cache
+def _mean(spec: MixSpec, columns: int, compiled: bool) -> Callable[..., None]:
+    """The body that writes the mean of teachers' raw logits ``[c, V_k]``; compiled for one c."""
+
+    def mean(raw: list[Tensor], shares: Tensor, tau: Tensor, out: Tensor) -> None:
+        logits = [
+            through_head(z, scale, cap)[0][:, :columns]
+            for z, (scale, cap) in zip(raw, spec.curves, strict=True)
+        ]
+        out.copy_(mean_of_teachers(logits, shares, temperature=tau, pooled=spec.pooled))
+
+    return torch.compile(own_code(mean), fullgraph=True, dynamic=False) if compiled else mean
+
+
 class Mixing:
     """The buffers of one call for teachers behind the first, and for the mean of all."""
 
-    def __init__(
-        self, others: Sequence[HeadSide], spec: MixSpec, size: int, rows: int, columns: int
-    ) -> None:
-        self.others, self.spec, self.rows, self.columns = others, spec, rows, columns
+    def __init__(self, others: Sequence[HeadSide], spec: MixSpec, size: int, rows: Rows) -> None:
+        self.others, self.rows = others, rows
+        self.write = _mean(spec, rows.columns, rows.compiled)
         self.buffers = [side.hidden.new_empty(size, side.weight.shape[0]) for side in others]
         kind = others[0].hidden.dtype
         kind = torch.float64 if kind == torch.float64 else torch.float32
-        self.mean = others[0].hidden.new_empty(size, columns, dtype=kind)
+        self.mean = others[0].hidden.new_empty(size, rows.columns, dtype=kind)
 
     def mixed(
         self, first: Tensor, taken: Callable[[Tensor], Tensor], shares: Tensor, tau: Tensor
@@ -78,12 +101,7 @@ class Mixing:
                 torch.addmm(side.bias, taken(side.hidden), side.weight.T, out=out)
             raw.append(out)
         mean = self.mean[: len(first)]
-        for start in range(0, len(first), self.rows):
-            here = slice(start, start + self.rows)
-            logits = [
-                through_head(z[here], scale, cap)[0][:, : self.columns]
-                for z, (scale, cap) in zip(raw, self.spec.curves, strict=True)
-            ]
-            options = {"temperature": tau, "pooled": self.spec.pooled}
-            mean[here] = mean_of_teachers(logits, shares, **options)  # type: ignore[arg-type]
+        for start in range(0, len(first), self.rows.count):
+            here = slice(start, start + self.rows.count)
+            self.write([z[here] for z in raw], shares, tau, mean[here])
         return mean
