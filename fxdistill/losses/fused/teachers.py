@@ -55,7 +55,7 @@ def unpacked(tensors: Sequence[Tensor]) -> list[HeadSide]:
 class Rows(NamedTuple):
     """How many tokens are mixed at a time, of how many columns, and whether that is compiled."""
 
-    count: int
+    tokens: int
     columns: int
     compiled: bool
 
@@ -101,7 +101,7 @@ class Mixing:
                 torch.addmm(side.bias, taken(side.hidden), side.weight.T, out=out)
             raw.append(out)
         mean = self.mean[: len(first)]
-        for start in range(0, len(first), self.rows.count):
-            here = slice(start, start + self.rows.count)
+        for start in range(0, len(first), self.rows.tokens):
+            here = slice(start, start + self.rows.tokens)
             self.write([z[here] for z in raw], shares, tau, mean[here])
         return mean
