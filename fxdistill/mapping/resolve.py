@@ -21,7 +21,7 @@ from fxdistill.mapping.attends import attention_problems
 from fxdistill.mapping.match import Match
 from fxdistill.mapping.matches import Matches, parse_entries
 from fxdistill.mapping.patterns import Binding, Pattern, in_words, natural
-from fxdistill.models.tap import Tap, module_names
+from fxdistill.models.tap import Tap, module_names, port_text
 
 PORT = re.compile(r"output(\[\d+\]|\.\w+)?|input(\[\d+\]|\.\w+)?|attention(\.(q|k|v|heads))?")
 _SHOWN = 6
@@ -51,6 +51,7 @@ def resolve(student: nn.Module, teacher: nn.Module, mapping: object) -> Matches:
     for tower, model in models.items():
         taps = [tap_of(pair, tower) for _, pair in found]
         problems += _one_module_twice(model, tower, taps)
+        problems += _one_name_twice(tower, taps)
         problems += attention_problems(model, tower, taps)
     raise_together(problems)
     notes = mapping.notes if isinstance(mapping, Matches) else ()
@@ -60,17 +61,19 @@ def resolve(student: nn.Module, teacher: nn.Module, mapping: object) -> Matches:
 def tap_of(match: Match, tower: str) -> Tap:
     """The value that an explicit match reads in ``tower``."""
     path, _, call = str(getattr(match, tower)).partition("@")
-    return Tap(path, getattr(match, f"{tower}_port"), int(call or 0))
+    port = getattr(match, f"{tower}_port")
+    return Tap(path, port_text(port), int(call or 0), None if isinstance(port, str) else port)
 
 
 def _expand(match: Match, paths: ModulePaths) -> list[Match]:
     for tower in ("student", "teacher"):
         port = getattr(match, f"{tower}_port")
-        if not isinstance(port, str) or not PORT.fullmatch(port):
+        if not (PORT.fullmatch(port) if isinstance(port, str) else callable(port)):
             raise PortError(
                 f"{tower}_port={port!r}: a port is 'output', 'output[i]', 'output.field', "
                 "'input', 'input[i]' or 'input.name'; of attention 'attention', 'attention.q', "
-                "'attention.k', 'attention.v' or 'attention.heads'"
+                "'attention.k', 'attention.v' or 'attention.heads'; or a callable (module, args, "
+                "kwargs, output) -> tensor"
             )
     sides = [Pattern.parse(str(getattr(match, t)), t) for t in ("student", "teacher")]
     names = sides[0].names | sides[1].names
@@ -169,6 +172,19 @@ def _one_module_twice(model: nn.Module, tower: str, taps: list[Tap]) -> list[FxD
                 )
             )
     return problems
+
+
+def _one_name_twice(tower: str, taps: list[Tap]) -> list[FxDistillError]:
+    """The errors where two functions of one name are ports of one module: a port is its name."""
+    first: dict[Tap, Tap] = {}
+    return [
+        PortError(
+            f"{tower} {tap.path!r} has two ports called {tap.port!r}, which are different "
+            "functions: give each a name of its own (def, or __name__)."
+        )
+        for tap in taps
+        if first.setdefault(tap, tap).reads != tap.reads
+    ]
 
 
 # ---- messages
