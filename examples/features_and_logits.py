@@ -1,9 +1,9 @@
 """Features and logits, each alone and together: what does a student of handwritten digits gain?
 
 A small CNN has 100 labelled images; its teacher, eight times as wide, has learned from 1000 others.
-The student learns from labels; from labels and the teacher's logits; from labels and what both
-stages put out (FitNets, Romero et al. 2015, arXiv 1412.6550, on normalised channels; a 1×1
-convolution lifts the student's channels to the teacher's number); and from all of these.
+The student learns from labels; from labels and the teacher's logits; from labels and the teacher's
+embedding (the square of the difference, as in FitNets, Romero et al. 2015, arXiv 1412.6550; a linear
+layer lifts the student's 32 numbers to the teacher's 256); and from all of these.
 
 What one learns here: a loss is a sum of terms, of which any may be missing; projections are made by
 ``wrap``, train with the student, and are no part of it.
@@ -23,10 +23,8 @@ from fxdistill import Match
 WIDTH = 4  # of the student's first stage; the teacher's is 32
 LOGITS = {"temperature": 4.0}
 FEATURES = {
-    "mapping": [
-        Match(stage, stage, loss="fitnet", project="auto") for stage in ("stage1", "stage2")
-    ],
-    "feature_weight": 30.0,  # of vectors of length 1, whose squares are 1/32 and 1/64 in the mean
+    "mapping": [Match("embedding", "embedding", loss="mse", project="auto")],
+    "feature_weight": 1.0,
 }
 WAYS = {
     "labels alone": {"logit_loss": None},

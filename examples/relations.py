@@ -37,10 +37,10 @@ def of_embeddings(**weights: float) -> dict:
 
 WAYS = {
     "labels alone": {},
-    "RKD: distances, angles": of_embeddings(distance_wise=25.0, angle_wise=50.0),
-    "similarity-preserving": of_embeddings(similarity_preserving=3000.0),
-    "gram": of_embeddings(gram=3000.0),
-    "CRD": of_embeddings(crd=0.8),
+    "RKD: distances, angles": of_embeddings(distance_wise=1.0, angle_wise=2.0),
+    "similarity-preserving": of_embeddings(similarity_preserving=100.0),
+    "gram": of_embeddings(gram=100.0),
+    "CRD": of_embeddings(crd=0.2),
 }
 
 

@@ -25,16 +25,16 @@ import fxdistill
 from fxdistill import Match
 
 WIDTH = 4  # of the CNN's first stage
-SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4}
+SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3}
 MAPS = {"rearrange": ("b c h w -> b c h w", "b (1 + h w) c -> b c h w")}
 LOGITS = {"logit_loss": "forward_kl", "temperature": 4.0}
 FITNETS = {
-    "mapping": [Match("stage2", "vit.vit.layers.3", loss="fitnet", project="auto", **MAPS)],
-    "feature_weight": 30.0,
+    "mapping": [Match("stage2", "vit.vit.layers.2", loss="fitnet", project="auto", **MAPS)],
+    "feature_weight": 3.0,
 }
 TRANSFER = {
-    "mapping": [Match("stage2", "vit.vit.layers.3", loss="attention_transfer", **MAPS)],
-    "feature_weight": 100.0,
+    "mapping": [Match("stage2", "vit.vit.layers.2", loss="attention_transfer", **MAPS)],
+    "feature_weight": 10.0,
 }
 WAYS = {
     "labels alone": {},
@@ -57,7 +57,6 @@ class Enlarged(nn.Module):
             num_channels=1,
             num_attention_heads=4,
             num_labels=10,
-            hidden_dropout_prob=0.1,
             **SIZES,
         )
         self.vit = ViTForImageClassification(config)
@@ -68,7 +67,7 @@ class Enlarged(nn.Module):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = runs.options(__doc__, argv, steps=1000, teacher_steps=1000)
+    options = runs.options(__doc__, argv, steps=800, teacher_steps=1000)
     measures = {"accuracy": "held-out accuracy (%)"}
     with runs.Study("vision", options, measures, sizes={"width": WIDTH, **SIZES}) as study:
         for seed in options.seeds:
@@ -76,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             torch.manual_seed(seed)
             vit = Enlarged()
             steps = options.teacher_steps
-            digits.taught(study, "ViT", vit, split.teacher, steps, seed, lr=3e-3)
+            digits.taught(study, "ViT", vit, split.teacher, steps, seed, lr=2e-3)
             study.note("ViT", reference=True, accuracy=digits.accuracy(vit, split.heldout))
             examples = (split.student.pixels[:2],)  # wrap reads the widths of projections from them
             for way, recipe in WAYS.items():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-STUDIES = ("temperature",)
+STUDIES = ("born_again", "features_and_logits", "relations", "temperature", "vision")
 
 
 @pytest.fixture
