@@ -2,7 +2,7 @@
 
 A small CNN has 100 labelled images; its teacher, eight times as wide, has learned from 1000 others.
 The student learns from labels; from labels and the teacher's logits; from labels and the teacher's
-embedding (the square of the difference, as in FitNets, Romero et al. 2015, arXiv 1412.6550; a linear
+embedding (squares of the difference, as in FitNets, Romero et al. 2015, arXiv 1412.6550; a linear
 layer lifts the student's 32 numbers to the teacher's 256); and from all of these.
 
 What one learns here: a loss is a sum of terms, of which any may be missing; projections are made by

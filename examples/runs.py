@@ -151,10 +151,11 @@ class Study:
         for way in self.ways[1:]:
             gains = self.gains(way, measure)
             better = sum(gain > 0 for gain in gains)
-            word = "worse" if mean(gains) < 0 else "better"
+            word = "worse than" if mean(gains) < 0 else "better than"
+            word = word if any(gains) else "the same as"
             by = f"{abs(mean(gains)):.3g} ± {spread(gains):.2g}"
             found.append(
-                f"{way}: {measure} {word} than that of {self.ways[0]} by {by}; "
+                f"{way}: {measure} {word} that of {self.ways[0]}, by {by}; "
                 f"better in {better} of {len(gains)} seeds."
             )
         return found

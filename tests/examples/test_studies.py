@@ -10,7 +10,7 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-STUDIES = ("born_again", "features_and_logits", "relations", "temperature", "vision")
+STUDIES = ("born_again", "detection", "features_and_logits", "relations", "temperature", "vision")
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_means_spreads_and_gains_are_those_of_the_seeds(example, tmp_path: Path)
     assert study.gains("better", "loss") == [0.5, -1.5]  # less is better
     assert study.gains("better", "right") == [10, 10]
     assert study.sentences() == [
-        "better: loss worse than that of plain by 0.5 ± 1.4; better in 1 of 2 seeds."
+        "better: loss worse than that of plain, by 0.5 ± 1.4; better in 1 of 2 seeds."
     ]
 
 
@@ -79,3 +79,25 @@ def test_no_digit_is_on_two_sides_and_a_seed_repeats_its_batches(example) -> Non
 
     assert torch.equal(first(0)[0], first(0)[0])
     assert not torch.equal(first(0)[0], first(1)[0])
+
+
+def test_a_scene_says_where_its_digits_are_and_finding_them_all_is_a_precision_of_100(
+    example,
+) -> None:
+    scenes_of, digits = example("digit_scenes"), example("digits")
+    scenes = scenes_of.compose(digits.load(0).student, 20, seed=0)
+    there = scenes.digits != scenes_of.NOTHING
+    for i, truth in enumerate(scenes.truth):  # each digit has a place, and each place its box
+        assert {(d, *b.tolist()) for d, b in truth} == {
+            (int(d), *b.int().tolist())
+            for d, b in zip(scenes.digits[i][there[i]], scenes.boxes[i][there[i]], strict=True)
+        }
+
+    sure = torch.full((20, 80, 10), -9.0)
+    sure[there] += 18.0 * torch.nn.functional.one_hot(scenes.digits[there], 10)
+    assert scenes_of.average_precision(scenes, sure, scenes.boxes) == pytest.approx(100)
+    moved = scenes.boxes + 6.0  # of 8 to 16 pixels: no small digit, few large ones overlap by half
+    assert scenes_of.average_precision(scenes, sure, moved) < 20
+    assert scenes_of.overlap(torch.tensor([0, 0, 2, 2]), torch.tensor([1, 0, 3, 2])) == (
+        pytest.approx(1 / 3)
+    )
