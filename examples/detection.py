@@ -26,9 +26,9 @@ from torch import Tensor
 import fxdistill
 from fxdistill import Match
 
-WIDTHS = {"teacher": 32, "student": 6}
-CLASSES = Match("classes", "classes", loss="detection_classification", weight=20.0)
-BOXES = Match("boxes", "boxes", loss="detection_box", weights="foreground", weight=0.5)
+WIDTHS = {"teacher": 32, "student": 8}
+CLASSES = Match("classes", "classes", loss="detection_classification", weight=4.0)
+BOXES = Match("boxes", "boxes", loss="detection_box", weights="foreground", weight=0.2)
 LEVELS = [Match(f"pyramid.{i}", f"pyramid.{i}", loss="fpn", project="auto") for i in (0, 1)]
 WAYS = {
     "labels alone": [],
@@ -40,8 +40,8 @@ WAYS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = runs.options(__doc__, argv, steps=800, teacher_steps=1500)
-    count = 16 if options.quick else 800
+    options = runs.options(__doc__, argv, steps=800, teacher_steps=2500)
+    count = 16 if options.quick else 1500
     measures = {"precision": "average precision (%)"}
     with runs.Study("detection", options, measures, sizes=WIDTHS) as study:
         for seed in options.seeds:
