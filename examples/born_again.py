@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for seed in options.seeds:
             split = digits.load(seed)
             models = [digits.cnn(WIDTH, seed)]
-            digits.learn(study, "generation 0", models[0], split.student, options.steps, seed)
+            data = digits.batches(split.student, 64, options.steps, seed)
+            given = (digits.of_labels(models[0]), models[0].parameters(), data, options.steps)
+            study.train("generation 0", *given, lr=1e-2)
             study.note("generation 0", accuracy=digits.accuracy(models[0], split.heldout))
             for generation in range(1, GENERATIONS + 1):
                 student = digits.cnn(WIDTH, seed + 1000 * generation)

@@ -5,15 +5,13 @@ Labels are scarce for a student: the teacher has learned from 1000 images, the s
 seed.
 """
 
-import hashlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from runs import Study
 from sklearn.datasets import load_digits
-from stdlib_text import cached
 from torch import Tensor, nn
 
 import fxdistill
@@ -100,16 +98,20 @@ def cnn(width: int, seed: int) -> CNN:
     return CNN(width)
 
 
-def learn(
-    study: Study, way: str, model: nn.Module, images: Images, steps: int, seed: int, **options: Any
+def of_labels(model: nn.Module) -> Callable[[tuple[Tensor, Tensor]], Tensor]:
+    """The loss of a batch of labelled images."""
+    return lambda batch: F.cross_entropy(model(batch[0]), batch[1])
+
+
+def taught(
+    study: Study, way: str, model: nn.Module, split: Split, seed: int, *, lr: float = 1e-2
 ) -> None:
-    """Teach a classifier from labels alone."""
-    data = batches(images, 64, steps, seed)
-
-    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1])
-
-    study.train(way, loss, model.parameters(), data, steps, **{"lr": 1e-2, **options})
+    """Teach a teacher by its images, or find it, and note how well it reads others."""
+    steps = study.options.teacher_steps
+    data = batches(split.teacher, 64, steps, seed)
+    made_of = (seed, split.teacher.digits.tolist())
+    study.taught(way, model, of_labels(model), data, steps, lr=lr, made_of=made_of)
+    study.note(way, reference=True, accuracy=accuracy(model, split.heldout))
 
 
 def distil(study: Study, way: str, distiller: fxdistill.Distiller, split: Split, seed: int) -> None:
@@ -123,24 +125,8 @@ def distil(study: Study, way: str, distiller: fxdistill.Distiller, split: Split,
     study.note(way, accuracy=accuracy(distiller.student, split.heldout))
 
 
-def taught(
-    study: Study, way: str, model: nn.Module, images: Images, steps: int, seed: int, **options: Any
-) -> None:
-    """As ``learn``; the weights are kept in the study's folder, and found there the next time."""
-
-    def make() -> dict[str, Tensor]:
-        learn(study, way, model, images, steps, seed, **options)
-        return model.state_dict()
-
-    # What decides how they come out: another model or other images are another file.
-    made_of = f"{model} {steps} {seed} {options} {images.digits.tolist()}"
-    name = hashlib.sha256(made_of.encode()).hexdigest()[:12]
-    model.load_state_dict(cached(study.options.out / f"digits-{name}.pt", make))
-
-
 def teacher(study: Study, split: Split, seed: int, width: int = 32) -> CNN:
-    """A CNN that has learned from the teacher's images; from the folder, if it is there already."""
-    model, steps = cnn(width, seed), study.options.teacher_steps
-    taught(study, "teacher", model, split.teacher, steps, seed)
-    study.note("teacher", reference=True, accuracy=accuracy(model, split.heldout))
+    """A CNN that has learned from the teacher's images."""
+    model = cnn(width, seed)
+    taught(study, "teacher", model, split, seed)
     return model

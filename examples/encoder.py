@@ -30,11 +30,14 @@ from fxdistill import Match, losses
 SIZES = {"vocabulary": 512, "teacher_width": 96, "student_width": 48, "layers": 4, "length": 48}
 QUICK = {**SIZES, "teacher_width": 16, "student_width": 8}
 BATCH, MASK = 16, 2  # the token that stands for a hidden one; the text has none of its own
-STUDENT_LAYERS, STEP = 2, 2  # student layer i has teacher layer 2i + 1
-PAIRS = [(i, STEP * i + STEP - 1) for i in range(STUDENT_LAYERS)]
-LAYER = "bert.encoder.layer"
+PAIRS = [(0, 1), (1, 3)]  # layers of the student and of the teacher
+LAYER, SELF = "bert.encoder.layer", "attention.self"
 ALONE = {"logit_loss": None, "label_loss": None}
-SCORES = {"student_port": "attention", "teacher_port": "attention"}
+SCORES = {
+    "loss": partial(losses.attention_mse, scores=True),
+    "student_port": "attention",
+    "teacher_port": "attention",
+}
 DISTILBERT = {
     "mapping": [Match(f"{LAYER}.1", f"{LAYER}.3", loss="cosine", project="auto")],
     "logit_weight": 5.0,
@@ -45,15 +48,7 @@ TINYBERT = {
     "mapping": [
         Match("bert.embeddings", "bert.embeddings", project="auto"),
         *(Match(f"{LAYER}.{s}", f"{LAYER}.{t}", project="auto") for s, t in PAIRS),
-        *(
-            Match(
-                f"{LAYER}.{s}.attention.self",
-                f"{LAYER}.{t}.attention.self",
-                loss=partial(losses.attention_mse, scores=True),
-                **SCORES,
-            )
-            for s, t in PAIRS
-        ),
+        *(Match(f"{LAYER}.{s}.{SELF}", f"{LAYER}.{t}.{SELF}", **SCORES) for s, t in PAIRS),
     ],
     **ALONE,
 }
@@ -106,26 +101,20 @@ def heldout_loss(model: nn.Module, text: stdlib_text.Text, sizes: dict) -> float
 
 
 def taught(study: runs.Study, text: stdlib_text.Text, sizes: dict) -> BertForMaskedLM:
-    """The one teacher of all seeds; from the folder, if it is there already."""
+    """The one teacher of all seeds."""
     model, steps = (
         bert(sizes, sizes["teacher_width"], sizes["layers"], 0),
         study.options.teacher_steps,
     )
-
-    def make() -> dict:
-        data = batches(text.train, sizes, steps, 0)
-        given = (model.parameters(), data, steps)
-        study.train("teacher", lambda batch: model(**batch).loss, *given, lr=2e-3)
-        return model.state_dict()
-
-    name = f"bert-{'-'.join(map(str, sizes.values()))}-{steps}-{text.digest}.pt"
-    model.load_state_dict(stdlib_text.cached(study.options.out / name, make))
+    data = batches(text.train, sizes, steps, 0)
+    given = (model, lambda batch: model(**batch).loss, data, steps)
+    study.taught("teacher", *given, lr=2e-3, made_of=(sizes, text.digest))
     study.note("teacher", reference=True, loss=heldout_loss(model, text, sizes))
     return model
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = runs.options(__doc__, argv, steps=400, teacher_steps=2000)
+    options = runs.options(__doc__, argv, steps=300, teacher_steps=1500)
     sizes = QUICK if options.quick else SIZES
     measures = {"loss": "held-out loss (nats per hidden token)"}
     with runs.Study("encoder", options, measures, less=["loss"], sizes=sizes) as study:
@@ -133,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         teacher = taught(study, text, sizes)
         for seed in options.seeds:
             for way, stages in WAYS.items():
-                student = bert(sizes, sizes["student_width"], STUDENT_LAYERS, seed + 1)
+                student = bert(sizes, sizes["student_width"], len(PAIRS), seed + 1)
                 for number, (recipe, share) in enumerate(stages):
                     # On two cores each of these graphs would compile for half a minute.
                     distiller = fxdistill.wrap(student, teacher, **recipe, compile=False)

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for seed in options.seeds:
             split = digits.load(seed)
             teacher = digits.teacher(study, split, seed)
-            examples = (split.student.pixels[:2],)  # wrap reads the widths of projections from them
+            examples = (split.student.pixels[:4],)  # wrap reads the widths of projections from them
             for way, recipe in WAYS.items():
                 student = digits.cnn(WIDTH, seed + 1)
                 # A step of models this small takes a millisecond: no compile pays for itself.

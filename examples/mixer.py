@@ -51,24 +51,19 @@ WAYS = {  # stages, each with its share of the steps
 
 
 def taught(study: runs.Study, text: stdlib_text.Text, sizes: dict) -> Decoder:
-    """The one teacher of all seeds; from the folder, if it is there already."""
+    """The one teacher of all seeds."""
     torch.manual_seed(0)
     model, steps = Decoder(**sizes), study.options.teacher_steps
 
-    def make() -> dict:
-        data = stdlib_text.batches(text.train, BATCH, sizes["length"], steps, seed=0)
-        given = (model.parameters(), data, steps)
-        study.train("teacher", lambda ids: next_token_loss(model, ids), *given, lr=4e-3)
-        return model.state_dict()
-
-    name = f"decoder-{'-'.join(map(str, sizes.values()))}-{steps}-{text.digest}.pt"
-    model.load_state_dict(stdlib_text.cached(study.options.out / name, make))
+    data = stdlib_text.batches(text.train, BATCH, sizes["length"], steps, seed=0)
+    given = (model, lambda ids: next_token_loss(model, ids), data, steps)
+    study.taught("teacher", *given, lr=4e-3, made_of=(sizes, text.digest))
     study.note("teacher", reference=True, loss=heldout_loss(model, text, sizes["length"]))
     return model
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = runs.options(__doc__, argv, steps=300, teacher_steps=1200)
+    options = runs.options(__doc__, argv, steps=150, teacher_steps=1200)
     sizes = QUICK if options.quick else SIZES
     measures = {"loss": "held-out loss (nats per token)"}
     with runs.Study("mixer", options, measures, less=["loss"], sizes=sizes) as study:

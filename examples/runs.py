@@ -6,6 +6,7 @@ ways. A study ends as a table, a picture, a JSON of everything, and a sentence f
 """
 
 import argparse
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from stdlib_text import cached
 from torch import Tensor, nn
 
 matplotlib.use("Agg")
@@ -125,6 +127,29 @@ class Study:
         self.progress.remove_task(task)
         self.seconds[way] = self.seconds.get(way, 0.0) + perf_counter() - start
 
+    def taught(
+        self,
+        way: str,
+        model: nn.Module,
+        loss: Callable[..., Tensor],
+        batches: Iterable[Any],
+        steps: int,
+        *,
+        lr: float,
+        made_of: Any,
+    ) -> None:
+        """Train a teacher as ``train`` does, or find its weights where an earlier run left them.
+
+        ``made_of`` is what decides, besides the model and the steps, how it comes out: its data.
+        """
+
+        def make() -> dict[str, Tensor]:
+            self.train(way, loss, model.parameters(), batches, steps, lr=lr)
+            return model.state_dict()
+
+        key = hashlib.sha256(f"{model} {steps} {lr} {made_of}".encode()).hexdigest()[:12]
+        model.load_state_dict(cached(self.options.out / f"teacher-{key}.pt", make))
+
     def note(self, way: str, *, reference: bool = False, **measured: float) -> None:
         """Note the figures of one seed; a ``reference`` is no way to learn: the teacher, say."""
         if reference and way not in self.references:
@@ -172,6 +197,8 @@ class Study:
             "settings": {**given, **self.sizes},
             "torch": torch.__version__,
             "seconds": round(seconds, 1),
+            "measures": self.measures,
+            "references": self.references,
         }
         results = {
             way: {

@@ -74,10 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             split = digits.load(seed)
             torch.manual_seed(seed)
             vit = Enlarged()
-            steps = options.teacher_steps
-            digits.taught(study, "ViT", vit, split.teacher, steps, seed, lr=2e-3)
-            study.note("ViT", reference=True, accuracy=digits.accuracy(vit, split.heldout))
-            examples = (split.student.pixels[:2],)  # wrap reads the widths of projections from them
+            digits.taught(study, "ViT", vit, split, seed, lr=2e-3)
+            examples = (split.student.pixels[:4],)  # wrap reads the widths of projections from them
             for way, recipe in WAYS.items():
                 # A step of models this small takes milliseconds: no compile pays for itself.
                 given = {"logit_loss": None, "compile": False, "example_inputs": examples, **recipe}
