@@ -235,7 +235,8 @@ class Study:
         )
         for axes, (measure, label) in zip(panels[0], self.measures.items(), strict=True):
             for row, way in enumerate(self.ways):
-                values = self.results[way][measure]
+                if not (values := self.results[way].get(measure)):
+                    continue  # this way has no such part
                 axes.plot(values, [row] * len(values), "o", color=SEED, mfc="none", ms=5)
                 axes.errorbar(
                     mean(values), row, xerr=spread(values), fmt="D", color=MEAN, ms=5, capsize=3
