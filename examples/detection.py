@@ -3,8 +3,8 @@
 Both find handwritten digits in scenes of up to three, without anchor boxes: every place of two
 grids says which digit lies there and where its edges are (as in FCOS, Tian et al. 2019, arXiv
 1904.01355). The teacher's scenes are made of 1000 digits, the student's of 100 others. Besides its
-labels the student gets the teacher's classes, softened; its boxes, where there is a digit; its
-pyramid's maps, weighed by where the teacher is active; or all of these.
+labels the student gets the teacher's classes, softened, and its boxes, both where there is a digit;
+its pyramid's maps, weighed by where the teacher is active; or all of these.
 
 What one learns here: a label loss of one's own, weights that a call brings by name
 (``weights="foreground"``), and a match for each level of a pyramid.
@@ -26,9 +26,10 @@ from torch import Tensor
 import fxdistill
 from fxdistill import Match
 
-WIDTHS = {"teacher": 32, "student": 8}
-CLASSES = Match("classes", "classes", loss="detection_classification", weight=4.0)
-BOXES = Match("boxes", "boxes", loss="detection_box", weights="foreground", weight=0.2)
+WIDTHS = {"teacher": 24, "student": 8}
+THERE = {"weights": "foreground"}  # of each call: where a digit is
+CLASSES = Match("classes", "classes", loss="detection_classification", weight=1.0, **THERE)
+BOXES = Match("boxes", "boxes", loss="detection_box", weight=0.2, **THERE)
 LEVELS = [Match(f"pyramid.{i}", f"pyramid.{i}", loss="fpn", project="auto") for i in (0, 1)]
 WAYS = {
     "labels alone": [],
@@ -40,8 +41,8 @@ WAYS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options = runs.options(__doc__, argv, steps=800, teacher_steps=2500)
-    count = 16 if options.quick else 1500
+    options = runs.options(__doc__, argv, steps=500, teacher_steps=1200)
+    count = 16 if options.quick else 1000
     measures = {"precision": "average precision (%)"}
     with runs.Study("detection", options, measures, sizes=WIDTHS) as study:
         for seed in options.seeds:
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for way, matches in WAYS.items():
                 torch.manual_seed(seed + 1)
                 student = Detector(WIDTHS["student"])
-                named = BOXES in matches
+                named = any(match.weights for match in matches)
 
                 def call(batch: Scenes, named: bool = named) -> dict:
                     given = {"pixels": batch.pixels, "labels": labels_of(batch)}

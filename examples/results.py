@@ -25,11 +25,30 @@ def table(path: Path) -> str:
     return "\n".join(rows)
 
 
+def placed(page: str, name: str, rows: str) -> str:
+    """The page with these rows behind ``<!-- table: name -->``, in the place of earlier ones."""
+    before, mark, after = page.partition(f"<!-- table: {name} -->\n\n")
+    if not mark:
+        raise SystemExit(f"the page has no line <!-- table: {name} -->")
+    lines = after.splitlines(keepends=True)
+    while lines and lines[0].startswith("|"):
+        del lines[0]
+    gap = "" if lines and lines[0] == "\n" else "\n"
+    return f"{before}{mark}{rows}\n{gap}{''.join(lines)}"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("paths", nargs="+", type=Path)
-    for path in parser.parse_args(argv).paths:
-        print(f"{path.stem}\n\n{table(path)}\n")
+    parser.add_argument("--into", type=Path, metavar="PAGE", help="write them into this page")
+    options = parser.parse_args(argv)
+    for path in options.paths:
+        if options.into is None:
+            print(f"{path.stem}\n\n{table(path)}\n")
+        else:
+            page = placed(options.into.read_text("utf-8"), path.stem, table(path))
+            options.into.write_text(page, "utf-8")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,19 @@ from types import ModuleType
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-STUDIES = ("born_again", "detection", "features_and_logits", "relations", "temperature", "vision")
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+# By what they learn from: those of digits, then those of texts, which share one.
+STUDIES = (
+    "born_again",
+    "detection",
+    "features_and_logits",
+    "relations",
+    "temperature",
+    "vision",
+    "encoder",
+    "mixer",
+)
 
 
 @pytest.fixture
@@ -24,6 +35,12 @@ def example(monkeypatch: pytest.MonkeyPatch):
     return load
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the studies leave their results, and keep texts and teachers."""
+    return tmp_path_factory.mktemp("studies")
+
+
 def finite(value: object) -> bool:
     if isinstance(value, dict):
         return all(map(finite, value.values()))
@@ -34,16 +51,25 @@ def finite(value: object) -> bool:
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_quick_run_leaves_a_picture_and_figures_of_every_way(
-    name: str, example, tmp_path: Path
+    name: str, example, folder: Path
 ) -> None:
-    example(name).main(["--quick", "--out", str(tmp_path)])
+    example(name).main(["--quick", "--out", str(folder)])
 
-    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    saved = json.loads((tmp_path / f"{name}.json").read_text())
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    saved = json.loads((folder / f"{name}.json").read_text())
     assert saved["settings"]["seeds"] == [0]
     assert len(saved["results"]) > 2
     assert len(saved["sentences"]) >= 2
     assert finite(saved)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_guide_has_the_figures_of_a_whole_run(name: str, example) -> None:
+    results, page = example("results"), (ROOT / "docs" / "which-method.md").read_text("utf-8")
+    path = ROOT / "docs" / "examples" / f"{name}.json"
+    assert json.loads(path.read_text())["settings"]["seeds"] == [0, 1, 2]
+    assert results.placed(page, name, results.table(path)) == page
+    assert path.with_suffix(".png").stat().st_size < 60_000
 
 
 def test_means_spreads_and_gains_are_those_of_the_seeds(example, tmp_path: Path) -> None:
