@@ -15,13 +15,20 @@ EXAMPLES = ROOT / "examples"
 STUDIES = (
     "born_again",
     "detection",
+    "early_exits",
     "features_and_logits",
+    "mutual_learning",
+    "progressive",
     "relations",
     "temperature",
+    "two_teachers",
     "vision",
     "encoder",
     "mixer",
+    "on_policy",
+    "tokens_ahead",
 )
+WITH_RESULTS = sorted(path.stem for path in (ROOT / "docs" / "examples").glob("*.json"))
 
 
 @pytest.fixture
@@ -63,7 +70,7 @@ def test_a_quick_run_leaves_a_picture_and_figures_of_every_way(
     assert finite(saved)
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", WITH_RESULTS)
 def test_the_guide_has_the_figures_of_a_whole_run(name: str, example) -> None:
     results, page = example("results"), (ROOT / "docs" / "which-method.md").read_text("utf-8")
     path = ROOT / "docs" / "examples" / f"{name}.json"
