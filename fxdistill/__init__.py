@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 # The public names and their homes. Each is imported when it is first asked for: the command line
 # answers --help without torch. Readers of types are told below; a test compares the lists.
 _HOMES = {
+    "Checkpoint": "training.checkpoint.load",
     "DistillOutput": "distiller.output",
     "Distiller": "distiller.distiller",
     "FxDistillError": "errors",
@@ -30,14 +31,18 @@ _HOMES = {
     "Matches": "mapping.matches",
     "PassRecord": "graph.program",
     "Program": "graph.program",
+    "balance": "training.balance",
     "Schedule": "training.schedule",
     "base_of": "models.adapters",
+    "gradient_norms": "training.balance",
+    "load_checkpoint": "training.checkpoint.load",
     "match": "mapping.propose",
     "module_names": "models.tap",
     "mutual": "recipes.mutual",
     "resolve": "mapping.resolve",
     "rollout": "recipes.on_policy",
     "run": "graph.pipeline",
+    "save_checkpoint": "training.checkpoint.save",
     "trace": "compiler.capture",
     "wrap": "distiller.wrap",
 }
@@ -74,6 +79,9 @@ if TYPE_CHECKING:
     from fxdistill.recipes.on_policy import rollout
     from fxdistill.training import loss_log as live
     from fxdistill.training import schedules, trainers
+    from fxdistill.training.balance import balance, gradient_norms
+    from fxdistill.training.checkpoint.load import Checkpoint, load_checkpoint
+    from fxdistill.training.checkpoint.save import save_checkpoint
     from fxdistill.training.loss_log import LossLog, LossRow
     from fxdistill.training.schedule import Schedule
 else:
@@ -99,6 +107,7 @@ else:
 _sys.modules[f"{__name__}.trainers"] = _import_module(f"{__name__}.training.trainers")
 
 __all__ = [
+    "Checkpoint",
     "DistillOutput",
     "Distiller",
     "FxDistillError",
@@ -112,9 +121,12 @@ __all__ = [
     "PassRecord",
     "Program",
     "Schedule",
+    "balance",
     "base_of",
     "errors",
+    "gradient_norms",
     "live",
+    "load_checkpoint",
     "losses",
     "match",
     "module_names",
@@ -123,6 +135,7 @@ __all__ = [
     "resolve",
     "rollout",
     "run",
+    "save_checkpoint",
     "schedules",
     "trace",
     "trainers",

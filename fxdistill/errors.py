@@ -71,6 +71,14 @@ class LogError(FxDistillError, ValueError):
     """Losses cannot be appended to a log file."""
 
 
+class SaveError(FxDistillError, OSError):
+    """A checkpoint or a model cannot be written; what was there before is whole."""
+
+
+class ResumeError(FxDistillError, ValueError):
+    """A checkpoint is missing or damaged, or of another run; nothing of this run is changed."""
+
+
 class CommandError(FxDistillError, ValueError):
     """An argument of the command line, or the object that it names, cannot be used."""
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fxdistill.base.tensors import is_placed
 from fxdistill.base.transforms import is_of_functorch
 from fxdistill.graph.effects import effects_of
-from fxdistill.graph.program import Level, P, fork_module, output_values
+from fxdistill.graph.program import Level, P, fork_module, graph_module, output_values
 from fxdistill.graph.sections import OBJECTIVE, SECTION, section_of
 from fxdistill.losses.formed import formed
 
@@ -172,7 +172,7 @@ def _replace(gm: fx.GraphModule, name: str, part: _Part) -> None:
         env[node].meta = _labelled(node, name)
     graph.output(env[part.nodes[-1]])
     attribute = f"formed_{sum(node.target is formed for node in gm.graph.nodes)}"
-    gm.add_submodule(attribute, fx.GraphModule(gm, graph, "Term"))
+    gm.add_submodule(attribute, graph_module(gm, graph, "Term"))
     last = part.nodes[-1]
     with gm.graph.inserting_before(last):
         inner = gm.graph.get_attr(attribute)

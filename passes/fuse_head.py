@@ -1,19 +1,13 @@
-"""Fuse heads with their losses, so that logits which only losses read are never made.
-
-Private to torch and used here only: ``_enter_autocast`` and ``_exit_autocast``, as dynamo writes
-them into a graph. If they move, a head under an autocast of its own goes unnoticed, and
-tests/passes/test_fuse_head.py fails.
-"""
+"""Fuse heads with their losses, so that logits which only losses read are never made."""
 
 import functools
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, fx
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 from fxdistill import losses
 from fxdistill.base.figures import size
@@ -25,9 +19,11 @@ from fxdistill.graph.sections import SECTION
 from fxdistill.heads.curve import Unreadable
 from fxdistill.heads.read_head import Head, is_cut, read_head, target_name, value_of
 from fxdistill.heads.read_total import ON_LOGITS, Scored, Summand, read_total
+from fxdistill.heads.surroundings import require_same_surroundings
 from fxdistill.losses import fused
 from fxdistill.losses.fused.call import HeadSide
 from fxdistill.losses.fused.sizes import chunk_tokens_for
+from fxdistill.losses.mixture import mean_of_teachers
 from fxdistill.losses.scores import vocab_scores
 
 if TYPE_CHECKING:
@@ -130,7 +126,7 @@ class _Fusion:
     divergence: Summand | None
     labelled: Summand | None
     student: Head
-    teacher: Head | None
+    teachers: tuple[Head, ...]
     layout: "ShardedHeads | None"  # for heads that are sharded
     scored: Scored | None  # the scores that the divergence's weights follow from
 
@@ -144,11 +140,14 @@ class _Fusion:
         readers: Collection[fx.Node],
     ) -> "_Fusion":
         divergence, labelled = pair
-        student, teacher = _heads(divergence, labelled, readers)
-        _require_same_surroundings(graph, effects, stack, student, teacher)
-        layout = _layout(student, teacher)
+        student, teachers = _heads(divergence, labelled, readers)
+        require_same_surroundings(graph, effects, stack, student, teachers)
+        layout = _layout(student, teachers)
         scored = None if divergence is None else divergence.scored
-        return cls(graph, stack, divergence, labelled, student, teacher, layout, scored)
+        if len(teachers) > 1 and (layout is not None or scored is not None):
+            what = "sharded" if layout is not None else "scored for importance"
+            raise Unreadable(f"logits of several teachers are {what}")
+        return cls(graph, stack, divergence, labelled, student, teachers, layout, scored)
 
     @property
     def summands(self) -> tuple[Summand, ...]:
@@ -156,7 +155,7 @@ class _Fusion:
 
     @property
     def heads(self) -> tuple[Head, ...]:
-        return tuple(head for head in (self.student, self.teacher) if head is not None)
+        return (self.student, *self.teachers)
 
     def write(self, compiled: bool) -> str:
         """Rewrite the graph, and return the remark."""
@@ -221,7 +220,8 @@ class _Fusion:
         """The arguments that say what the heads are: nodes and constants."""
         kwargs: dict[str, Any] = {}
         args: list[Any] = []
-        for tower, head in (("student", self.student), ("teacher", self.teacher)):
+        teacher = self.teachers[0] if self.teachers else None
+        for tower, head in (("student", self.student), ("teacher", teacher)):
             hidden, weight, bias = (None,) * 3 if head is None else head.emit(self.graph)
             args += [hidden, weight]
             if head is not None:
@@ -243,6 +243,7 @@ class _Fusion:
             kwargs["logit_weight"] = self.divergence.weight
             kwargs["temperature"] = self.divergence.option("temperature", 1.0)
             kwargs["vocab_size"] = value_of(self._compared).shape[-1]
+            kwargs |= self._of_other_teachers()
             if self.labelled is not None and self.scored is not None:
                 kwargs["logit_weights"] = self.divergence.option("weights")
                 kwargs["logit_items"] = self.divergence.items
@@ -252,6 +253,19 @@ class _Fusion:
             kwargs |= {"weights": self.scored.plain, "score": self.score}
         kwargs["num_items"] = self.summands[-1].items
         return args, kwargs
+
+    def _of_other_teachers(self) -> dict[str, Any]:
+        """The arguments of the mean of several teachers: heads behind the first, and weights."""
+        assert self.divergence is not None
+        if len(self.teachers) < 2:
+            return {}
+        mean = self.divergence.argument(1)
+        others = tuple(
+            (*head.emit(self.graph), head.curve.scale, head.curve.softcap)
+            for head in self.teachers[1:]
+        )
+        pooled = mean.kwargs.get("pooled", "probabilities")
+        return {"other_teachers": others, "teacher_shares": mean.args[1], "pooled": pooled}
 
     def _rewire(self, out: list[fx.Node]) -> None:
         """Replace the summands by the fused total, and erase the nodes that nothing reads now."""
@@ -291,8 +305,8 @@ def _require_constants(summand: Summand) -> None:
 
 def _heads(
     divergence: Summand | None, labelled: Summand | None, losses: Collection[fx.Node]
-) -> tuple[Head, Head | None]:
-    """The heads of student and teacher; raises Unreadable where they cannot be fused."""
+) -> tuple[Head, tuple[Head, ...]]:
+    """The heads of student and teachers; raises Unreadable where they cannot be fused."""
     found = [s.argument(0) for s in (labelled, divergence) if s is not None]
     logits, compared = found[0], found[-1]
     readers = set(losses)
@@ -312,15 +326,27 @@ def _heads(
     if student.detached:
         raise Unreadable("the student's logits are detached")
     if divergence is None:
-        return student, None
+        return student, ()
     theirs = divergence.argument(1)
     if value_of(theirs).shape != value_of(compared).shape:
         raise Unreadable("the logits that are compared differ in shape")
     _require_readers("teacher", theirs, readers)
-    teacher = _of("teacher", functools.partial(read_head, readers=readers), theirs)
-    if not teacher.detached:
+    found = [theirs]
+    if theirs.target is mean_of_teachers:
+        found = list(theirs.args[0])  # type: ignore[arg-type]
+        readers.add(theirs)
+        tau = theirs.kwargs.get("temperature", 1.0)
+        if tau is not divergence.option("temperature", 1.0) and theirs.kwargs["pooled"] != "logits":
+            raise Unreadable("teachers are averaged at another temperature than they are compared")
+    return student, tuple(_teacher(node, readers) for node in found)
+
+
+def _teacher(logits: fx.Node, readers: Collection[fx.Node]) -> Head:
+    _require_readers("teacher", logits, readers)
+    head = _of("teacher", functools.partial(read_head, readers=readers), logits)
+    if not head.detached:
         raise Unreadable("the teacher learns too, and the fused form gives it no gradient")
-    return student, teacher
+    return head
 
 
 def _of(tower: str, read: Callable[[fx.Node], Head], logits: fx.Node) -> Head:
@@ -338,9 +364,9 @@ def _require_readers(tower: str, logits: fx.Node, allowed: Collection[fx.Node]) 
             raise Unreadable(f"the {tower}'s logits are also read by {target_name(reader)}")
 
 
-def _layout(student: Head, teacher: Head | None) -> "ShardedHeads | None":
+def _layout(student: Head, teachers: Sequence[Head]) -> "ShardedHeads | None":
     """How ``vocab_loss`` reads sharded heads; ``None`` for heads on one device."""
-    heads = [head for head in (student, teacher) if head is not None]
+    heads = [student, *teachers]
     if not any(is_placed(value_of(node)) for head in heads for node in head.inputs):
         return None
     sides = [
@@ -352,7 +378,7 @@ def _layout(student: Head, teacher: Head | None) -> "ShardedHeads | None":
         for head in heads
     ]
     try:
-        other = sides[1] if teacher is not None else None
+        other = sides[1] if teachers else None
         layout: ShardedHeads = fused.sharded_heads.sharded_heads_of(sides[0], other)
     except (ShapeError, VocabularyError) as error:
         raise Unreadable(str(error)) from None
@@ -365,39 +391,3 @@ def _erase_dead(graph: fx.Graph, effects: Effects) -> None:
     for node in reversed(list(graph.nodes)):
         if node not in live:
             graph.erase_node(node)
-
-
-def _require_same_surroundings(
-    graph: fx.Graph, effects: Effects, stack: fx.Node, student: Head, teacher: Head | None
-) -> None:
-    """Raise Unreadable where a linear layer would compute something else at the losses.
-
-    It moves there, so its inputs must not be written in between, and autocast must be the same.
-    """
-    modes = _modes(graph)
-    for tower, head in (("student", student), ("teacher", teacher)):
-        if head is None:
-            continue
-        for value in head.inputs:
-            if effects.written_after(value, head.linear, until=stack):
-                raise Unreadable(f"{value.name} is written between the {tower}'s head and the loss")
-        (autocast, _), (autocast_then, grad_then) = modes[head.linear], modes[stack]
-        if autocast != autocast_then:
-            raise Unreadable(f"the {tower}'s head runs under another autocast than the losses")
-        if tower == "student" and any(modes[node][1] != grad_then for node in head.nodes):
-            raise Unreadable("the student's head runs in another grad mode than the losses")
-
-
-def _modes(graph: fx.Graph) -> dict[fx.Node, tuple[tuple[Any, ...], bool]]:
-    """For every node, the autocasts that are entered there and the grad mode."""
-    entered: dict[fx.Node, tuple[Any, ...]] = {}
-    grad, found = torch.is_grad_enabled(), {}
-    for node in graph.nodes:
-        if node.target is _enter_autocast:
-            entered[node] = tuple(node.args)
-        elif node.target is _exit_autocast:
-            entered.pop(node.args[0], None)
-        elif node.target is torch._C._set_grad_enabled:
-            grad = bool(node.args[0])
-        found[node] = (tuple(entered.values()), grad)
-    return found

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch._dynamo.utils import get_metrics_context
 
+from fxdistill.compiler.cached import caching_of
 from fxdistill.compiler.compose import compose
 from fxdistill.compiler.journal import Journal
 from fxdistill.compiler.lower import Lowering, lower
@@ -86,9 +87,11 @@ def _step(gm: fx.GraphModule, example_inputs: Sequence[Any], recipe: Recipe) -> 
     if recipe.dry and (recipe.watch is None or not _learns(joint)):  # no halves wanted, or none
         raise Captured
     passes, observers = recipe.passes("step"), (dump, _note(journal, joint))
+    every = (*recipe.passes("each model"), *recipe.passes("joint"), *passes)
     lowering = (recipe.lowering, passes, observers, recipe.watch)
     with waiting("compiling the step"):
-        compiled = lower(joint.gm, example_inputs, *lowering)
+        caching = caching_of(joint.gm, every, wanted=not dump.root)
+        compiled = lower(joint.gm, example_inputs, *lowering, caching)
     if recipe.dry:  # AOTAutograd made no backward: no output depends on a trainable parameter
         raise Captured
     return compiled
@@ -105,11 +108,13 @@ def _terms(
         return lower(terms.gm, example_inputs, Lowering(), ())
     recipe.journal.made_graph(_why_again())
     _erase_checks(gm)
-    terms = pipeline.run(terms, recipe.passes("terms"), [dump])
+    first, passes = recipe.passes("terms"), recipe.passes("terms step")
+    terms = pipeline.run(terms, first, [dump])
     recipe.journal.program = terms
-    passes, observers = recipe.passes("terms step"), (dump, _note(recipe.journal, terms))
+    observers = (dump, _note(recipe.journal, terms))
     with waiting("compiling the terms"):
-        return lower(terms.gm, example_inputs, recipe.lowering, passes, observers)
+        caching = caching_of(terms.gm, (*first, *passes), wanted=not dump.root)
+        return lower(terms.gm, example_inputs, recipe.lowering, passes, observers, caching=caching)
 
 
 def _unnamed(gm: fx.GraphModule) -> tuple[str, ...]:

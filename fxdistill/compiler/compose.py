@@ -7,7 +7,7 @@ from torch import fx
 from fxdistill.compiler.split import EDGE
 from fxdistill.errors import TapError
 from fxdistill.graph.joint import JointProgram
-from fxdistill.graph.program import Program, output_values
+from fxdistill.graph.program import Program, graph_module, output_values
 from fxdistill.graph.sections import SECTION
 from fxdistill.models.tap import Section
 
@@ -28,7 +28,7 @@ def compose(captured: fx.GraphModule, programs: dict[str, Program]) -> JointProg
             edge = name.startswith(EDGE)
             env[name.removeprefix(EDGE) if edge else f"{section}:{name}"] = value
     graph.output(tuple(values))
-    gm = fx.GraphModule(attributes, graph, "Joint")
+    gm = graph_module(attributes, graph, "Joint")
     gm.meta.update(captured.meta)
     outputs = tuple(name.removeprefix(EDGE) for name in program.outputs)
     joint = JointProgram(gm, outputs, title="joint")

@@ -1,6 +1,7 @@
 """A distiller's journal: the shapes of its last call, its last program, why it compiled graphs."""
 
 import copy
+import logging
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch.utils._pytree import tree_map
 
 from fxdistill.graph.joint import JointProgram
 
+_LOG = logging.getLogger("fxdistill.compiler")
+_OTHER_KIND = "a call of another kind (with labels or without, in training or in evaluation)"
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -72,7 +75,14 @@ class Journal:
         return inputs
 
     def made_graph(self, why: str | None) -> None:
-        """Note that a graph is compiled: the first one, or another because of ``why``."""
+        """Note that a graph is compiled: the first one, or another because of ``why``.
+
+        Each graph but the first is logged, at level WARNING: it costs as much time as the first.
+        """
+        if why is None and any(event == "capture" for event, _ in self.events):
+            _LOG.warning("compiling another graph: %s", _OTHER_KIND)
+        elif why is not None:
+            _LOG.warning("compiling the step again: %s", " ".join(why.split()))
         self.events.append(("capture", "first call") if why is None else ("recompile", why))
 
     def fell_back(self, why: str) -> None:

@@ -8,7 +8,6 @@ the hook moves, joint passes stop running, and ``test_lower.py`` fails.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,21 +18,21 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._functorch import config as functorch_config
 from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.utils._pytree import tree_leaves
 
-from fxdistill import passes
 from fxdistill.base.ranks import ACROSS
 from fxdistill.base.tensors import is_placed
+from fxdistill.compiler.cached import Caching, caching_of
 from fxdistill.errors import OptionError, did_you_mean
 from fxdistill.graph import pipeline
 from fxdistill.graph.halves import Halves
-from fxdistill.graph.pipeline import Observer
-from fxdistill.graph.program import Pass, Program
-from fxdistill.losses import fused
+from fxdistill.graph.pipeline import Observer, pass_name
+from fxdistill.graph.program import Pass, PassRecord, Program, output_values
 
 Compiled = Callable[..., Any]
 SMALLEST_BUDGET = 1e-6
+FROM_CACHE = "AOTAutogradCache"  # the record of a step that was found compiled
 
 
 @dataclass(frozen=True)
@@ -51,19 +50,30 @@ def lower(
     joint_passes: Sequence[Pass] = (),
     observers: Sequence[Observer] = (),
     watch: Callable[[Halves], None] | None = None,
+    caching: Caching | None = None,
 ) -> Compiled:
     """Compile ``gm``; ``joint_passes`` are the passes of the joint level.
 
     ``"inductor"`` and ``"aot_eager"`` run them; any other backend is called without them. ``watch``
-    gets the forward and the backward into which AOTAutograd's graph is partitioned.
+    gets the forward and the backward into which AOTAutograd's graph is partitioned. ``caching``
+    says what Inductor's caches need to know; it is found out if it is not given. Passes that had
+    run when the cache was filled do not run again.
     """
     inputs = () if watch is None else tuple(example_inputs)
     fuses = lowering.backend == "inductor"
-    partition = _Partition(tuple(joint_passes), tuple(observers), watch, inputs, fuses)
+    caching = caching or caching_of(gm, joint_passes)
+    partition = _Partition(
+        tuple(joint_passes), tuple(observers), watch, inputs, fuses, key=caching.key
+    )
     if lowering.backend == "inductor":
         careful = _UNFUSED if _crosses_cpu_ranks(gm, example_inputs) else {}
-        patches = {"custom_partitioner_fn": partition, **careful, **lowering.options}
-        return cast(Compiled, compile_fx(gm, list(example_inputs), config_patches=patches))
+        options = caching.options({**careful, **lowering.options})
+        patches = {"custom_partitioner_fn": partition, **options}
+        with caching.used() as found:
+            compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
+        if found.hit and joint_passes:
+            _say_found(gm, joint_passes, observers)
+        return cast(Compiled, compiled)
     if lowering.backend == "aot_eager":
         aot = aot_autograd(
             fw_compiler=boxed_nop, partition_fn=partition, keep_inference_input_mutations=True
@@ -73,6 +83,18 @@ def lower(
     compiler = lookup_backend(backend) if isinstance(backend, str) else backend
     options = {"options": dict(lowering.options)} if lowering.options else {}
     return cast(Compiled, compiler(gm, list(example_inputs), **options))
+
+
+def _say_found(
+    gm: fx.GraphModule, joint_passes: Sequence[Pass], observers: Sequence[Observer]
+) -> None:
+    """Tell observers why no pass of the joint level has run."""
+    names, count = ", ".join(map(pass_name, joint_passes)), len(gm.graph.nodes)
+    said = f"had the compiled step, so these did not run again: {names}"
+    record = PassRecord(FROM_CACHE, count, count, (), 0.0, False, (said,), "joint")
+    program = Program(gm, tuple(f"output_{i}" for i in range(len(output_values(gm.graph)))))
+    for observer in observers:
+        observer(record, program)
 
 
 # On CPUs, Inductor (torch 2.13) loses track of in-place collectives once it fuses kernels: its C++
@@ -115,13 +137,6 @@ def mode_options(mode: str, dynamic: bool | None) -> dict[str, Any]:
     return named
 
 
-def _sources() -> tuple[str, ...]:
-    """The paths of all files whose change may change the generated code."""
-    folders = [Path(str(package.__file__)).parent for package in (passes, fused)]
-    files = [file for folder in (*folders, Path(__file__).parent) for file in folder.glob("*.py")]
-    return tuple(sorted(map(str, files)))
-
-
 @dataclass
 class _Partition(CustomPartitionerFn):
     """Run the joint passes, then torch's own partitioner."""
@@ -131,6 +146,7 @@ class _Partition(CustomPartitionerFn):
     watch: Callable[[Halves], None] | None
     inputs: tuple[Any, ...]
     fuses: bool
+    key: str = ""
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
         count = len(tree_leaves(gm.graph.output_node().args))
@@ -152,8 +168,8 @@ class _Partition(CustomPartitionerFn):
         return {**self.__dict__, "observers": (), "watch": None, "inputs": ()}
 
     def uuid(self) -> str:
-        """Part of the key of Inductor's caches: a changed pass must not get old code."""
-        return f"{get_hash_for_files(_sources())!r} {self.passes!r} {torch.__version__}"
+        """Part of the keys of the caches: a changed pass must not get old code."""
+        return self.key
 
 
 def _meshes_last(

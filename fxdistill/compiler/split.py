@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import fx
 
-from fxdistill.graph.program import Program, output_values
+from fxdistill.graph.program import Program, graph_module, output_values
 from fxdistill.models.tap import Tap
 from fxdistill.taps.markers import CHECKS, begin, named, tapped
 
@@ -98,4 +98,4 @@ def _output_name(value: Any, index: int) -> str:
 
 def _module(gm: fx.GraphModule, graph: fx.Graph, name: str) -> fx.GraphModule:
     """A graph module that shares the attributes of ``gm``."""
-    return fx.GraphModule(gm, graph, name.capitalize())
+    return graph_module(gm, graph, name.capitalize())

@@ -1,18 +1,19 @@
 """One line while a step compiles: which stage, and for how long. Nothing for what takes no time.
 
-On a terminal the line is updated in place; elsewhere the logger ``fxdistill`` is told at level INFO
-when a stage has begun to take long.
+On a terminal the line is updated in place; elsewhere the logger ``fxdistill.compiler`` is told at
+level INFO when a stage has begun to take long. ``FXDISTILL_QUIET=1`` silences both.
 """
 
 import contextlib
 import logging
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
 
 SILENT = 2.0  # seconds before anything is said
-_LOG = logging.getLogger("fxdistill")
+_LOG = logging.getLogger("fxdistill.compiler")
 
 
 class _Stage(threading.local):
@@ -22,9 +23,17 @@ class _Stage(threading.local):
 _current = _Stage()
 
 
+def is_quiet() -> bool:
+    """Whether the user wants no lines about progress: ``FXDISTILL_QUIET`` is set, and not to 0."""
+    return os.environ.get("FXDISTILL_QUIET", "0") not in ("", "0")
+
+
 @contextlib.contextmanager
 def waiting(stage: str) -> Iterator[None]:
     """Say that this takes its time, if it does; within another one, name its next stage."""
+    if is_quiet():
+        yield
+        return
     if (outer := _current.watcher) is not None:
         before, outer.stage = outer.stage, stage
         try:

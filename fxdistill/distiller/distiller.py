@@ -22,6 +22,7 @@ from fxdistill.distiller.saved import Saved
 from fxdistill.distiller.settings import Setting, Settings, TeacherWeights
 from fxdistill.distiller.student_face import StudentFace, StudentForward
 from fxdistill.distiller.towers import Model, Towers
+from fxdistill.distiller.warmup import warm_up
 from fxdistill.errors import CaptureError, MatchWarning
 from fxdistill.mapping.matches import Matches
 from fxdistill.models.devices import device_of
@@ -336,22 +337,20 @@ class Distiller(StudentFace, Saved, Looking):
         return norm
 
     def warmup(self, *args: Any, **kwargs: Any) -> None:
-        """Compile forward and backward for these inputs, by running one step.
+        """Compile the step for calls like this one, forward and backward, ahead of training.
 
-        Gradients, buffers and the states of random number generators are unchanged afterwards.
+        One step runs on these inputs, in the current mode (of training, of autocast, of grad), and
+        what it changed is restored: gradients, buffers (running statistics, queues), random
+        states, modes. On a mesh and under DDP, call it on all ranks. Without a graph to compile
+        (``compile=False``) it does nothing.
+
+        Raises:
+            StepError: The student writes its own parameters in its forward; that is not undone.
         """
-        params = [p for p in self.parameters() if p.requires_grad]
-        buffers = {b: b.detach().clone() for b in self.buffers()}
-        cuda = [p.device for p in params[:1] if p.is_cuda]
-        try:
-            with torch.random.fork_rng(devices=cuda):
-                out = self(*args, **kwargs)
-                if out.loss.requires_grad:
-                    torch.autograd.grad(out.loss, params, allow_unused=True)
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers.items():
-                    buffer.copy_(before)
+        if self.options.mode == "eager":
+            return
+        models = (self, *(self._towers.modules[tower] for tower in self._towers.frozen))
+        warm_up(lambda: self(*args, **kwargs).loss, models)
 
     def agreement(self, batch: Mapping[str, Any]) -> Agreement:
         """How far student and teacher agree on a batch, for evaluation.

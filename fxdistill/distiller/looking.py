@@ -13,16 +13,19 @@ from fxdistill.base.ranks import Ranks
 from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.journal import Journal
 from fxdistill.distiller import dry
+from fxdistill.distiller.explain import Explanation, explained
 from fxdistill.distiller.guard import settle
 from fxdistill.distiller.modes import Request, Steps
 from fxdistill.distiller.options import Options
 from fxdistill.distiller.settings import Settings
+from fxdistill.distiller.term_gradients import term_norms
 from fxdistill.distiller.towers import Towers
+from fxdistill.distiller.unchanged import unchanged
 from fxdistill.errors import CaptureError
 from fxdistill.graph.joint import JointProgram
 from fxdistill.mapping.matches import Matches
 from fxdistill.models.devices import device_of
-from fxdistill.objective.call import Call
+from fxdistill.objective.call import Call, inputs_of
 from fxdistill.objective.objective import Objective
 from fxdistill.report.build import build
 from fxdistill.report.faces.summary import Summary, summary
@@ -124,6 +127,34 @@ class Looking(nn.Module):
             notes=(*self.matches.notes, *self._notes),
             warnings=tuple(self._warnings),
         )
+
+    def explain(self, batch: Mapping[str, Any] | tuple[Any, ...]) -> Explanation:
+        """Find what is not finite in a step: what ``out.metrics["finite"]`` only warns of.
+
+        One step runs eagerly, as the models are, forward and backward, and each value is looked at:
+        weights, inputs, parameters, the output of each module in the order in which they end, the
+        values of matches, terms, the loss, gradients. Print what is returned. Nothing is changed:
+        neither gradients, buffers, modes nor random states. On a mesh all ranks call it, and each
+        looks at its own shards.
+
+        Args:
+            batch: The keywords of a call in a dict, or a tuple of positional inputs.
+
+        Returns:
+            The first value that is not finite (model, module or term, how many NaNs and
+            infinities) as its ``first``, and all that were found as its ``findings``.
+
+        Raises:
+            OptionError: ``batch`` is neither a dict nor a tuple.
+        """
+        with unchanged(self._towers.every):  # sorting a call settles the modes of frozen models
+            request = self._request(self._sorted(*inputs_of(batch)))
+            return explained(request, self._settings.values)
+
+    def gradient_norms(self, batch: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, float]:
+        """The norm of each term's gradient: what ``fxdistill.gradient_norms`` returns."""
+        with unchanged(self._towers.every):
+            return term_norms(self._request(self._sorted(*inputs_of(batch))))
 
     def summary(self) -> Summary:
         """Tables for ``rich.print``: the terms, and what each pass did to the last program."""

@@ -16,7 +16,8 @@ class DistillOutput(OrderedDict[str, Any]):
     ``loss`` is the total, a 0-d tensor with gradients. ``losses`` maps the name of every term to
     its unweighted value, a detached 0-d tensor on the device: reading one waits for the device.
     ``metrics`` has "kept", the share of predictions that ``importance`` leaves in the logit term (1
-    where nothing is dropped), on the device too. ``logits`` are the student's, detached: in an
+    where nothing is dropped), and "finite", whether the total is (a 0-d bool), on the device too.
+    ``logits`` are the student's, detached: in an
     evaluation (eval mode, without gradients) where a term reads them, and elsewhere if
     ``wrap(..., outputs=("logits",))`` asked for them.
     """
@@ -53,7 +54,8 @@ def output_of(losses: Losses, logits: Tensor | None) -> DistillOutput:
     out = DistillOutput(loss=losses.total, losses=losses.terms)
     if logits is not None:
         out["logits"] = logits
-    out["metrics"] = {"kept": losses.total.new_ones(()), **losses.metrics}
+    total = losses.total.detach()
+    out["metrics"] = {"kept": total.new_ones(()), "finite": total.isfinite(), **losses.metrics}
     return out
 
 

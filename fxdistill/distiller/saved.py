@@ -7,12 +7,16 @@ not the frozen base below them, as PEFT saves them. The settings stand in the st
 where torch keeps the versions of modules: ``torch.save`` keeps them, safetensors has tensors only.
 """
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from fxdistill.distiller.export import save_student
 from fxdistill.distiller.settings import Settings
+from fxdistill.distiller.towers import Towers
 from fxdistill.models.adapters import base_parameters
+from fxdistill.objective.objective import Objective
 
 SETTINGS = "settings"
 
@@ -21,11 +25,46 @@ class Saved(nn.Module):
     """A module with settings, whose state dict has them and each tensor once."""
 
     _settings: Settings
+    _towers: Towers
+    objective: Objective
 
     def save_each_tensor_once(self) -> None:
         """Let ``state_dict()`` have one name for each tensor, and load such state dicts."""
         self.register_state_dict_post_hook(_saving)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_loading)  # type: ignore[no-untyped-call]
+
+    def save_pretrained(self, folder: Any, projections: bool = False) -> None:
+        """Save the student alone, as it is loaded without fxdistill.
+
+        It is written by its own ``save_pretrained`` where it has one, so that ``from_pretrained``
+        loads it (of a PEFT model, the adapters). Of another model, ``model.safetensors`` has the
+        keys of the model that was never wrapped, for its ``load_state_dict``. The files are written
+        beside ``folder`` and renamed when they are whole; other files there, such as a
+        tokenizer's, stay. On a mesh all ranks call this, and the first one writes. Of
+        ``fxdistill.mutual`` each student goes into a folder of its own, by its name
+        ("student0").
+
+        Args:
+            folder: Where the student goes.
+            projections: Whether ``projections.safetensors`` is written beside it. Its keys are
+                those of ``distiller.projections``, and its header names the match of each.
+
+        Raises:
+            SaveError: The disk is full or read-only, say. What was in ``folder`` is whole.
+        """
+        of = {t.projection: t.name for t in self.objective.features if t.projection is not None}
+        names = {str(index): name for index, name in sorted(of.items())}
+        beside = self._towers.beside.projections if projections else None
+        for place, student in self._places(Path(folder)):
+            save_student(place, student, beside, names)
+
+    def _places(self, folder: Path) -> list[tuple[Path, nn.Module]]:
+        """Where each student goes: into the folder, or into one of its own where there are more."""
+        several = self._modules.get("students")
+        if several is None:
+            return [(folder, self._towers.main_module)]
+        ours = set(map(id, several.children()))
+        return [(folder / t, m) for t, m in self._towers.modules.items() if id(m) in ours]
 
 
 def _saving(module: Saved, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:

@@ -55,6 +55,11 @@ class Towers:
         """The model called ``main``."""
         return self.modules[self.main]
 
+    @property
+    def every(self) -> tuple[nn.Module, ...]:
+        """All models, and what is beside them."""
+        return (*self.modules.values(), *self.beside)
+
     def trained(self) -> Iterable[nn.Module]:
         """The models that learn, the main one first."""
         others = (t for t in self.modules if t != self.main and t not in self.frozen)

@@ -159,4 +159,6 @@ def head_flops(call: HeadCall) -> int:
     flops = products * 2 * call.h.numel() * call.w.shape[0]
     if call.t_weight is not None:
         flops += 2 * call.t.numel() * call.t_weight.shape[0]
+    for hidden, weight in zip(call.others[::3], call.others[1::3], strict=True):
+        flops += 2 * hidden.numel() * weight.shape[0]
     return int(flops)

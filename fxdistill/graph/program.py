@@ -1,11 +1,15 @@
-"""Programs: a graph, the names of its outputs, and the passes that it went through."""
+"""Programs: a graph, the names of its outputs, and the passes that it went through.
+
+Private to torch and used here only: ``_LazyGraphModule``. If it moves, code is written sooner.
+"""
 
 import copy
 import difflib
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import fx
+from torch.fx import _lazy_graph_module
 
 from fxdistill.errors import OptionError, did_you_mean
 
@@ -122,10 +126,20 @@ def all_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for m in gm.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes]
 
 
+def graph_module(root: Any, graph: fx.Graph, name: str) -> fx.GraphModule:
+    """A module for a graph, whose Python is written when it is first called or read.
+
+    Passes make many of them that nobody calls.
+    """
+    kind = getattr(_lazy_graph_module, "_LazyGraphModule", fx.GraphModule)
+    made: fx.GraphModule = kind(root, graph, name)
+    return made
+
+
 def fork_module(gm: fx.GraphModule) -> fx.GraphModule:
     """Copy the graph of ``gm`` and of the regions inside it (checkpoint bodies); share the rest."""
     graph = copy_graph(gm.graph)
-    fork = fx.GraphModule(gm, graph, gm.__class__.__name__)
+    fork = graph_module(gm, graph, gm.__class__.__name__)
     fork.meta.update(gm.meta)
     for name, child in gm.named_children():
         if isinstance(child, fx.GraphModule):

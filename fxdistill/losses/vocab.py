@@ -7,7 +7,8 @@ weight, and frees the chunk. The backward only scales these gradients. No tensor
 vocabulary is ever kept, in any precision.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +17,26 @@ from fxdistill import base
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import OptionError, ShapeError, VocabularyError
 from fxdistill.losses import fused
-from fxdistill.losses.fused.call import HeadCall, HeadSide, HeadTerms, Stored
+from fxdistill.losses.fused.call import HeadCall, HeadSide, Others, Stored
 from fxdistill.losses.fused.cast import cast_side
 from fxdistill.losses.fused.chunk import ChunkSpec
 from fxdistill.losses.fused.mix import DivergenceLike, divergences, require_no_logits
 from fxdistill.losses.fused.operator import vocab_operator
+from fxdistill.losses.fused.request import (
+    HeadRequest,
+    cap_of,
+    check_head,
+    check_shapes,
+    flat,
+    kept_tokens,
+    require_constants,
+    terms_of,
+)
 from fxdistill.losses.fused.sizes import chunk_tokens_for
-from fxdistill.losses.reduce import IGNORE
+from fxdistill.losses.fused.teachers import MixSpec, packed
+from fxdistill.losses.mixture import Pooled
+
+OtherTeacher = tuple[Tensor, Tensor, Tensor | None, float, float | None]
 
 
 class VocabLoss(NamedTuple):
@@ -60,6 +74,9 @@ def vocab_loss(
     teacher_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
+    other_teachers: Sequence[OtherTeacher] = (),
+    teacher_shares: Tensor | None = None,
+    pooled: Pooled = "probabilities",
     compile: bool = True,
 ) -> VocabLoss:
     """logit_weight · divergence + label_weight · cross entropy, from hidden states and heads.
@@ -103,6 +120,10 @@ def vocab_loss(
         teacher_scale: The factor of the teacher's head.
         student_softcap: The cap of the student's head, cap·tanh(logits / cap).
         teacher_softcap: The cap of the teacher's head.
+        other_teachers: Further teachers, each ``(hidden, weight, bias, scale, softcap)``: the
+            divergence compares with the mean of all (see ``losses.mean_of_teachers``).
+        teacher_shares: ``[K]``, their weights, the first teacher's first; ``None``: equal.
+        pooled: What the mean is of, as in ``mean_of_teachers``.
         compile: Compile the body of a chunk with Inductor.
 
     Raises:
@@ -112,20 +133,24 @@ def vocab_loss(
         OptionError: The divergence is unknown or lacks its teacher, hidden states are float16, or
             an argument requires a gradient that gets none.
     """
-    _check_shapes(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, weights)
+    check_shapes(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, weights)
     chosen = divergences(divergence)
     if chosen and (teacher_hidden is None or teacher_weight is None):
         raise OptionError(f"divergence={divergence!r} compares with a teacher, and none is given")
     columns = student_weight.shape[0]
     if teacher_weight is not None and chosen:
-        columns = min(columns, teacher_weight.shape[0])
+        known = [teacher_weight, *(other[1] for other in other_teachers)]
+        columns = min(columns, *(weight.shape[0] for weight in known))
     if vocab_size is not None and vocab_size > columns:
         raise VocabularyError(f"vocab_size={vocab_size}, but there are {columns} common columns")
+    curves = [(float(teacher_scale), cap_of(teacher_softcap))]
+    curves += [(float(scale), cap_of(cap)) for *_, scale, cap in other_teachers]
+    of_body = curves[0] if len(curves) == 1 else (1.0, None)  # mixed logits are behind the curves
     spec = ChunkSpec(
         chosen,
         columns if vocab_size is None else vocab_size,
-        (float(student_scale), float(teacher_scale)),
-        (_cap(student_softcap), _cap(teacher_softcap)),
+        (float(student_scale), of_body[0]),
+        (cap_of(student_softcap), of_body[1]),
         float(label_smoothing),
         float(z_loss),
         labels is not None,
@@ -133,15 +158,20 @@ def vocab_loss(
     )
     numbers = (logit_weight, label_weight, temperature)
     of_logits = (weights, num_items) if logit_weights is None else (logit_weights, logit_items)
-    asked = _Asked(labels, weights, num_items, *of_logits, numbers, spec, chunk_tokens, compile)
-    _require_constants(weights, num_items, *of_logits, *numbers)
+    asked = HeadRequest(
+        labels, weights, num_items, *of_logits, numbers, spec, chunk_tokens, compile
+    )
+    require_constants(weights, num_items, *of_logits, *numbers)
     student = cast_side(HeadSide(student_hidden, student_weight, student_bias))
     teacher = None
     if chosen and teacher_hidden is not None and teacher_weight is not None:
         bias = None if teacher_bias is None else teacher_bias.detach()
         teacher = cast_side(HeadSide(teacher_hidden.detach(), teacher_weight.detach(), bias))
     sides = [side for side in (student, teacher) if side is not None]
+    behind = _others(other_teachers, teacher_shares, MixSpec(pooled, tuple(curves)))
     placed = any(is_placed(x) for side in sides for x in side[:2])
+    if behind is not None and (placed or score or keep is not None):
+        raise OptionError("several teachers: on one device, without score= and keep=")
     if score and (labels is not None or num_items is not None or placed):
         raise OptionError("score multiplies weights: give no labels, no num_items, no shards")
     if placed:
@@ -149,13 +179,44 @@ def vocab_loss(
     if keep is not None:
         if labels is not None or of_logits[0] is None:
             raise OptionError("keep leaves out tokens without a weight: give weights, no labels")
-        student, teacher, asked = _kept(student, teacher, asked, keep)
-    student, teacher = _flat(student), None if teacher is None else _flat(teacher)
+        student, teacher, asked = kept_tokens(student, teacher, asked, keep)
+    student, teacher = flat(student), None if teacher is None else flat(teacher)
     columns = sum(side.weight.shape[0] for side in sides)
-    return _run(student, teacher, asked, columns)
+    if behind is not None:
+        columns += sum(weight.shape[0] for weight in behind.heads[1::3]) + spec.columns
+    return _run(student, teacher, asked, columns, behind)
 
 
-def _sharded(student: HeadSide, teacher: HeadSide | None, asked: "_Asked") -> VocabLoss:
+def _others(others: Sequence[OtherTeacher], shares: Tensor | None, spec: MixSpec) -> Others | None:
+    """The teachers behind the first as the operator takes them; ``None`` if there are none."""
+    if not others:
+        return None
+    sides = []
+    for hidden, weight, bias, *_ in others:
+        check_head("the other teacher's ", hidden, weight)
+        bias = None if bias is None else bias.detach()
+        sides.append(flat(cast_side(HeadSide(hidden.detach(), weight.detach(), bias))))
+    like = sides[0].hidden
+    shares = torch.ones(len(others) + 1, device=like.device) if shares is None else shares
+    return Others(packed(sides), shares.detach(), spec.text)
+
+
+def _run(
+    student: HeadSide,
+    teacher: HeadSide | Stored | None,
+    asked: HeadRequest,
+    columns: int,
+    behind: Others | None = None,
+) -> VocabLoss:
+    """Run the operator on this device; ``columns`` logits of a token determine the chunk."""
+    h = student.hidden
+    chunk = asked.chunk or chunk_tokens_for(columns, h.element_size(), h.device)
+    terms = terms_of(asked, h)
+    total, each, *_ = vocab_operator(*HeadCall.make(student, teacher, terms, chunk, more=behind))
+    return VocabLoss(total, each[0].detach(), each[1].detach())
+
+
+def _sharded(student: HeadSide, teacher: HeadSide | None, asked: HeadRequest) -> VocabLoss:
     placement = base.placement
     tokens = student.hidden.shape[:-1].numel()
     like = placement.local_part(student.hidden.detach()).new_empty(tokens, 0)
@@ -164,7 +225,7 @@ def _sharded(student: HeadSide, teacher: HeadSide | None, asked: "_Asked") -> Vo
         for x in (asked.labels, asked.weights, asked.logit_weights)
     )
     asked = asked._replace(labels=labels, weights=weights, logit_weights=logit_weights)
-    terms = _terms(asked, like)
+    terms = terms_of(asked, like)
     total, each = fused.sharded_heads.sharded_vocab_loss(student, teacher, terms)
     return VocabLoss(total, each[0].detach(), each[1].detach())
 
@@ -223,7 +284,7 @@ def vocab_loss_topk(
         OptionError: The divergence is unknown or compares logits, hidden states are float16, or an
             argument requires a gradient that gets none.
     """
-    _check_shapes(student_hidden, student_weight, teacher_ids, None, labels, weights)
+    check_shapes(student_hidden, student_weight, teacher_ids, None, labels, weights)
     if teacher_ids.shape != teacher_logprobs.shape:
         raise ShapeError(
             f"teacher_ids is {list(teacher_ids.shape)}, teacher_logprobs "
@@ -232,140 +293,19 @@ def vocab_loss_topk(
     chosen = divergences(divergence)
     require_no_logits(chosen)
     numbers = (logit_weight, label_weight, temperature)
-    _require_constants(weights, num_items, *numbers)
+    require_constants(weights, num_items, *numbers)
     student = cast_side(HeadSide(student_hidden.flatten(0, -2), student_weight, student_bias))
     spec = ChunkSpec(
         chosen,
         0,
         (float(student_scale), 1.0),
-        (_cap(student_softcap), None),
+        (cap_of(student_softcap), None),
         float(label_smoothing),
         float(z_loss),
         labels is not None,
     )
     of_both = (weights, num_items)
-    asked = _Asked(labels, *of_both, *of_both, numbers, spec, chunk_tokens, compile)
+    asked = HeadRequest(labels, *of_both, *of_both, numbers, spec, chunk_tokens, compile)
     stored = Stored(teacher_logprobs.detach().flatten(0, -2), teacher_ids.flatten(0, -2))
     columns = 2 * student_weight.shape[0]
     return _run(student, stored, asked, columns)
-
-
-class _Asked(NamedTuple):
-    """The arguments as the caller gave them; ``numbers`` are both weights and τ."""
-
-    labels: Tensor | None
-    weights: Tensor | None
-    num_items: float | Tensor | None
-    logit_weights: Tensor | None
-    logit_items: float | Tensor | None
-    numbers: tuple[float | Tensor, ...]
-    spec: ChunkSpec
-    chunk: int | None
-    compiled: bool
-
-
-def _kept(
-    student: HeadSide, teacher: HeadSide | None, asked: _Asked, keep: tuple[int, int]
-) -> tuple[HeadSide, HeadSide | None, _Asked]:
-    """The tokens that have a weight, in their order, filled up with some that have none."""
-    assert asked.logit_weights is not None
-    weights = asked.logit_weights.flatten()
-    count = (weights.shape[0] * keep[0] + keep[1] - 1) // keep[1]
-    at = (weights != 0).int().sort(descending=True, stable=True).indices[:count]
-
-    def taken(side: HeadSide) -> HeadSide:
-        return side._replace(hidden=side.hidden.flatten(0, -2).index_select(0, at))
-
-    some = weights.index_select(0, at)
-    asked = asked._replace(weights=some, logit_weights=some)
-    return taken(student), None if teacher is None else taken(teacher), asked
-
-
-def _flat(side: HeadSide) -> HeadSide:
-    return side._replace(hidden=side.hidden.flatten(0, -2))
-
-
-def _run(
-    student: HeadSide, teacher: HeadSide | Stored | None, asked: _Asked, columns: int
-) -> VocabLoss:
-    """Run the operator on this device; ``columns`` logits of a token determine the chunk."""
-    h = student.hidden
-    chunk = asked.chunk or chunk_tokens_for(columns, h.element_size(), h.device)
-    terms = _terms(asked, h)
-    total, each, *_ = vocab_operator(*HeadCall.make(student, teacher, terms, chunk))
-    return VocabLoss(total, each[0].detach(), each[1].detach())
-
-
-def _terms(asked: _Asked, h: Tensor) -> HeadTerms:
-    """Turn the arguments into tensors with one entry for each token of ``h`` ``[tokens, ...]``."""
-    kind = torch.float64 if h.dtype == torch.float64 else torch.float32
-
-    def share(weights: Tensor | None, items: float | Tensor | None, flat: Tensor | None) -> Tensor:
-        """The share w / Σw of each token, of those whose label is given."""
-        w = h.new_ones(h.shape[0], dtype=kind) if weights is None else weights.flatten().to(kind)
-        w = w if flat is None else w * (flat != IGNORE)
-        total = w.sum() if items is None else _number(items, h.device, kind)
-        return w / torch.where(total == 0, torch.ones_like(total), total)
-
-    of_logits, of_labels = share(asked.logit_weights, asked.logit_items, None), None
-    labels = None
-    if asked.labels is not None:
-        flat = asked.labels.flatten()
-        of_labels = share(asked.weights, asked.num_items, flat)
-        labels = torch.where(flat == IGNORE, 0, flat)
-    shares = (of_logits, torch.zeros_like(of_logits) if of_labels is None else of_labels)
-    settings = _settings(asked.numbers, h)
-    return HeadTerms(labels, shares, settings, asked.spec, asked.chunk, asked.compiled)
-
-
-def _settings(numbers: tuple[float | Tensor, ...], h: Tensor) -> Tensor:
-    """The weights of both terms and τ, on the device and in the precision of the loss."""
-    kind = torch.float64 if h.dtype == torch.float64 else torch.float32
-    return torch.stack([_number(value, h.device, kind) for value in numbers])
-
-
-def _number(value: float | Tensor, device: torch.device, kind: torch.dtype) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach().to(device=device, dtype=kind).reshape(())
-    return torch.full((), float(value), device=device, dtype=kind)
-
-
-def _check_shapes(
-    h: Tensor,
-    w: Tensor,
-    t: Tensor | None,
-    t_weight: Tensor | None,
-    labels: Tensor | None,
-    weights: Tensor | None,
-) -> None:
-    heads = [("student", h, w)]
-    if t is not None and t_weight is not None:
-        heads.append(("teacher", t, t_weight))
-    for tower, hidden, weight in heads:
-        if weight.ndim != 2 or hidden.ndim < 2 or hidden.shape[-1] != weight.shape[1]:
-            raise ShapeError(
-                f"{tower}_hidden is {list(hidden.shape)} and {tower}_weight {list(weight.shape)}: "
-                "[..., D] and [V, D]"
-            )
-    grid = h.shape[:-1]
-    given = {"teacher_hidden": None if t is None else t.shape[:-1]}
-    given["labels"] = None if labels is None else labels.shape
-    given["weights"] = None if weights is None else weights.shape
-    for name, shape in given.items():
-        if shape is not None and shape != grid:
-            raise ShapeError(f"{name} has {list(shape)} tokens, student_hidden {list(grid)}")
-
-
-def _cap(value: float | None) -> float | None:
-    return None if value is None else float(value)
-
-
-def _require_constants(*values: Any) -> None:
-    """Raise OptionError if a value requires a gradient: only hidden states and heads get one."""
-    if torch.is_grad_enabled():
-        for value in values:
-            if isinstance(value, Tensor) and value.requires_grad:
-                raise OptionError(
-                    "weights, items, temperature and the weights of terms get no gradient from the "
-                    "fused head: detach() them, or use the losses of logits"
-                )

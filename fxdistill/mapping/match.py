@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from fxdistill.losses.names import loss_name
+from fxdistill.models.tap import Reader
 
 Reduction = tuple[str, Literal["mean", "max", "sum"]]
 ACCEPTED = "{student path: teacher path or Match}, a list of Match, or what fxdistill.match returns"
@@ -38,6 +39,9 @@ class Match:
             ``"output[i]"``, ``"output.field"``, ``"input"``, ``"input[i]"`` or ``"input.name"``. Of
             a module that attends also ``"attention"``, for losses of attention, and as tensors
             ``"attention.q"``, ``".k"``, ``".v"`` and ``".heads"`` (before the output projection).
+            Or a callable ``(module, args, kwargs, output) -> tensor``, called when the module has
+            run, with what it took and returned: it computes the value, and gradients flow
+            through it. Its name stands for it, so two of one module need two names.
         teacher_port: The same for the teacher.
         tokens: Whose tokens index the values: ``"input"``, ``"encoder"``, ``"decoder"``, or
             ``"teacher"``: those of the teacher's own inputs (``teacher_inputs``). ``None``: they
@@ -62,8 +66,8 @@ class Match:
     reduce: Reduction | tuple[Reduction | None, Reduction | None] | None = field(
         default=None, kw_only=True
     )
-    student_port: str = field(default="output", kw_only=True)
-    teacher_port: str = field(default="output", kw_only=True)
+    student_port: str | Reader = field(default="output", kw_only=True)
+    teacher_port: str | Reader = field(default="output", kw_only=True)
     tokens: Literal["auto", "input", "encoder", "decoder", "teacher"] | None = field(
         default="auto", kw_only=True
     )

@@ -16,6 +16,7 @@ from fxdistill.base.files import write_whole
 from fxdistill.errors import MappingFileError, did_you_mean
 from fxdistill.losses.names import FEATURE_LOSSES
 from fxdistill.mapping.match import Match
+from fxdistill.models.tap import port_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -106,6 +107,11 @@ def _plain(name: str, value: Any, match: Match) -> Any:
     """A value as a file holds it: ``None`` in a pair of layouts becomes an empty string."""
     if name == "loss":
         return _loss(value, match)
+    if name.endswith("_port") and not isinstance(value, str):
+        raise MappingFileError(
+            f"the {name} of {match.student!r} is a function of your own, {port_text(value)}, which "
+            "no file can hold: save a port that has a name, and put the function back after loading"
+        )
     if isinstance(value, Tensor):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

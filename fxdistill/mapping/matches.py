@@ -17,6 +17,7 @@ from fxdistill.base.text import text
 from fxdistill.errors import FxDistillError, OptionError, did_you_mean, gather
 from fxdistill.mapping import match_file
 from fxdistill.mapping.match import ACCEPTED, Match
+from fxdistill.models.tap import port_text
 
 
 class Matches(MutableSequence[Match]):
@@ -130,7 +131,7 @@ class Matches(MutableSequence[Match]):
 
 
 def _path(match: Match, tower: str) -> str:
-    path, port = getattr(match, tower), getattr(match, f"{tower}_port")
+    path, port = getattr(match, tower), port_text(getattr(match, f"{tower}_port"))
     return str(path) if port == "output" else f"{path}:{port}"
 
 

@@ -23,7 +23,7 @@ from fxdistill.mapping.match import Match
 from fxdistill.mapping.matches import Matches, parse_entries
 from fxdistill.mapping.patterns import Binding, Pattern, in_words, natural
 from fxdistill.mapping.teachers import read_teachers
-from fxdistill.models.tap import Tap, Tower, module_names
+from fxdistill.models.tap import Tap, Tower, module_names, port_text
 
 PORT = re.compile(r"(output|input)(\[\d+\]|\.\w+)*|attention(\.(q|k|v|heads))?")
 _SHOWN = 6
@@ -83,23 +83,29 @@ def _paths(model: nn.Module) -> Collection[str]:
 
 def _of_model(model: nn.Module, side: str, pairs: list[Match]) -> list[FxDistillError]:
     taps = [tap_of(pair, side) for pair in pairs]
-    return [*_one_module_twice(model, side, taps), *attention_problems(model, side, taps)]
+    return [
+        *_one_module_twice(model, side, taps),
+        *_one_name_twice(side, taps),
+        *attention_problems(model, side, taps),
+    ]
 
 
 def tap_of(match: Match, tower: str) -> Tap:
     """The value that an explicit match reads in ``tower``."""
     path, _, call = str(getattr(match, tower)).partition("@")
-    return Tap(path, getattr(match, f"{tower}_port"), int(call or 0))
+    port = getattr(match, f"{tower}_port")
+    return Tap(path, port_text(port), int(call or 0), None if isinstance(port, str) else port)
 
 
 def _expand(match: Match, paths: ModulePaths) -> list[Match]:
     for tower in ("student", "teacher"):
         port = getattr(match, f"{tower}_port")
-        if not isinstance(port, str) or not PORT.fullmatch(port):
+        if not (PORT.fullmatch(port) if isinstance(port, str) else callable(port)):
             raise PortError(
                 f"{tower}_port={port!r}: a port is 'output', 'output[i]', 'output.field', "
                 "'input', 'input[i]' or 'input.name'; of attention 'attention', 'attention.q', "
-                "'attention.k', 'attention.v' or 'attention.heads'"
+                "'attention.k', 'attention.v' or 'attention.heads'; or a callable (module, args, "
+                "kwargs, output) -> tensor"
             )
     sides = [Pattern.parse(str(getattr(match, t)), t) for t in ("student", "teacher")]
     names = sides[0].names | sides[1].names
@@ -198,6 +204,19 @@ def _one_module_twice(model: nn.Module, tower: str, taps: list[Tap]) -> list[FxD
                 )
             )
     return problems
+
+
+def _one_name_twice(tower: str, taps: list[Tap]) -> list[FxDistillError]:
+    """The errors where two functions of one name are ports of one module: a port is its name."""
+    first: dict[Tap, Tap] = {}
+    return [
+        PortError(
+            f"{tower} {tap.path!r} has two ports called {tap.port!r}, which are different "
+            "functions: give each a name of its own (def, or __name__)."
+        )
+        for tap in taps
+        if first.setdefault(tap, tap).reads != tap.reads
+    ]
 
 
 # ---- messages

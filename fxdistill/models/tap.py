@@ -1,8 +1,11 @@
 """Names for the models of a distiller, and for single values of a model."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 Tower = str
 """The name of one of a distiller's models: ``"student"``, ``"teacher"``, or what it was called.
@@ -18,6 +21,20 @@ ATTENTION = "attention"
 """The port of what a module attends with; behind a point, its parts."""
 
 
+Reader = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Tensor]
+"""A port that is computed: ``(module, args, kwargs, output) -> tensor``."""
+
+
+def port_text(port: str | Reader) -> str:
+    """What a port is called: itself, or the name of the function that computes it, and ``()``."""
+    if isinstance(port, str):
+        return port
+    made_of: Any = port
+    while isinstance(made_of, functools.partial):
+        made_of = made_of.func
+    return f"{getattr(made_of, '__name__', type(made_of).__name__)}()"
+
+
 def module_names(module: nn.Module) -> list[str]:
     """The paths of all submodules of ``module``, in order: those that a mapping can name."""
     return [name for name, _ in module.named_modules(remove_duplicate=False) if name]
@@ -25,11 +42,15 @@ def module_names(module: nn.Module) -> list[str]:
 
 @dataclass(frozen=True, order=True)
 class Tap:
-    """One value of a model: a port of the ``call``-th call of the module at ``path``."""
+    """One value of a model: a port of the ``call``-th call of the module at ``path``.
+
+    ``reads`` computes the value of a port that is a function; ``port`` is then its name.
+    """
 
     path: str
     port: str = "output"
     call: int = 0
+    reads: Reader | None = field(default=None, compare=False, repr=False)
     # Text, formed here: dynamo makes numbers symbolic, and cannot format symbolic numbers.
     name: str = field(init=False, compare=False, repr=False, default="")
     call_text: str = field(init=False, compare=False, repr=False, default="")

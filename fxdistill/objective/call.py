@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxdistill.base.tensors import scalar
-from fxdistill.errors import BatchError, MatchWarning, did_you_mean
+from fxdistill.errors import BatchError, MatchWarning, OptionError, did_you_mean
 from fxdistill.models.conventions import (
     accepted_keywords,
     decoder_inputs,
@@ -258,3 +258,15 @@ def _token_grid(
         candidates = (own.get(name) for name in ("labels", "loss_mask", "token_weights"))
         return next((t for t in candidates if isinstance(t, Tensor)), None)
     return None
+
+
+def inputs_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch as the arguments of a call: keywords of a dict, or a tuple of positional ones."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, tuple):
+        return batch, {}
+    raise OptionError(
+        f"batch is a {type(batch).__name__}: a dict of the keywords of a call, or a tuple of its "
+        "positional arguments"
+    )

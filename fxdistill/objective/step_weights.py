@@ -32,8 +32,10 @@ class StepWeights(NamedTuple):
     teachers: Tensor | None
 
     @classmethod
-    def of(cls, settings: Tensor, names: Names) -> "StepWeights":
+    def of(cls, settings: "Tensor | StepWeights", names: Names) -> "StepWeights":
         """Split the vector: ``GLOBAL_SETTINGS`` in order, then the settings of ``names``."""
+        if isinstance(settings, StepWeights):  # of one who differentiates by each weight
+            return settings
         logits, features, labels, temperature = settings[:4].unbind()
         count, end = len(names.matches), 4 + len(names.matches) + len(names.heads)
         own = settings[4:end].unbind()

@@ -3,5 +3,13 @@
 from fxdistill.base.later import later
 
 __getattr__ = later(
-    __name__, "agree", "fsdp2", "gradients", "recompute", "setup", "sharding", "wrappers"
+    __name__,
+    "agree",
+    "checkpoints",
+    "fsdp2",
+    "gradients",
+    "recompute",
+    "setup",
+    "sharding",
+    "wrappers",
 )

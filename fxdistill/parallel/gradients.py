@@ -54,6 +54,19 @@ def clip_grad_norm_(
     return norm
 
 
+def total_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of gradients of any placements, the same on every rank; they stay as they are."""
+    return _norm([_summed(g) for g in gradients], 2.0)
+
+
+def _summed(gradient: Tensor) -> Tensor:
+    """A gradient without pending sums."""
+    if not isinstance(gradient, DTensor) or not any(k.is_partial() for k in gradient.placements):
+        return gradient
+    kinds = [Replicate() if kind.is_partial() else kind for kind in gradient.placements]
+    return gradient.redistribute(gradient.device_mesh, kinds)
+
+
 def _norm(gradients: list[Tensor], order: float) -> Tensor:
     """The norm, by one all-reduce per process group, of one number per way of sharding."""
     parts: dict[Groups, list[Tensor]] = {}

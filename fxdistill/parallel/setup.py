@@ -152,7 +152,7 @@ def _check_tap(tower: Tower, tap: Tap, plan: TensorPlan) -> None:
         ),
         None,
     )
-    output = tap.port.startswith("output") and tap.path in plan.styles
+    output = tap.reads is None and tap.port.startswith("output") and tap.path in plan.styles
     if part is not None and not output:
         raise MeshError(
             f"{tower} {str(tap)!r} lies within {part!r}, which is sharded: what stands there is a "

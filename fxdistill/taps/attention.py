@@ -44,7 +44,7 @@ def hooks_of(tower: Tower, path: str, ports: tuple[str, ...]) -> tuple[Any, Any]
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         _enter(tower, path, *ports)
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         made = _map_in(output)
         if made is not None and ATTENTION in ports:
             tap(made, tower, path, _MAP)

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from fxdistill.errors import TapError
-from fxdistill.models.tap import Tap, Tower
+from fxdistill.models.tap import Reader, Tap, Tower
 from fxdistill.taps import attention
 from fxdistill.taps.markers import note_localised, raw, reject, tap
 from fxdistill.taps.table import capturing
@@ -63,6 +64,31 @@ def _take(value: Any, tower: Tower, path: str, port: str, required: bool) -> Non
         reject(tower, path, port, _no_port(value, tower, path, port))
 
 
+def _compute(
+    tower: Tower, path: str, port: str, reads: Reader, module: nn.Module, *call: Any
+) -> None:
+    """Tap what a function makes of a module, its arguments and its output."""
+    value = reads(module, *call)
+    if isinstance(value, Tensor):
+        tap(value, tower, path, port)
+        return
+    text = f"the port {port} of {tower} module {path!r} returned a {type(value).__name__}: a tensor"
+    reject(tower, path, port, text)
+
+
+def _apart(reads: Reader) -> Reader:
+    """Keep what a function saves for its backward out of a checkpoint that runs around it.
+
+    A checkpoint runs its body again in the backward, when hooks are gone, and would miss it.
+    """
+
+    def computed(*call: Any) -> Tensor:
+        with saved_tensors_hooks(lambda x: x, lambda x: x):
+            return reads(*call)
+
+    return computed
+
+
 def _no_port(value: Any, tower: Tower, path: str, port: str) -> str:
     side = "takes" if port.startswith("input") else "returns"
     if isinstance(value, Mapping):
@@ -97,47 +123,61 @@ def hooked(
     traced = capturing()
     try:
         handles += _watch_styles(model) if styles else []
-        wanted = tuple(dict.fromkeys((tap.path, tap.port) for tap in taps))
-        if any(attention.is_of_attention(port) for _, port in wanted):
+        wanted = tuple(dict.fromkeys((tap.path, tap.port, tap.reads) for tap in taps))
+        if any(attention.is_of_attention(port) for _, port, _ in wanted):
             handles.append(attention.StandIn())
         if traced and plan is not None:
             plan = plan if plan.is_for(model, wanted) else plan.made(model, tower, wanted)
             handles.append(plan)
             plan.put()
         else:
-            for path, ports in _by_module(wanted):
+            for path, ports, computes in _by_module(wanted):
                 module, port = model.get_submodule(path), ports[0]
+                reads = computes if traced or computes is None else _apart(computes)
                 if not traced:
                     _reject_compiled_parents(model, tower, path)
                 if traced or not compiles_itself(module):
-                    hooks = _hooks(module, tower, path, ports, required)
+                    hooks = _hooks(module, tower, path, ports, reads, required)
                     handles += [_register(module, hook, before) for hook, before in hooks]
                 elif attention.is_of_attention(port):
                     raise attention.compiled(tower, path)
                 else:
-                    handles.append(_CompiledCall(module, tower, path, port, required))
+                    handles.append(_CompiledCall(module, tower, path, port, reads, required))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _by_module(wanted: Iterable[tuple[str, str]]) -> Iterator[tuple[str, tuple[str, ...]]]:
+_Wanted = tuple[str, str, Reader | None]  # a path, a port, and what computes it
+
+
+def _by_module(
+    wanted: Iterable[_Wanted],
+) -> Iterator[tuple[str, tuple[str, ...], Reader | None]]:
     """Each path with one port; the ports of attention of one module go together."""
     inside: dict[str, tuple[str, ...]] = {}
-    for path, port in wanted:
+    for path, port, reads in wanted:
         if attention.is_of_attention(port):
             inside[path] = (*inside.get(path, ()), port)
         else:
-            yield path, (port,)
-    yield from inside.items()
+            yield path, (port,), reads
+    for path, ports in inside.items():
+        yield path, ports, None
 
 
 def _hooks(
-    module: nn.Module, tower: Tower, path: str, ports: tuple[str, ...], required: bool
+    module: nn.Module,
+    tower: Tower,
+    path: str,
+    ports: tuple[str, ...],
+    reads: Reader | None,
+    required: bool,
 ) -> list[tuple[Any, bool]]:
     """The hooks that tap ``ports``, each with whether it runs before the module."""
     port = ports[0]
+    if reads is not None:
+        return [(_computing_hook(tower, path, port, reads), False)]
     if attention.is_of_attention(port):
         enter, leave = attention.hooks_of(tower, path, ports)
         return [(enter, True), (leave, False)]
@@ -149,24 +189,24 @@ def _hooks(
 def _register(module: nn.Module, hook: Any, before: bool) -> Any:
     if before:
         return module.register_forward_pre_hook(hook, with_kwargs=True)
-    return module.register_forward_hook(hook)
+    return module.register_forward_hook(hook, with_kwargs=True)
 
 
 class HookPlan:
     """The hooks of a model's taps, made once and put into the modules for each step.
 
     Registering costs ten times as much as a step of hooks does. Private to torch and used here
-    only: the tables ``_forward_hooks``, ``_forward_pre_hooks`` and
-    ``_forward_pre_hooks_with_kwargs`` of a module. If they move, the first step fails.
+    only: the tables ``_forward_hooks`` and ``_forward_pre_hooks`` of a module, and those with the
+    same names and ``_with_kwargs``. If they move, the first step fails.
     """
 
     def __init__(self) -> None:
         self._model: nn.Module | None = None
-        self._wanted: tuple[tuple[str, str], ...] = ()
+        self._wanted: tuple[_Wanted, ...] = ()
         self._steps: list[tuple[dict[str, Any], str, nn.Module]] = []  # how each path is walked
         self._entries: list[tuple[dict[int, Any], int, Any]] = []  # table, key, value
 
-    def is_for(self, model: nn.Module, wanted: tuple[tuple[str, str], ...]) -> bool:
+    def is_for(self, model: nn.Module, wanted: tuple[_Wanted, ...]) -> bool:
         """Whether the plan is of these taps, and the modules still stand where they stood."""
         return (
             self._model is model
@@ -174,19 +214,17 @@ class HookPlan:
             and all(table.get(name) is child for table, name, child in self._steps)
         )
 
-    def made(
-        self, model: nn.Module, tower: Tower, wanted: tuple[tuple[str, str], ...]
-    ) -> "HookPlan":
+    def made(self, model: nn.Module, tower: Tower, wanted: tuple[_Wanted, ...]) -> "HookPlan":
         """Make the plan anew, for these taps."""
         self._model, self._wanted, self._steps, self._entries = model, wanted, [], []
-        for path, ports in _by_module(wanted):
+        for path, ports, reads in _by_module(wanted):
             module: Any = model
             for name in path.split(".") if path else ():
                 self._steps.append((module._modules, name, module.get_submodule(name)))
                 module = self._steps[-1][2]
-            for hook, before in _hooks(module, tower, path, ports, True):
+            for hook, before in _hooks(module, tower, path, ports, reads, True):
                 handle = _register(module, hook, before)
-                tables = [module._forward_hooks]
+                tables = [module._forward_hooks, module._forward_hooks_with_kwargs]
                 if before:
                     tables = [module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs]
                 self._entries += [(table, handle.id, table[handle.id]) for table in tables]
@@ -252,21 +290,31 @@ class _CompiledCall:
     """
 
     def __init__(
-        self, module: nn.Module, tower: Tower, path: str, port: str, required: bool
+        self,
+        module: nn.Module,
+        tower: Tower,
+        path: str,
+        port: str,
+        reads: Reader | None,
+        required: bool,
     ) -> None:
         self.module, self.original = module, module._compiled_call_impl
         module._compiled_call_impl = self.call
         self.take = functools.partial(_take, tower=tower, path=path, port=port, required=required)
+        self.compute = reads and functools.partial(_compute, tower, path, port, reads)
+        self.takes_input = reads is None and port.startswith("input")
         self.port = port
         self.names = _names(module)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Run the compiled call, and tap."""
-        if self.port.startswith("input"):
+        if self.takes_input:
             self.take(_inputs(args, kwargs, self.port, self.names))
         assert self.original is not None
         result = self.original(*args, **kwargs)
-        if not self.port.startswith("input"):
+        if self.compute is not None:
+            self.compute(self.module, args, kwargs, result)
+        elif not self.takes_input:
             self.take(result)
         return result
 
@@ -303,8 +351,15 @@ def _inputs(args: Any, kwargs: dict[str, Any], port: str, names: tuple[str, ...]
 
 
 def _output_hook(tower: Tower, path: str, port: str, required: bool) -> Any:
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         _take(output, tower, path, port, required)
+
+    return hook
+
+
+def _computing_hook(tower: Tower, path: str, port: str, reads: Reader) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        _compute(tower, path, port, reads, module, args, kwargs, output)
 
     return hook
 

@@ -138,7 +138,7 @@ def test_two_teachers(mode):
 def two_students():
     return Objective(
         features=(
-            Term("a", losses.mse, Tap("blocks.0.mlp"), Tap("blocks.2.mlp"), of=("a", ("teacher",))),
+            Term("a", losses.mse, Tap("blocks.0.mlp"), Tap("blocks.2.mlp"), of=("a", "teacher")),
             # Both learn: the gradient of what they compare goes to either.
             Term("a<-b", losses.mse, Tap("blocks.1.mlp"), Tap("blocks.0.mlp"), of=("a", "b")),
         ),
@@ -208,7 +208,7 @@ def test_a_report_of_three_models():
     assert costs["big"] > costs["student"] > costs["small"] > 0
     # What was pruned is no cost: above its only match the small teacher makes logits, no more.
     assert report.flops.teacher == costs["big"] + costs["small"]
-    beside = {"projections", "loss_modules"}
+    beside = {"projections", "loss_modules", "heads"}
     assert report.memory.weights.keys() == {"student", "big", "small", *beside}
 
 

@@ -85,6 +85,48 @@ def test_the_target_is_a_mean_of_probabilities(name):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", list(LOGIT_LOSSES))
+def test_fused_heads_of_several_teachers(name):
+    """Widths, vocabularies, biases, scales and caps of their own; a token without weight is NaN."""
+    torch.manual_seed(0)
+    kind, size = torch.float64, 100
+
+    def head(width, columns):
+        return torch.randn(37, width, dtype=kind), torch.randn(columns, width, dtype=kind)
+
+    h, w = (x.requires_grad_() for x in head(12, 101))
+    (a, wa), (b, wb), (c, wc) = head(10, 104), head(6, 101), head(8, 102)
+    bias, weights, shares = torch.randn(104, dtype=kind), torch.rand(37), torch.tensor([3.0, 1, 2])
+    weights[3] = 0.0
+    b[3] = torch.nan
+    pooled = pooled_by(LOGIT_LOSSES[name])
+    found = losses.vocab_loss(
+        *(h, w, a, wa),
+        divergence=name,
+        temperature=TAU,
+        weights=weights,
+        teacher_bias=bias,
+        teacher_scale=0.5,
+        teacher_softcap=5.0,
+        other_teachers=[(b, wb, None, 1.0, None), (c, wc, None, 0.3, None)],
+        teacher_shares=shares,
+        pooled=pooled,
+        vocab_size=size,
+        chunk_tokens=16,
+        compile=False,
+    ).loss
+    logits = [5 * torch.tanh((a @ wa.T + bias) * 0.5 / 5), b.nan_to_num() @ wb.T, 0.3 * c @ wc.T]
+    logits = [z[:, :size] for z in logits]
+    target = losses.mean_of_teachers(logits, shares, temperature=TAU, pooled=pooled)
+    loss = LOGIT_LOSSES[name]
+    want = loss((h @ w.T)[:, :size], target, temperature=TAU, weights=weights)
+    torch.testing.assert_close(found, want)
+    got, expected = (torch.autograd.grad(x, (h, w)) for x in (found, want))
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(errors.ShapeError, match="other teacher's hidden"):
+        losses.vocab_loss(h, w, a, wa, other_teachers=[(b, wc, None, 1.0, None)])
+
+
 def test_entries_that_teachers_rule_out():
     """-inf where all teachers rule an entry out, the others' probability where one does."""
     a, b = torch.tensor([0.0, -torch.inf, -torch.inf]), torch.tensor([0.0, 0.0, -torch.inf])
@@ -138,6 +180,9 @@ def test_two_teachers_by_name(compile):
         torch.testing.assert_close(out.losses[name], value.detach(), msg=name)
     torch.testing.assert_close(out.loss, total)
     assert_same_gradients(gradients(student), gradients(plain))
+    if compile == AOT:  # and the heads of all three are fused with the loss
+        (said,) = (r.remarks for r in distiller.program.history if r.name == "FuseHead")
+        assert said[0].count("[3, 7, 50]") == 3
     assert all(p.grad is None for model in (big, small) for p in model.parameters())
 
 
@@ -308,3 +353,14 @@ def test_teachers_with_other_vocabularies():
 
     with pytest.raises(errors.VocabularyError, match=r"64 entries and the teacher's 128"):
         fxdistill.wrap(model(64), [model(64), model(128)])
+
+
+@pytest.mark.slow
+def test_teachers_are_mixed_by_compiled_code():
+    """As a user runs it: Inductor compiles the mixing inside of the operator, for both dtypes."""
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        h, w = torch.randn(40, 8, dtype=dtype), torch.randn(64, 8, dtype=dtype)
+        given = {"other_teachers": [(h * 2, w + 1, None, 1.0, 30.0)], "temperature": TAU}
+        found = [losses.vocab_loss(h, w, h, w, compile=c, **given).loss for c in (True, False)]
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)

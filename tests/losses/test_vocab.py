@@ -12,7 +12,9 @@ import fxdistill
 from fxdistill import errors
 from fxdistill.losses import vocab_loss, vocab_loss_topk
 from fxdistill.losses.fused import operator
+from fxdistill.losses.fused.call import HeadSide
 from fxdistill.losses.fused.chunk import ChunkSpec
+from fxdistill.losses.fused.teachers import MixSpec, packed
 
 TOKENS, D, D_T, V = 37, 12, 20, 101
 PARTS = ("student_hidden", "student_weight", "student_bias")
@@ -373,7 +375,8 @@ def test_bad_stored_teachers_are_named() -> None:
 # ---- the operator among torch's
 
 
-def test_the_operator_is_as_torch_wants_it() -> None:
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_the_operator_is_as_torch_wants_it(teachers: int) -> None:
     """Shapes, strides, aliases and gradients as promised, for tensors of any strides."""
     x = operands()
     w = x["student_weight"].T.contiguous().T.requires_grad_()
@@ -381,7 +384,26 @@ def test_the_operator_is_as_torch_wants_it() -> None:
     shape = ChunkSpec((("jsd", 1.0, 0.5),), V, labelled=True)
     labels, share = x["labels"].clamp_min(0), x["weights"] / x["weights"].sum()
     towers = (h, w, None, x["teacher_hidden"], x["teacher_weight"], None, None)
-    rest = (labels, share, share, torch.ones(3), shape.text, 16, "hw", False)
+    others: list[Tensor] = []
+    mixture, mixed = None, ""
+    if teachers == 2:
+        other = HeadSide(x["teacher_hidden"] + 1, x["teacher_weight"] + 1)
+        others, mixture = packed([other]), torch.ones(2)
+        mixed = MixSpec("probabilities", ((1.0, None), (1.0, None))).text
+    rest = (
+        labels,
+        share,
+        share,
+        torch.ones(3),
+        others,
+        mixture,
+        mixed,
+        shape.text,
+        16,
+        "hw",
+        False,
+    )
+    rest = (*rest, "", 0, 0)
     torch.library.opcheck(operator.vocab_operator, (*towers, *rest))
 
 

@@ -380,7 +380,7 @@ def test_a_number_that_nothing_gives_or_that_goes_in_circles(student, teacher, n
     refused(errors.PatternError, {student: teacher}, *said, "'layers.{2*i+1}.mlp'")
 
 
-PORTS = ("", "out", "output[x]", "output[-1]", "output[0].x", "inputs", "input.", None, 3)
+PORTS = ("", "out", "output[x]", "output[-1]", "output[0]x", "inputs", "input.", None, 3)
 
 
 @pytest.mark.parametrize("side", ["student_port", "teacher_port"])

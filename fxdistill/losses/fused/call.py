@@ -31,6 +31,17 @@ class Shard(NamedTuple):
     size: int = 0
 
 
+class Others(NamedTuple):
+    """Teachers behind the first: operands of their heads (``teachers.packed``), ``[K]`` weights.
+
+    ``mixed`` is the text of a ``MixSpec``.
+    """
+
+    heads: "list[Tensor] | tuple[Tensor, ...]" = ()
+    weights: Tensor | None = None
+    mixed: str = ""
+
+
 class HeadTerms(NamedTuple):
     """The loss terms to compute from the heads.
 
@@ -61,13 +72,18 @@ class HeadCall(NamedTuple):
     logit_share: Any
     label_share: Any
     settings: Any
+    others: Any
+    mixture: Any
+    mixed: str
     spec: str
     chunk: int
     needs: str
     compiled: bool
-    group: str = ""
-    offset: int = 0
-    size: int = 0
+    # No defaults: torch leaves out arguments that are those, and then the gradients of a list of
+    # tensors would not have the structure of the arguments.
+    group: str
+    offset: int
+    size: int
 
     @classmethod
     def make(
@@ -77,6 +93,7 @@ class HeadCall(NamedTuple):
         terms: HeadTerms,
         chunk: int,
         shard: Shard | None = None,
+        more: "Others | None" = None,
     ) -> "HeadCall":
         """Make the call from both sides, flattened to ``[tokens, ...]``, and the terms."""
         left: tuple[Tensor | None, ...] = (None,) * 4  # hidden, weight, bias, ids
@@ -85,7 +102,8 @@ class HeadCall(NamedTuple):
         elif teacher is not None:
             left = (*teacher, None)
         shard = Shard() if shard is None else shard
-        given = (terms.labels, *terms.shares, terms.settings, terms.spec.text, chunk)
+        mix = Others() if more is None else more
+        given = (terms.labels, *terms.shares, terms.settings, *mix, terms.spec.text, chunk)
         wanted = gradients_wanted(student.hidden, student.weight, student.bias)
         return cls._make((*student, *left, *given, wanted, terms.compiled, *shard))
 

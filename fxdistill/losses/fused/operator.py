@@ -12,7 +12,7 @@ call of the operator fails.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fxdistill.base.nodes import own_code
 from fxdistill.losses import fused
+from fxdistill.losses.fused import teachers
 from fxdistill.losses.fused.call import HeadCall
 from fxdistill.losses.fused.chunk import Chunk, ChunkSpec, chunk_terms
 from fxdistill.losses.fused.gradients import require_first_order, require_indices, scaled
@@ -55,20 +56,24 @@ def vocab_operator(
     logit_share: Tensor,
     label_share: Tensor,
     settings: Tensor,
+    others: Sequence[Tensor],
+    mixture: Tensor | None,
+    mixed: str,
     spec: str,
     chunk: int,
     needs: str,
     compiled: bool,
-    group: str = "",
-    offset: int = 0,
-    size: int = 0,
+    group: str,
+    offset: int,
+    size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Total and terms, and the total's gradients by ``h``, ``w`` and ``bias`` (else empty).
 
     ``h`` ``[T, D]``, ``w`` ``[V, D]``, ``t`` ``[T, D_T]``, ``t_weight`` ``[V_T, D_T]``, ``labels``
     and the shares ``[T]``, ``settings`` ``[3]``: the weights of the two terms and τ. ``needs``
     names the gradients by their letters h, w and b. With ``ids`` ``[T, k]``, ``t`` ``[T, k]`` are
-    log-probabilities of those entries and there is no ``t_weight``.
+    log-probabilities of those entries and there is no ``t_weight``. With ``mixture`` ``[K]``, the
+    teacher is the mean of K, whose further heads are ``others``: see ``fused.teachers``.
 
     With ``group``, the name of a process group, weights and biases are this rank's rows, from
     ``offset`` on, of a vocabulary of ``size``; everything else is the same on all ranks of the
@@ -76,7 +81,7 @@ def vocab_operator(
     """
     call = HeadCall(
         *(h, w, bias, t, t_weight, t_bias, ids, labels, logit_share, label_share, settings),
-        *(spec, chunk, needs, compiled, group, offset, size),
+        *(others, mixture, mixed, spec, chunk, needs, compiled, group, offset, size),
     )
     require_indices("label", labels, size or w.shape[0])
     require_indices("teacher's id", ids, w.shape[0])
@@ -105,6 +110,12 @@ class _Loop:
         self.z = h.new_empty(size, w.shape[0])
         wide = None if call.t_weight is None else call.t_weight.shape[0]
         self.y = None if wide is None else call.t.new_empty(size, wide)
+        self.mixing = None
+        if call.mixture is not None:
+            columns, sides = ChunkSpec.read(call.spec).columns, teachers.unpacked(call.others)
+            spec = teachers.MixSpec.read(call.mixed)
+            some = teachers.Rows(rows, columns, call.compiled)
+            self.mixing = teachers.Mixing(sides, spec, size, some)
         # Sums over many chunks are kept in float32 at least.
         kind = torch.float64 if h.dtype == torch.float64 else torch.float32
         self.dh = h.new_empty(h.shape) if "h" in needs else h.new_empty(0)
@@ -141,6 +152,9 @@ class _Loop:
             t, t_weight, t_bias = self.teacher
             y = self.y[:filled]
             project(taken(t, start, count, filled), t_weight, t_bias, y)
+            if self.mixing is not None:
+                of_chunk = functools.partial(taken, start=start, count=count, filled=filled)
+                y = self.mixing.mixed(y, of_chunk, call.mixture, call.settings[2])
         if self.stored is not None:
             y, ids = (taken(x, start, count, filled) for x in self.stored)
         chunk = Chunk(z, y, ids, own, shares[0], shares[1], call.settings)
@@ -203,7 +217,8 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs = HeadCall(*inputs).needs
+    call = HeadCall(*inputs)
+    ctx.needs, ctx.others = call.needs, len(call.others)
     ctx.save_for_backward(*output[2:])
     ctx.set_materialize_grads(False)
 
@@ -215,7 +230,9 @@ def _scale(ctx: Any, of_total: Tensor | None, *_: Any) -> tuple[Tensor | None, .
     if of_total is not None:
         for i, (name, saved) in enumerate(zip("hwb", ctx.saved_tensors, strict=True)):
             grads[i] = scaled(saved, of_total) if name in ctx.needs else None
-    return (*grads, *[None] * (len(HeadCall._fields) - len(grads)))
+    rest: list[Any] = [None] * (len(HeadCall._fields) - len(grads))
+    rest[HeadCall._fields.index("others") - len(grads)] = [None] * ctx.others
+    return (*grads, *rest)
 
 
 vocab_operator.register_fake(_fake)

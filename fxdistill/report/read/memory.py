@@ -64,8 +64,11 @@ def own_bytes(node: fx.Node) -> int:
     call = HeadCall.of(node)
     h, w = call.h, call.w
     columns = w.shape[0] + (0 if call.t_weight is None else call.t_weight.shape[0])
-    chunk = size_of_chunks(call.chunk, h) * columns * h.element_size()
     kind = 8 if h.dtype == torch.float64 else 4
+    of_others = sum(weight.shape[0] for weight in call.others[1::3])
+    mean = w.shape[0] * kind if call.others else 0  # of all teachers
+    token = (columns + of_others) * h.element_size() + mean
+    chunk = size_of_chunks(call.chunk, h) * token
     # Uncompiled, the body's operators keep BODY values alive for each token and vocabulary entry.
     body = 0 if call.compiled else BODY * sizes_on(h.device).rows * w.shape[0] * kind
     wide = w.numel() * kind if "w" in call.needs and kind != w.element_size() else 0

@@ -1,0 +1,117 @@
+"""The student alone, as it is used without fxdistill: files that a model is loaded from."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fxdistill import parallel
+from fxdistill.base.figures import size
+from fxdistill.base.folders import whole_folder
+from fxdistill.base.tensors import is_placed
+from fxdistill.errors import SaveError
+
+MODEL, PROJECTIONS = "model.safetensors", "projections.safetensors"
+
+
+def save_student(
+    folder: Any, student: nn.Module, projections: nn.Module | None, names: Mapping[str, str]
+) -> None:
+    """Write ``student`` into ``folder``, whole or not at all, and ``projections`` beside it.
+
+    ``names`` says in the header of the projections' file which match each of them is of. On a mesh
+    every rank calls this: all gather, and the first writes. Raises SaveError, on every rank.
+    """
+    target = Path(folder)
+    state = _state(student)
+    first = _rank() == 0
+    error = _attempt(target, student, state, projections, names) if first else None
+    if _sharded(student):
+        error = parallel.checkpoints.everyone(error)[0]
+    if error is not None:
+        raise error
+
+
+def _rank() -> int:
+    """This process's rank; 0 without a process group."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return 0
+
+
+def _attempt(
+    target: Path,
+    student: nn.Module,
+    state: dict[str, Tensor],
+    projections: nn.Module | None,
+    names: Mapping[str, str],
+) -> SaveError | None:
+    """Write the files; what has gone wrong, if anything."""
+    try:
+        with whole_folder(target) as part:
+            _write(part, student, state, projections, names)
+    except (OSError, SafetensorError) as cause:
+        needed = sum(x.numel() * x.element_size() for x in state.values() if x is not None)
+        error = SaveError(
+            f"the student, {needed} bytes ({size(needed)}), could not be written to {target}"
+            f"{_free(target)}: {cause}. What was there before is whole."
+        )
+        error.__cause__ = cause
+        return error
+    return None
+
+
+def _write(
+    part: Path,
+    student: nn.Module,
+    state: dict[str, Tensor],
+    projections: nn.Module | None,
+    names: Mapping[str, str],
+) -> None:
+    own: Any = getattr(student, "save_pretrained", None)
+    if callable(own):
+        # Sharded weights are gathered; otherwise the model finds its own, adapters alone, say.
+        own(str(part), **({"state_dict": state} if _sharded(student) else {}))
+    else:
+        write_tensors(state, part / MODEL, {"format": "pt"})
+    if projections is not None:
+        write_tensors(projections.state_dict(), part / PROJECTIONS, {"format": "pt", **names})
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write tensors under all of their names: one that has two is written twice."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        x = tensor.detach().contiguous()
+        pointer = x.untyped_storage().data_ptr()
+        whole = x.untyped_storage().nbytes() == x.numel() * x.element_size()
+        apart[name] = x if whole and pointer not in seen else x.clone()
+        seen.add(pointer)
+    save_file(apart, path, metadata=dict(metadata))
+
+
+def _sharded(student: nn.Module) -> bool:
+    return any(is_placed(p) for p in student.parameters())
+
+
+def _state(student: nn.Module) -> dict[str, Tensor]:
+    """The student's own state dict, of whole tensors."""
+    state: dict[str, Tensor] = student.state_dict()
+    if not _sharded(student):
+        return state
+    return {name: x.full_tensor().cpu() if is_placed(x) else x for name, x in state.items()}
+
+
+def _free(target: Path) -> str:
+    while not target.exists() and target != target.parent:
+        target = target.parent
+    try:
+        return f", {size(shutil.disk_usage(target).free)} are free there"
+    except OSError:
+        return ""
