@@ -27,6 +27,9 @@ try:
 except ImportError as error:
     raise missing("trl.DistillationTrainer", "trl", "trl") from error
 
+# TRL imports its names when they are asked for, so that type checkers do not know them.
+_TRL: Any = trl
+_Base: Any = _TRL.DistillationTrainer
 # What TRL hands on of images; the rest of its batch is read by name below.
 _OF_IMAGES = (
     "pixel_values",
@@ -39,7 +42,7 @@ _OF_IMAGES = (
 _OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
 
 
-class DistillationTrainer(trl.DistillationTrainer):
+class DistillationTrainer(_Base):  # type: ignore[misc]
     """``trl.DistillationTrainer`` with a distiller's step: features, importance, one graph.
 
     TRL reads the data (a column ``prompt``), lets the student write completions, and logs; the loss
@@ -100,7 +103,7 @@ class DistillationTrainer(trl.DistillationTrainer):
         pad_to: int | None = None,
         **options: Any,
     ) -> None:
-        args = trl.DistillationConfig("distillation") if args is None else args
+        args = _TRL.DistillationConfig("distillation") if args is None else args
         _check(on_policy, pad_to, train_dataset, args)
         given = {**options, **({} if mapping is None else {"mapping": mapping})}
         distiller = _distiller(model, teacher_model, given, args)

@@ -253,13 +253,18 @@ def test_two_ranks_have_the_curve_of_one(tmp_path):
 # ------------------------------------------------------------------ Lightning
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 def test_lightning_saves_and_resumes_exactly(tmp_path):
     loader = DataLoader(Texts(24), BATCH)
-    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
-    whole = Distillation(distilled())
-    lightning_trainer(tmp_path, enable_checkpointing=True, callbacks=[saves]).fit(whole, loader)
-    rest = Distillation(distilled())
-    lightning_trainer(tmp_path).fit(rest, loader, ckpt_path=tmp_path / "step=3.ckpt")
+
+    def saving(name):
+        folder = tmp_path / name
+        saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        return lightning_trainer(folder, enable_checkpointing=True, callbacks=[saves])
+
+    whole, rest = Distillation(distilled()), Distillation(distilled())
+    saving("whole").fit(whole, loader)
+    saving("rest").fit(rest, loader, ckpt_path=tmp_path / "whole" / "step=3.ckpt")
     assert rest.seen == whole.seen[3:]
     for name, value in rest.state_dict().items():
         assert torch.equal(value, whole.state_dict()[name]), name

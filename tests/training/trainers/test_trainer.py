@@ -1,5 +1,6 @@
 """``transformers.Trainer`` around a distiller: what is logged, saved, chosen, resumed, refused."""
 
+import functools
 import subprocess
 import sys
 
@@ -18,14 +19,6 @@ MLP = "model.layers.0.mlp"
 TERMS = {"logits", "labels", "features", MLP}
 PLAIN = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
 PLAIN |= {"lr_scheduler_type": "constant"}
-
-
-@pytest.fixture
-def saves(monkeypatch):
-    """``save_pretrained``, where the distiller has none yet."""
-    if not hasattr(fxdistill.Distiller, "save_pretrained"):
-        save = lambda distiller, folder: distiller.student.save_pretrained(folder)  # noqa: E731
-        monkeypatch.setattr(fxdistill.Distiller, "save_pretrained", save, raising=False)
 
 
 class Reads(TrainerCallback):
@@ -92,7 +85,7 @@ def test_label_smoothing_is_refused_with_what_to_use(tmp_path):
 
 
 def test_smoothed_labels_of_the_distillers_own(tmp_path):
-    smooth = partial(fxdistill.losses.cross_entropy, label_smoothing=0.1)
+    smooth = functools.partial(fxdistill.losses.cross_entropy, label_smoothing=0.1)
     one = pair(label_loss=smooth, logit_loss=None)
     run = trainer(one, tmp_path, callbacks=[LossCallback()], max_steps=1, logging_steps=1)
     rows = Rows().batch()
@@ -104,7 +97,7 @@ def test_smoothed_labels_of_the_distillers_own(tmp_path):
     assert run.state.log_history[0]["labels"] == pytest.approx(wanted.item(), rel=1e-5)
 
 
-def test_the_best_checkpoint_by_a_metric_is_loaded_and_loads_without_us(tmp_path, saves):
+def test_the_best_checkpoint_by_a_metric_is_loaded_and_loads_without_us(tmp_path):
     """A metric of the predictions, the student's logits, chooses; the student stands beside."""
     values = iter([0.5, 0.9, 0.1, 0.2])
     shapes = []
