@@ -255,12 +255,13 @@ def test_two_ranks_have_the_curve_of_one(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 def test_lightning_saves_and_resumes_exactly(tmp_path):
-    loader = DataLoader(Texts(24), BATCH)
+    loader = DataLoader(Texts(12), BATCH)  # two epochs of three steps
 
     def saving(name):
         folder = tmp_path / name
-        saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
-        return lightning_trainer(folder, enable_checkpointing=True, callbacks=[saves])
+        saves = ModelCheckpoint(folder, filename="{step}", save_top_k=-1)
+        options = {"enable_checkpointing": True, "max_epochs": 2}
+        return lightning_trainer(folder, callbacks=[saves], **options)
 
     whole, rest = Distillation(distilled()), Distillation(distilled())
     saving("whole").fit(whole, loader)
