@@ -66,14 +66,14 @@ def read_teachers(given: Any) -> Teachers:
     """
     if given is None:
         return Teachers({}, {})
-    if isinstance(given, nn.Module) and not isinstance(given, (nn.ModuleList, nn.ModuleDict)):
+    if isinstance(given, nn.Module):
         return Teachers({"teacher": given}, {0: "teacher", "teacher": "teacher"})
-    if isinstance(given, (Mapping, nn.ModuleDict)):
+    if isinstance(given, Mapping):
         named = dict(given.items())
         for name in named:
             _require_name(name)
         return _found(named, {name: name for name in named})
-    if isinstance(given, (Sequence, nn.ModuleList)) and not isinstance(given, str):
+    if isinstance(given, Sequence) and not isinstance(given, str):
         towers = [f"teacher{i}" for i in range(len(given))]
         return _found(dict(zip(towers, given, strict=True)), dict(enumerate(towers)))
     raise OptionError(

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -726,7 +727,10 @@ class TestProcesses:
         os.close(reading)
         with os.fdopen(writing, "w") as stdout:
             done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, check=False)
-        assert (done.returncode, done.stderr) == (141, b"")
+        # torchao says at its import what it cannot load here; of a broken pipe nobody speaks.
+        said = [line for line in done.stderr.decode().splitlines() if "torchao" not in line]
+        said = [line for line in said if not re.match(r"W\d{4} .*_pytree", line)]
+        assert (done.returncode, said) == (141, [])
 
 
 # ---- losses
