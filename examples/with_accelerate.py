@@ -1,6 +1,7 @@
 """A distiller in a loop of Accelerate: accumulation, a state that is saved and loaded.
 
-On several processes: accelerate launch --cpu --num_processes 2 examples/with_accelerate.py
+python examples/with_accelerate.py
+torchrun --nproc-per-node 2 examples/with_accelerate.py    # half of every batch each
 """
 
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             terms = {name: round(value.item(), 3) for name, value in out.losses.items()}
             accelerator.print(step, round(out.loss.item(), 3), terms["logits"], terms["labels"])
     accelerator.save_state(str(asked.out / "accelerate"))
+    accelerator.wait_for_everyone()  # the first rank writes for all of them
     accelerator.load_state(str(asked.out / "accelerate"))
     accelerator.unwrap_model(model).save_pretrained(asked.out / "student")
     accelerator.end_training()
