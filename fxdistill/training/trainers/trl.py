@@ -5,8 +5,9 @@ itself, which may move in a later version (tried with 1.16): ``_generate_and_sco
 and ``_generate_single_turn``, the names in what the first returns, and ``_tokenizer``.
 """
 
+import contextlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -142,7 +143,8 @@ class DistillationTrainer(_Base):  # type: ignore[misc]
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> list[list[int]]:
         if self._taken is not None:
             return self._taken
-        written: list[list[int]] = super()._generate_single_turn(*args, **kwargs)
+        with _keeping_activations(self.model):
+            written: list[list[int]] = super()._generate_single_turn(*args, **kwargs)
         return written
 
     def _completion(self, row: Mapping[str, Any]) -> list[int]:
@@ -211,6 +213,25 @@ class DistillationTrainer(_Base):  # type: ignore[misc]
             terms = {f"{prefix}{name}": scale * value for name, value in row.losses.items()}
             logs = {**terms, **logs}
         super().log(logs, start_time)
+
+
+@contextlib.contextmanager
+def _keeping_activations(model: nn.Module) -> Iterator[None]:
+    """Write without activation checkpointing, which is then on again as it was.
+
+    TRL would switch it off and on by the model's methods. Those of transformers 5.23 leave a
+    further hook on the embedding each time, for which the step would be compiled again.
+    """
+    on: list[Any] = [
+        m for m in model.modules() if getattr(m, "gradient_checkpointing", None) is True
+    ]
+    for module in on:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in on:
+            module.gradient_checkpointing = True
 
 
 def batch_of(inputs: Mapping[str, Any], pad: int, pad_to: int | None) -> dict[str, Tensor]:

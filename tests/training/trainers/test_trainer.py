@@ -156,6 +156,24 @@ def test_projections_are_in_the_checkpoint_and_a_resumed_run_goes_on_exactly(tmp
         assert {name: one[name] for name in shared} == {name: other[name] for name in shared}
 
 
+def test_training_compiles_once_around_evaluations_and_checkpoints(tmp_path):
+    """An evaluation has a graph of its own, which the later ones find."""
+    graphs = []
+
+    class Counts(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+    steps = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 1}
+    steps |= {"save_strategy": "steps", "save_steps": 2}
+    steps |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    callbacks = [LossCallback(), SaveStudent(), Counts()]
+    given = {"compile": {"backend": "aot_eager"}}
+    trainer(pair(**given), tmp_path, callbacks=callbacks, **steps).train()
+    assert graphs[0] == graphs[1]
+    assert graphs[2:] == [graphs[2]] * 4
+
+
 def test_callbacks_want_a_distiller(tmp_path):
     for callback in (LossCallback(), SaveStudent()):
         run = trainer(llama(1), tmp_path, callbacks=[callback])

@@ -49,7 +49,7 @@ def rows(completions=True):
 def config(folder, **given):
     options = {"max_steps": 3, "logging_steps": 1, "per_device_train_batch_size": 2}
     options |= {"gradient_accumulation_steps": 2, "max_completion_length": 5, "report_to": []}
-    options |= {"bf16": False, "gradient_checkpointing": False, "use_cpu": True}
+    options |= {"bf16": False, "activation_checkpointing": False, "use_cpu": True}
     options |= {"learning_rate": 1e-2, "disable_tqdm": True, "save_strategy": "no"}
     return trl.DistillationConfig(str(folder), **options | given)
 
@@ -123,7 +123,9 @@ def test_the_loss_of_logits_is_the_one_of_trl(tmp_path, tokenizer, beta):
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-4)
 
 
-def test_the_student_writes_its_share_and_the_step_compiles_once(tmp_path, tokenizer):
+@pytest.mark.parametrize("recomputes", [False, True], ids=["kept", "checkpointed"])
+def test_the_student_writes_its_share_and_the_step_compiles_once(tmp_path, tokenizer, recomputes):
+    """Also with activation checkpointing, TRL's default, which is off while the student writes."""
     from_data, lengths, graphs = [], set(), []
 
     class Watched(DistillationTrainer):
@@ -135,14 +137,18 @@ def test_the_student_writes_its_share_and_the_step_compiles_once(tmp_path, token
 
         def _generate_single_turn(self, *args, **kwargs):
             from_data.append(self._taken is not None)
-            return super()._generate_single_turn(*args, **kwargs)
+            assert one.is_activation_checkpointing is recomputes
+            texts = super()._generate_single_turn(*args, **kwargs)
+            assert one.is_activation_checkpointing is recomputes
+            return texts
 
     one = distiller(
         compile={"backend": "aot_eager"},
         importance=fxdistill.Importance("student_entropy", keep=0.5),
     )
     schedule = fxdistill.Schedule(one, temperature=fxdistill.schedules.linear(4, 1, steps=6))
-    args = config(tmp_path, max_steps=8, gradient_accumulation_steps=1)
+    several = {"max_steps": 8, "gradient_accumulation_steps": 1}
+    args = config(tmp_path, activation_checkpointing=recomputes, **several)
     given = {"train_dataset": rows(), "processing_class": tokenizer, "schedule": schedule}
     Watched(one, args=args, on_policy=0.5, pad_to=12, **given).train()
     assert len(set(from_data)) == 2  # some steps of either kind
