@@ -1,16 +1,14 @@
-"""How the examples show several trainings side by side: as a table, as a plot, and as JSON."""
+"""How the demo shows several trainings side by side: as a table, as a plot, and as JSON."""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
-import matplotlib
 from rich import box
 from rich.table import Table
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from runs import plt, show, spread
 
 COLOURS = ("#7f7f7f", "#0072b2", "#d55e00")  # apart for the colour-blind, too
 
@@ -31,28 +29,79 @@ class Run:
     def heldout(self) -> float:
         return self.curve[-1][1]
 
+    def steps_to(self, loss: float) -> float:
+        """After how many steps it is as low, between two points of the curve on a straight line.
 
-def table(runs: dict[str, Run], teacher: Run) -> Table:
-    """Where each run ended, and how that compares with the first."""
-    first = next(iter(runs))
-    title = f"Held-out loss after {runs[first].steps} steps, in nats per token"
+        It is infinite where the curve never comes so low.
+        """
+        before, higher = self.curve[0]
+        for step, lower in self.curve:
+            if lower <= loss:
+                share = (higher - loss) / (higher - lower) if step > before else 0.0
+                return before + share * (step - before)
+            before, higher = step, lower
+        return float("inf")
+
+
+# A way of learning, with a run for each seed; seeds come in the same order in every way.
+Ways = dict[str, list[Run]]
+
+
+def steps_to_first(ways: Ways, name: str) -> list[float]:
+    """Seed by seed: how many steps it takes to where the first way ends."""
+    first = next(iter(ways.values()))
+    return [run.steps_to(goal.heldout) for run, goal in zip(ways[name], first, strict=True)]
+
+
+def table(ways: Ways, teacher: Run) -> Table:
+    """Where each way ended, when it was where the first one ended, and what a step cost."""
+    first, goals = next(iter(ways.items()))
+    of = f"{len(goals)} seeds" if len(goals) > 1 else "one seed"
+    title = f"Held-out loss after {goals[0].steps} steps, in nats per token, of {of}"
     result = Table("learned from", title=title, box=box.SIMPLE_HEAD)
-    for column in ("loss", f"vs {first}", "ms/step", "train", "compile"):
+    for column in ("loss", f"vs {first}", f"meets {first}", "ms/step"):
         result.add_column(column, justify="right")
-    for name, run in {**runs, f"(the teacher, {teacher.steps} steps)": teacher}.items():
-        change = f"{run.heldout - runs[first].heldout:+.3f}" if name != first else ""
-        rate = f"{1000 * run.seconds / run.steps:.0f}"
-        times = f"{run.seconds:.0f} s", f"{run.compile_seconds:.0f} s"
-        result.add_row(name, f"{run.heldout:.3f}", change, rate, *times)
+    for name, runs in ways.items():
+        heldout = [run.heldout for run in runs]
+        change = mean(heldout) - mean(goal.heldout for goal in goals)
+        compared = (f"{change:+.3f}", f"at {at_step(ways, name)}") if name != first else ("", "")
+        rate = 1000 * mean(run.seconds / run.steps for run in runs)
+        result.add_row(name, show(heldout), *compared, f"{rate:.0f}")
+    name, rate = f"(the teacher, {teacher.steps} steps)", 1000 * teacher.seconds / teacher.steps
+    result.add_row(name, f"{teacher.heldout:.3f}", "", "", f"{rate:.0f}")
     return result
 
 
-def save_plot(path: Path, runs: dict[str, Run], teacher: Run) -> None:
-    """A curve for each run, and the teacher's level."""
+def at_step(ways: Ways, name: str) -> str:
+    """``steps_to_first``, as mean and spread."""
+    steps = steps_to_first(ways, name)
+    return f"{mean(steps):.0f}" + (f" ± {spread(steps):.0f}" if len(steps) > 1 else "")
+
+
+def save_plot(path: Path, ways: Ways, teacher: Run) -> None:
+    """For each way the mean curve, a band as wide as the spread, and where it meets the first."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for (name, run), colour in zip(runs.items(), COLOURS, strict=True):
-        label = f"{name}: {run.heldout:.2f}"
-        axes.plot(*zip(*run.curve, strict=True), "o-", color=colour, markersize=4, label=label)
+    goal = mean(run.heldout for run in next(iter(ways.values())))
+    for (name, runs), colour in zip(ways.items(), COLOURS, strict=True):
+        steps = [step for step, _ in runs[0].curve]
+        losses = [[run.curve[i][1] for run in runs] for i in range(len(steps))]
+        means, spreads = [mean(at) for at in losses], [spread(at) for at in losses]
+        label = f"{name}: {show(losses[-1])}"
+        axes.plot(steps, means, "o-", color=colour, markersize=4, label=label)
+        low = [m - s for m, s in zip(means, spreads, strict=True)]
+        high = [m + s for m, s in zip(means, spreads, strict=True)]
+        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+        if (reached := mean(steps_to_first(ways, name))) < steps[-1]:
+            axes.annotate(
+                f"step {at_step(ways, name)}",
+                (reached, goal),
+                (0, -18),
+                textcoords="offset points",
+                ha="right",
+                color=colour,
+                arrowprops={"arrowstyle": "->", "color": colour},
+            )
+    axes.axhline(goal, color=COLOURS[0], linestyle=":", linewidth=1)
     level = f"the teacher, after {teacher.steps} steps of its own: {teacher.heldout:.2f}"
     axes.axhline(teacher.heldout, color="black", linestyle="--", linewidth=1, label=level)
     axes.set(xlabel="training step of the student", ylabel="held-out loss (nats per token)")
@@ -63,8 +112,14 @@ def save_plot(path: Path, runs: dict[str, Run], teacher: Run) -> None:
     plt.close(figure)
 
 
-def save_json(path: Path, runs: dict[str, Run], teacher: Run, **about: Any) -> None:
+def save_json(path: Path, ways: Ways, teacher: Run, **about: Any) -> None:
     """Everything the table and the plot show, and what it was made with."""
-    everything = {"teacher": teacher, **runs}
-    results = {name: {**asdict(run), "heldout": run.heldout} for name, run in everything.items()}
+    results: dict[str, Any] = {"teacher": {**asdict(teacher), "heldout": teacher.heldout}}
+    for name, runs in ways.items():
+        heldout = [run.heldout for run in runs]
+        # JSON has no infinity: a run that never gets there has null.
+        steps = [s if s < float("inf") else None for s in steps_to_first(ways, name)]
+        seeds = [{**asdict(run), "heldout": run.heldout} for run in runs]
+        found = {"heldout": mean(heldout), "spread": spread(heldout), "steps_to_first": steps}
+        results[name] = {**found, "seeds": seeds}
     path.write_text(json.dumps({**about, "results": results}, indent=2) + "\n")

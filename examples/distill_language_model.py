@@ -1,18 +1,20 @@
 """Distil a small Llama three ways on real text, and see what each kind of loss is worth.
 
 A teacher is trained once on the source of Python's standard library. Then a student half as deep
-learns three times, from the same weights and on the same batches: from the labels; from the
-teacher's logits too; and from what the teacher's attention and MLP layers put out as well.
+learns in three ways: from the labels; from the teacher's logits too; and from what the teacher's
+attention and MLP layers put out as well. Each way has three seeds; within a seed, all ways start
+from the same weights and see the same batches.
 
 What one learns here: how ``fxdistill.wrap`` makes student, teacher and losses one module that is
 called like a model, how layers are paired by name, and that the training loop stays one's own.
 
-    python examples/distill_language_model.py            # under 10 minutes on 2 cores
+    python examples/distill_language_model.py            # about 10 minutes on 2 cores
     python examples/distill_language_model.py --smoke    # seconds; nothing is learned
 """
 
 import argparse
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -41,7 +43,6 @@ class Settings:
     length: int = 64
     heldout_windows: int = 256
     learning_rate: float = 4e-3
-    seed: int = 0
 
 
 SMOKE = Settings(
@@ -124,10 +125,10 @@ class Lesson:
     def teacher(self) -> tuple[nn.Module, Run]:
         """The teacher, from the folder if one with the same settings was trained before."""
         s = self.settings
-        model = llama(s, s.teacher_layers, s.seed)
+        model = llama(s, s.teacher_layers, seed=0)
 
         def make() -> dict:
-            run = self.train("teacher", model, model, s.teacher_steps, s.seed)
+            run = self.train("teacher", model, model, s.teacher_steps, seed=0)
             return {"weights": model.state_dict(), "run": asdict(run)}
 
         own = {key: value for key, value in asdict(s).items() if "student" not in key}
@@ -136,32 +137,42 @@ class Lesson:
         model.load_state_dict(saved["weights"])
         return model, Run(**saved["run"])
 
-    def student(self, name: str, teacher: nn.Module, recipe: dict, compile: bool | dict) -> Run:
-        """A student, whose first weights and batches are the same whatever the recipe."""
+    def student(
+        self, name: str, seed: int, teacher: nn.Module, recipe: dict, compile: bool | dict
+    ) -> Run:
+        """A student, whose first weights and batches are those of the seed, whatever the recipe."""
         s = self.settings
-        model = llama(s, s.student_layers, s.seed + 1)
+        model = llama(s, s.student_layers, seed + 1)  # the teacher started from seed 0
         distiller = fxdistill.wrap(model, teacher, **recipe, compile=compile)
         ids = windows(self.text.train, s.batch, s.length)
-        if "mapping" in recipe:  # what it will need, before it runs
-            report = distiller.report(input_ids=ids, labels=ids)
-            self.progress.console.print(report)
-            report.to_html(self.folder / "report.html")
         start = perf_counter()
         distiller.warmup(input_ids=ids, labels=ids)  # or the first step would compile
         compile_seconds = perf_counter() - start
-        run = self.train(name, distiller, model, s.student_steps, s.seed + 1)
+        run = self.train(f"{name}, seed {seed}", distiller, model, s.student_steps, seed + 1)
         return replace(run, compile_seconds=compile_seconds)
 
+    def report(self, teacher: nn.Module, recipe: dict, compile: bool | dict) -> None:
+        """What a step will need, before it runs."""
+        s = self.settings
+        distiller = fxdistill.wrap(
+            llama(s, s.student_layers, seed=1), teacher, **recipe, compile=compile
+        )
+        ids = windows(self.text.train, s.batch, s.length)
+        report = distiller.report(input_ids=ids, labels=ids)
+        self.progress.console.print(report)
+        report.to_html(self.folder / "report.html")
 
-def main() -> None:
+
+def main(argv: Sequence[str] | None = None) -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    options = parser.parse_args()
-    settings = replace(SMOKE if options.smoke else Settings(), seed=options.seed)
+    options = parser.parse_args(argv)
+    settings = SMOKE if options.smoke else Settings()
+    seeds = options.seeds[:1] if options.smoke else options.seeds
     compile = options.compile and ({"backend": "aot_eager"} if options.smoke else True)
 
     # Sizes this small gain little from a second thread, and lose much when another program has the
@@ -178,18 +189,19 @@ def main() -> None:
     with Progress(*columns) as progress:
         lesson = Lesson(settings, text, progress, options.out)
         teacher, teacher_run = lesson.teacher()
-        runs = {
-            name: lesson.student(name, teacher, recipe, compile)
+        lesson.report(teacher, list(recipes(settings).values())[-1], compile)
+        ways = {
+            name: [lesson.student(name, seed, teacher, recipe, compile) for seed in seeds]
             for name, recipe in recipes(settings).items()
         }
     about = {
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "seeds": seeds},
         "torch": torch.__version__,
         "seconds": perf_counter() - start,
     }
-    save_json(options.out / "distill_language_model.json", runs, teacher_run, **about)
-    save_plot(options.out / "distill_language_model.png", runs, teacher_run)
-    progress.console.print(table(runs, teacher_run))
+    save_json(options.out / "distill_language_model.json", ways, teacher_run, **about)
+    save_plot(options.out / "distill_language_model.png", ways, teacher_run)
+    progress.console.print(table(ways, teacher_run))
     progress.console.print(
         f"{about['seconds']:.0f} s in all; report, plot and numbers are in {options.out}/"
     )

@@ -1,7 +1,7 @@
 """How images lie to each other: losses between the samples of a batch, on handwritten digits.
 
 A small CNN has 100 labelled images and no logits of its teacher. What it gets is the teacher's
-embedding, eight times as wide as its own, which these losses compare without any projection: how
+embedding, four times as wide as its own, which these losses compare without any projection: how
 far images are from each other and at which angles (RKD, Park et al. 2019, arXiv 1904.05068), how
 alike they are (Tung & Mori 2019, arXiv 1907.09682), their correlations, and which image it is among
 many earlier ones (CRD, Tian et al. 2020, arXiv 1910.10699).
@@ -21,7 +21,7 @@ import runs
 import fxdistill
 from fxdistill import Match, losses
 
-WIDTH = 4  # of the student's first stage; the teacher's is 32
+WIDTH = 8  # of the student's first stage; the teacher's is 32
 CRD = partial(losses.CRD, width=64, size=512)
 
 
@@ -37,9 +37,9 @@ def of_embeddings(**weights: float) -> dict:
 
 WAYS = {
     "labels alone": {},
-    "RKD: distances, angles": of_embeddings(distance_wise=1.0, angle_wise=2.0),
-    "similarity-preserving": of_embeddings(similarity_preserving=100.0),
-    "gram": of_embeddings(gram=100.0),
+    "RKD: distances, angles": of_embeddings(distance_wise=5.0, angle_wise=10.0),
+    "similarity-preserving": of_embeddings(similarity_preserving=400.0),
+    "gram": of_embeddings(gram=20.0),
     "CRD": of_embeddings(crd=0.2),
 }
 

@@ -20,7 +20,7 @@ def table(path: Path) -> str:
     last = study["references"]
     for way in sorted(study["results"], key=lambda way: way in last):
         found = study["results"][way]
-        figures = [show(found[measure]["seeds"]) for measure in labels if measure in found]
+        figures = [show(found[m]["seeds"]) if m in found else "" for m in labels]
         rows.append(f"| {f'({way})' if way in last else way} | {' | '.join(figures)} |")
     return "\n".join(rows)
 

@@ -176,9 +176,9 @@ class Study:
         for way in self.ways[1:]:
             gains = self.gains(way, measure)
             better = sum(gain > 0 for gain in gains)
-            word = "worse than" if mean(gains) < 0 else "better than"
-            word = word if any(gains) else "the same as"
-            by = f"{abs(mean(gains)):.3g} ± {spread(gains):.2g}"
+            gain = round(mean(gains), 9)  # gains that cancel out do so but for the last digits
+            word = "the same as" if gain == 0 else "worse than" if gain < 0 else "better than"
+            by = f"{abs(gain):.3g} ± {spread(gains):.2g}"
             found.append(
                 f"{way}: {measure} {word} that of {self.ways[0]}, by {by}; "
                 f"better in {better} of {len(gains)} seeds."
