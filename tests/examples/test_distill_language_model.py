@@ -1,5 +1,6 @@
 """The examples run as users run them, at sizes that take seconds."""
 
+import importlib
 import json
 import math
 import os
@@ -25,27 +26,27 @@ def run_example(name: str, *options: str) -> str:
 
 
 @pytest.mark.slow
-class TestDistillLanguageModel:
-    def test_smoke_run_leaves_a_plot_and_three_finite_losses(self, tmp_path: Path) -> None:
-        run_example("distill_language_model.py", "--smoke", "--out", str(tmp_path))
+def test_smoke_runs_leave_a_plot_and_finite_losses_and_share_one_teacher(tmp_path: Path) -> None:
+    def run(*options: str) -> dict[str, int]:
+        """The files that it keeps for the next run, and when each was written."""
+        run_example("distill_language_model.py", "--smoke", "--out", str(tmp_path), *options)
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
 
-        assert (tmp_path / "distill_language_model.png").read_bytes().startswith(b"\x89PNG")
-        assert "<html" in (tmp_path / "report.html").read_text()
-        saved = json.loads((tmp_path / "distill_language_model.json").read_text())
-        heldout = {name: run["heldout"] for name, run in saved["results"].items()}
-        assert set(heldout) == {
-            "teacher",
-            "labels",
-            "labels, logits",
-            "labels, logits, activations",
-        }
-        assert all(math.isfinite(loss) for loss in heldout.values())
+    kept = run()
+    assert len(kept) == 2  # the text and the teacher
+    assert (tmp_path / "distill_language_model.png").read_bytes().startswith(b"\x89PNG")
+    assert "<html" in (tmp_path / "report.html").read_text()
+    saved = json.loads((tmp_path / "distill_language_model.json").read_text())
+    heldout = {name: found["heldout"] for name, found in saved["results"].items()}
+    assert set(heldout) == {"teacher", "labels", "labels, logits", "labels, logits, activations"}
+    assert all(map(math.isfinite, heldout.values()))
+    assert run("--no-compile") == kept
 
-    def test_a_second_run_takes_the_teacher_from_the_disk(self, tmp_path: Path) -> None:
-        options = ("--smoke", "--no-compile", "--out", str(tmp_path))
-        run_example("distill_language_model.py", *options)
-        before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
-        run_example("distill_language_model.py", *options)
 
-        assert len(before) == 2  # the text and the teacher
-        assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.pt")}
+def test_a_curve_meets_a_loss_between_two_of_its_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    Run = importlib.import_module("comparison").Run
+    run = Run([(10, 6.0), (20, 5.0), (30, 4.0)], seconds=1.0)
+    assert run.steps_to(4.25) == 27.5
+    assert run.steps_to(7.0) == 10  # where it starts
+    assert run.steps_to(3.9) == math.inf

@@ -115,7 +115,7 @@ def all_sizes(names: list[str], ranks: int) -> list[Case]:
     """The product of sizes and weights; on 4 ranks, which are slow, less of what counts nothing."""
     if ranks == 2:
         return cases(names)
-    return cases(names, weights=("none", "some")) + cases(names, [UNEVEN], ("zero",))
+    return cases(names, weights=("some",)) + cases(names, [UNEVEN], ("none", "zero"))
 
 
 def features(ranks: int) -> list[Placed]:
