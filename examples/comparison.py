@@ -59,12 +59,12 @@ def table(ways: Ways, teacher: Run) -> Table:
     of = f"{len(goals)} seeds" if len(goals) > 1 else "one seed"
     title = f"Held-out loss after {goals[0].steps} steps, in nats per token, of {of}"
     result = Table("learned from", title=title, box=box.SIMPLE_HEAD)
-    for column in ("loss", f"vs {first}", f"meets {first}", "ms/step"):
+    for column in ("loss", f"vs\n{first}", f"meets\n{first}", "ms/step"):
         result.add_column(column, justify="right")
     for name, runs in ways.items():
         heldout = [run.heldout for run in runs]
         change = mean(heldout) - mean(goal.heldout for goal in goals)
-        compared = (f"{change:+.3f}", f"at {at_step(ways, name)}") if name != first else ("", "")
+        compared = (f"{change:+.3f}", at_step(ways, name)) if name != first else ("", "")
         rate = 1000 * mean(run.seconds / run.steps for run in runs)
         result.add_row(name, show(heldout), *compared, f"{rate:.0f}")
     name, rate = f"(the teacher, {teacher.steps} steps)", 1000 * teacher.seconds / teacher.steps
@@ -82,6 +82,8 @@ def save_plot(path: Path, ways: Ways, teacher: Run) -> None:
     """For each way the mean curve, a band as wide as the spread, and where it meets the first."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     goal = mean(run.heldout for run in next(iter(ways.values())))
+    bottom = teacher.heldout + 0.02  # where texts stand, on the teacher's line
+    meets: list[tuple[float, str, str]] = []
     for (name, runs), colour in zip(ways.items(), COLOURS, strict=True):
         steps = [step for step, _ in runs[0].curve]
         losses = [[run.curve[i][1] for run in runs] for i in range(len(steps))]
@@ -92,16 +94,12 @@ def save_plot(path: Path, ways: Ways, teacher: Run) -> None:
         high = [m + s for m, s in zip(means, spreads, strict=True)]
         axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
         if (reached := mean(steps_to_first(ways, name))) < steps[-1]:
-            axes.annotate(
-                f"step {at_step(ways, name)}",
-                (reached, goal),
-                (0, -18),
-                textcoords="offset points",
-                ha="right",
-                color=colour,
-                arrowprops={"arrowstyle": "->", "color": colour},
-            )
+            axes.vlines(reached, bottom, goal, color=colour, linestyle=":", linewidth=1)
+            meets.append((reached, f" step {at_step(ways, name)} ", colour))
     axes.axhline(goal, color=COLOURS[0], linestyle=":", linewidth=1)
+    for i, (reached, text, colour) in enumerate(sorted(meets)):  # lines lie close: text left, right
+        side = "right" if i == 0 else "left"
+        axes.text(reached, bottom, text, ha=side, va="bottom", color=colour)
     level = f"the teacher, after {teacher.steps} steps of its own: {teacher.heldout:.2f}"
     axes.axhline(teacher.heldout, color="black", linestyle="--", linewidth=1, label=level)
     axes.set(xlabel="training step of the student", ylabel="held-out loss (nats per token)")
