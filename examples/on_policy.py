@@ -3,9 +3,10 @@
 A small language model has learned the source of Python's standard library from labels. Now a larger
 one corrects it, by reverse KL: on the library's text; or on what the student writes after prompts
 (Agarwal et al. 2024, arXiv 2306.13649), where every generated token counts, or a random half of
-them, or the half with the highest importance (TIP, Xu et al. 2026, arXiv 2604.14084). All ways get
-the same number of tokens. They are compared by how far the student then is from its teacher: on
-texts that it writes after prompts nobody trained on, and on the held-out text itself.
+them, or the half with the highest importance: TIP, which is high where the student is unsure or far
+from its teacher (Xu et al. 2026, arXiv 2604.14084), or the divergence alone. All ways get the same
+number of tokens. They are compared by how far the student then is from its teacher: on texts that
+it writes after prompts nobody trained on, and on the held-out text itself.
 
 What one learns here: ``fxdistill.rollout`` with a ``generate=`` of one's own, ``Importance``, and
 ``distiller.agreement``.
@@ -43,6 +44,7 @@ WAYS: dict[str, Importance | None] = {
     "own texts, every token": None,
     "own texts, a random half": Importance(at_random, keep=0.5),
     "own texts, half by TIP": Importance("tip", keep=0.5),
+    "own texts, half by divergence": Importance("divergence", keep=0.5),
 }
 
 

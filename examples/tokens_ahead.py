@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measures = {
         "loss": "held-out loss (nats per token)",
         "second": "of the second head",
-        "alike": "tokens that both heads choose alike (%)",
+        "alike": "agreement of both heads (%)",
     }
     about = {"teacher": sizes, "student": own}
     less = ["loss", "second"]
