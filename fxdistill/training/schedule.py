@@ -87,7 +87,7 @@ class Schedule:
         _require_alike(
             {name for name, told in saved.items() if told == OWN},
             {name for name, curve in own.items() if _told(curve) == OWN},
-            "which are callables of your own, ",
+            "marks callables of your own: it ",
         )
         loaded = {n: c if saved[n] == OWN else _restored(n, saved[n]) for n, c in own.items()}
         before = self.schedules, self.last_step
@@ -216,4 +216,4 @@ def _require_alike(saved: Any, own: Any, which: str = "") -> None:
     if missing or new:
         parts = [f"has none of {', '.join(missing)}"] if missing else []
         parts += [f"has {', '.join(new)}, which this one lacks"] if new else []
-        raise OptionError(f"the saved schedule, {which}{' and '.join(parts)}")
+        raise OptionError(f"the saved schedule {which}{' and '.join(parts)}")
