@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from figures import plt, show, spread
 from rich import box
 from rich.table import Table
-from runs import plt, show, spread
 
 COLOURS = ("#7f7f7f", "#0072b2", "#d55e00")  # apart for the colour-blind, too
 

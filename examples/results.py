@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from runs import show
+from figures import show
 
 
 def table(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What the examples share: options, a training loop, several seeds, and how the results are shown.
+"""What the examples share: options, a training loop, several seeds, and what they leave.
 
 An example is a *study*: several ways to learn, each with the same seeds. Within a seed all ways
 start from the same weights and see the same batches, so that their differences are those of the
@@ -10,23 +10,16 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from time import perf_counter
 from typing import Any
 
-import matplotlib
+import figures
 import torch
-from rich import box
+from figures import spread
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from stdlib_text import cached
 from torch import Tensor, nn
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-# Apart for the colour-blind, too: the seeds, their mean, what is only there to compare with.
-SEED, MEAN, REFERENCE = "#0072b2", "#d55e00", "#555555"
 
 
 def options(
@@ -209,65 +202,9 @@ class Study:
         }
         everything = {**about, "results": results, "sentences": self.sentences()}
         path.with_suffix(".json").write_text(json.dumps(everything, indent=2) + "\n")
-        self._picture(path.with_suffix(".png"))
+        figures.picture(self, path.with_suffix(".png"))
         console = self.progress.console
-        console.print(self._table())
+        console.print(figures.table(self))
         for sentence in self.sentences():
             console.print(sentence, highlight=False)
         console.print(f"{seconds:.0f} s in all; {path}.png and .json have the results.")
-
-    def _table(self) -> Table:
-        title = f"{self.name}: mean ± standard deviation of {len(self.options.seeds)} seeds"
-        table = Table("", title=title, box=box.SIMPLE_HEAD)
-        for label in (*self.measures.values(), "seconds"):
-            table.add_column(label, justify="right")
-        for way in (*self.ways, *self.references):
-            name = f"({way})" if way in self.references else way
-            figures = [show(self.results[way].get(measure, [])) for measure in self.measures]
-            table.add_row(name, *figures, f"{self.seconds[way]:.0f}" if way in self.seconds else "")
-        return table
-
-    def _picture(self, path: Path) -> None:
-        """A panel for each measure, a row for each way: its seeds, their mean and spread."""
-        size = (1.8 + 3.4 * len(self.measures), 1.3 + 0.36 * len(self.ways))
-        figure, panels = plt.subplots(
-            1, len(self.measures), figsize=size, sharey=True, squeeze=False, layout="constrained"
-        )
-        for axes, (measure, label) in zip(panels[0], self.measures.items(), strict=True):
-            for row, way in enumerate(self.ways):
-                if not (values := self.results[way].get(measure)):
-                    continue  # this way has no such part
-                axes.plot(values, [row] * len(values), "o", color=SEED, mfc="none", ms=5)
-                axes.errorbar(
-                    mean(values), row, xerr=spread(values), fmt="D", color=MEAN, ms=5, capsize=3
-                )
-            for reference in self.references:
-                if values := self.results[reference].get(measure):
-                    text = f"{reference}: {show(values)}"
-                    axes.axvline(mean(values), color=REFERENCE, ls="--", lw=1, label=text)
-                    axes.legend(
-                        frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1)
-                    )
-            better = "less is better" if measure in self.less else "more is better"
-            key = "○ a seed, ◆ mean ± standard deviation"
-            axes.set_xlabel(f"{label}, {better}\n{key}", fontsize=9)
-            axes.set_yticks(range(len(self.ways)), self.ways, fontsize=9)
-            axes.set_ylim(len(self.ways) - 0.5, -0.5)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(axis="x", alpha=0.25)
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
-
-
-def spread(values: Sequence[float]) -> float:
-    """The standard deviation between seeds (n − 1); 0 of a single one."""
-    return stdev(values) if len(values) > 1 else 0.0
-
-
-def show(values: Sequence[float]) -> str:
-    """Mean and spread, with as many digits as the spread has any use for."""
-    if not values:
-        return ""
-    digits = 3 if abs(mean(values)) < 10 else 1
-    text = f"{mean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} ± {spread(values):.{digits}f}"
