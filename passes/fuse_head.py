@@ -23,6 +23,7 @@ from fxdistill.heads.surroundings import require_same_surroundings
 from fxdistill.losses import fused
 from fxdistill.losses.fused.call import HeadSide
 from fxdistill.losses.fused.sizes import chunk_tokens_for
+from fxdistill.losses.fused.teachers import columns_of_mean
 from fxdistill.losses.mixture import mean_of_teachers
 from fxdistill.losses.scores import vocab_scores
 
@@ -43,9 +44,11 @@ class FuseHead:
        another way, the pass changes nothing, and its remark says why.
     3. Dead code derived from the logits is removed.
     4. Logits ``[B, C]`` of fewer than 4096 classes are left alone: they cost little.
-    5. A divergence and the label loss on the same logits become one node. Every further divergence
-       (another teacher's) and every further student gets a node of its own.
-    6. Scores of the logits, from which the weights of a divergence follow, become a
+    5. Several teachers whose mean is one target (``mean_of_teachers``) become operands of one node,
+       which mixes their logits chunk by chunk; if one head cannot be read, logits are made.
+    6. A divergence and the label loss on the same logits become one node. Every further divergence
+       (with a teacher of its own), further head and further student gets a node of its own.
+    7. Scores of the logits, from which the weights of a divergence follow, become a
        ``vocab_scores`` node. Without a label loss on the same logits, ``vocab_loss`` multiplies
        weights by a score itself, or leaves out the tokens that have none.
 
@@ -163,6 +166,8 @@ class _Fusion:
         parts = 1 if self.layout is None else self.layout.parts
         columns = sum(-(-int(value.shape[-1]) // parts) for value in made)
         size = value_of(self.student.linear).element_size()
+        if len(self.teachers) > 1:
+            columns += columns_of_mean(int(value_of(self._compared).shape[-1]), size)
         chunk = chunk_tokens_for(columns, size, made[0].device)
         old = set(self.graph.nodes)
         if self.scored is not None and not self.score:

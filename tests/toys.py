@@ -1,11 +1,16 @@
 """Small models that do what real ones do: each kind has one awkward habit."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 VOCABULARY, WIDTH = 50, 8
+AOT = {"backend": "aot_eager"}
+MODES = pytest.mark.parametrize(
+    "compile", [False, "regional", AOT], ids=["eager", "regional", "graph"]
+)
 KINDS = (
     "plain",
     "inplace",
@@ -109,6 +114,27 @@ def toy_pair(kind="plain", **options):
     """A student of two blocks and a teacher of three, the same every time."""
     torch.manual_seed(0)
     return Toy(2, kind, **options), Toy(3, kind)
+
+
+def toys(*depths):
+    """Models of these depths, the same every time."""
+    torch.manual_seed(0)
+    return [Toy(depth) for depth in depths]
+
+
+def values(model, ids, *paths):
+    """Logits, and what the modules at ``paths`` return, by hooks."""
+    found, handles = {}, []
+    for path in paths:
+
+        def keep(module, args, output, path=path):
+            found[path] = output[0] if isinstance(output, tuple) else output
+
+        handles.append(model.get_submodule(path).register_forward_hook(keep))
+    logits = model(ids)["logits"]
+    for handle in handles:
+        handle.remove()
+    return logits, found
 
 
 def tokens(batch=3, length=7):

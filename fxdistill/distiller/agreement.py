@@ -40,7 +40,7 @@ def agreement(request: Request, settings: Settings) -> Agreement:
         raise LogitsError(
             "agreement compares a student's logits with a teacher's, and there is no teacher"
         )
-    pairs = request.objective.logits or (LogitTerm(forward_kl, "", towers.main, tuple(others)),)
+    pairs = request.objective.logits or _pairs_of(request)
     objective = _comparing(request.objective, pairs)
     at_one = Settings({**settings.values, "temperature": 1.0}, objective.names)
     batch = call.batch._replace(num_items=None, num_feature_items=None)
@@ -59,6 +59,16 @@ def agreement(request: Request, settings: Settings) -> Agreement:
         parts = [losses.terms[name] * share for name, share in of_kind.items()]
         found.append(torch.stack(parts).sum() / sum(of_kind.values()))
     return Agreement(*found)
+
+
+def _pairs_of(request: Request) -> tuple[LogitTerm, ...]:
+    """Each model that learns and all others, in equal parts, where no loss compares logits."""
+    objective, towers = request.objective, request.towers
+    learning = (*(t.of[0] for t in objective.features), *(t.student for t in objective.labels))
+    return tuple(
+        LogitTerm(forward_kl, s, s, tuple(t for t in towers.modules if t != s), constant=True)
+        for s in dict.fromkeys((towers.main, *learning))
+    )
 
 
 def _comparing(objective: Objective, pairs: Iterable[LogitTerm]) -> Objective:

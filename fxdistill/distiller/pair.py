@@ -1,12 +1,15 @@
 """What ``wrap`` asks of a student and its teacher before anything else."""
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from fxdistill.errors import FrozenStudentError, MatchWarning, OptionError
 from fxdistill.models.adapters import adapters_of, merged_in
+from fxdistill.models.landmarks import vocabulary_of
+from fxdistill.objective.vocabulary import require_padding_only
 
 
 def check_models(**models: Any) -> None:
@@ -63,3 +66,16 @@ def check_targets(student: nn.Module, teacher: nn.Module) -> None:
             MatchWarning,
             stacklevel=3,
         )
+
+
+def check_vocabularies(
+    pairs: Iterable[tuple[nn.Module, nn.Module]], vocab_size: int | None
+) -> None:
+    """Raise VocabularyError now and not in the first step, where the heads tell their widths.
+
+    ``pairs`` are the models whose logits are compared, a student first.
+    """
+    for student, teacher in pairs:
+        ours, theirs = vocabulary_of(student), vocabulary_of(teacher)
+        if ours is not None and theirs is not None:
+            require_padding_only(ours, theirs, vocab_size)

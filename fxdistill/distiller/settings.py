@@ -10,11 +10,12 @@ from torch import Tensor
 
 from fxdistill.base.tensors import scalar
 from fxdistill.errors import MatchWarning, OptionError, did_you_mean
+from fxdistill.mapping.teachers import tower_at
 from fxdistill.objective.step_weights import Names
 from fxdistill.objective.term import GLOBAL_SETTINGS, Term
 
 Setting = float | Tensor
-TeacherWeights = Sequence[Setting] | Mapping[str, Setting]
+TeacherWeights = Sequence[Setting] | Mapping[str, Setting] | Mapping[int, Setting] | Tensor
 
 
 class Settings:
@@ -95,9 +96,14 @@ def of_teacher(name: str) -> str:
 def teacher_settings(given: Any, teachers: Sequence[str]) -> dict[str, Setting]:
     """The weights of teachers as settings; they are divided by their sum in each step.
 
-    ``given`` has one weight for each teacher, in order or by name. Raises OptionError for other
-    numbers, a weight below 0, or a sum of 0.
+    ``given`` has one weight for each teacher, in order or by name (of teachers in a list, by
+    number). Raises OptionError for other numbers, a weight below 0, or a sum of 0.
     """
+    asked = given
+    if isinstance(given, Mapping):
+        given = {tower_at(k) if type(k) is int else k: value for k, value in given.items()}
+    elif isinstance(given, Tensor) and given.ndim == 1:
+        given = list(given.unbind())
     known = ", ".join(teachers) or "one teacher at most, which needs none"
     if isinstance(given, Mapping) and set(given) <= set(teachers) and len(given) == len(teachers):
         found = [given[name] for name in teachers]
@@ -105,14 +111,14 @@ def teacher_settings(given: Any, teachers: Sequence[str]) -> dict[str, Setting]:
         found = list(given)
     else:
         raise OptionError(
-            f"teacher_weights={given!r}: one number for each teacher whose logits are averaged, in "
+            f"teacher_weights={asked!r}: one number for each teacher whose logits are averaged, in "
             f"order or by name; there are: {known}"
         )
     made = {of_teacher(name): value for name, value in zip(teachers, found, strict=True)}
     check_settings(made)
     numbers = [float(value) for value in found]
-    if made and (min(numbers) < 0 or sum(numbers) <= 0):
-        raise OptionError(f"teacher_weights={given!r}: at least 0, and not all of them 0")
+    if made and not (min(numbers) >= 0 and 0 < sum(numbers) < math.inf):
+        raise OptionError(f"teacher_weights={asked!r}: finite, at least 0, and not all of them 0")
     return made
 
 

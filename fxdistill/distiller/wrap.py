@@ -19,7 +19,12 @@ from fxdistill.distiller.assemble import (
 )
 from fxdistill.distiller.distiller import Distiller
 from fxdistill.distiller.options import CompileLike, read_options
-from fxdistill.distiller.pair import check_models, check_targets, check_trainable
+from fxdistill.distiller.pair import (
+    check_models,
+    check_targets,
+    check_trainable,
+    check_vocabularies,
+)
 from fxdistill.distiller.settings import (
     Setting,
     TeacherWeights,
@@ -34,14 +39,12 @@ from fxdistill.mapping.matches import Mapped, Matches, parse_entries
 from fxdistill.mapping.resolve import resolve
 from fxdistill.mapping.teachers import Teachers, read_teachers
 from fxdistill.models.conventions import find_task
-from fxdistill.models.landmarks import vocabulary_of
 from fxdistill.models.modes import modes_kept_on_error
 from fxdistill.objective.head import Head, head_terms_of
 from fxdistill.objective.importance import Importance, require_importance
 from fxdistill.objective.make_terms import check_options, make_terms
 from fxdistill.objective.objective import Objective
 from fxdistill.objective.term import LabelTerm, LogitTerm
-from fxdistill.objective.vocabulary import require_padding_only
 
 
 def wrap(
@@ -169,7 +172,7 @@ def wrap(
         returns="student" if options.outputs else None,
     )
     if objective.logits and objective.own_losses:
-        _check_vocabularies(student, teachers, vocab_size)
+        check_vocabularies([(student, each) for each in teachers.models.values()], vocab_size)
     settings = settings_of(
         objective, heads, (logit_weight, feature_weight, label_weight, temperature)
     )
@@ -211,8 +214,6 @@ def _teacher_settings(
             "teacher_weights says how the logits of several teachers are averaged, and "
             + ("there is no logit loss" if len(teachers.models) > 1 else "there are not several")
         )
-    if isinstance(given, Mapping):
-        given = {teachers.keys.get(key, key): value for key, value in given.items()}
     return teacher_settings([1.0] * len(mixed) if given is None else given, mixed) if mixed else {}
 
 
@@ -231,11 +232,3 @@ def _resolved(
         check_options(match, str(match.student), student, default, problems)
     raise_together(problems)
     raise AssertionError("resolve has raised, so there is a problem")
-
-
-def _check_vocabularies(student: nn.Module, teachers: Teachers, vocab_size: int | None) -> None:
-    """Raise VocabularyError now and not in the first step, where the heads tell their widths."""
-    known = [vocabulary_of(model) for model in (student, *teachers.models.values())]
-    sizes = [size for size in known if size is not None]
-    for size in sizes[1:] if known[0] is not None else ():
-        require_padding_only(sizes[0], size, vocab_size)

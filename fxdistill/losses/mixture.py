@@ -54,5 +54,15 @@ def _log_mean(logs: Sequence[Tensor], share: Sequence[Tensor]) -> Tensor:
     """Log Σ_k w_k exp(l_k), without leaving logarithms."""
     total = logs[0] + share[0].log().to(logs[0].dtype)
     for log, w in zip(logs[1:], share[1:], strict=True):
-        total = torch.logaddexp(total, log + w.log().to(log.dtype))
+        total = _log_sum(total, log + w.log().to(log.dtype))
     return total
+
+
+def _log_sum(a: Tensor, b: Tensor) -> Tensor:
+    """Log (exp(a) + exp(b)), whose gradient is 0, not NaN, where both are -inf.
+
+    So it is for teachers without weight that learn, of whom there may be two.
+    """
+    none = torch.maximum(a, b) == -torch.inf
+    a_, b_ = a.masked_fill(none, 0.0), b.masked_fill(none, 0.0)
+    return torch.logaddexp(a_, b_).masked_fill(none, -torch.inf)

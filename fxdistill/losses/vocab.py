@@ -33,7 +33,7 @@ from fxdistill.losses.fused.request import (
     terms_of,
 )
 from fxdistill.losses.fused.sizes import chunk_tokens_for
-from fxdistill.losses.fused.teachers import MixSpec, packed
+from fxdistill.losses.fused.teachers import MixSpec, columns_of_mean, packed
 from fxdistill.losses.mixture import Pooled
 
 OtherTeacher = tuple[Tensor, Tensor, Tensor | None, float, float | None]
@@ -183,7 +183,8 @@ def vocab_loss(
     student, teacher = flat(student), None if teacher is None else flat(teacher)
     columns = sum(side.weight.shape[0] for side in sides)
     if behind is not None:
-        columns += sum(weight.shape[0] for weight in behind.heads[1::3]) + spec.columns
+        columns += sum(weight.shape[0] for weight in behind.heads[1::3])
+        columns += columns_of_mean(spec.columns, student.hidden.element_size())
     return _run(student, teacher, asked, columns, behind)
 
 

@@ -74,13 +74,18 @@ def read_teachers(given: Any) -> Teachers:
             _require_name(name)
         return _found(named, {name: name for name in named})
     if isinstance(given, Sequence) and not isinstance(given, str):
-        towers = [f"teacher{i}" for i in range(len(given))]
+        towers = list(map(tower_at, range(len(given))))
         return _found(dict(zip(towers, given, strict=True)), dict(enumerate(towers)))
     raise OptionError(
         f"teacher is a {type(given).__name__} {given!r}, and an nn.Module is needed: a model that "
         "from_pretrained(...) or a constructor of yours has made; or several, in a list or a dict "
         "by name; or None"
     )
+
+
+def tower_at(index: int) -> Tower:
+    """The name of a teacher in a list."""
+    return f"teacher{index}"
 
 
 def _found(models: Mapping[Tower, Any], keys: Mapping[Any, Tower]) -> Teachers:

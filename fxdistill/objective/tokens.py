@@ -138,8 +138,9 @@ def prediction_weights(batch: Batch, task: Task | None, logits: Tensor, shift: i
         here = _ones(logits) if mask is None else mask
         if mask is None and shift == 1:
             return here
-        beyond = torch.zeros_like(here[:, : shift - 1])
-        told = torch.cat([here[:, shift:], torch.ones_like(here[:, :1]), beyond], dim=1)
+        # The token behind the last one is not in the batch; those further on, nobody has predicted.
+        behind, beyond = torch.ones_like(here[:, :1]), torch.zeros_like(here[:, : shift - 1])
+        told = torch.cat([torch.cat([here, behind], dim=1)[:, shift:], beyond], dim=1)
         told = told[:, : here.shape[1]]
         return told if mask is None else mask * told
     of_token = _times(chosen, mask)

@@ -19,7 +19,7 @@ from fxdistill.distiller.assemble import (
 )
 from fxdistill.distiller.distiller import Distiller
 from fxdistill.distiller.options import CompileLike, read_options
-from fxdistill.distiller.pair import check_models, check_trainable
+from fxdistill.distiller.pair import check_models, check_trainable, check_vocabularies
 from fxdistill.distiller.settings import warn_of_zero_weights
 from fxdistill.distiller.towers import Model
 from fxdistill.errors import FxDistillError, OptionError, gather, raise_together
@@ -29,13 +29,11 @@ from fxdistill.mapping.matches import Mapped, Matches, parse_entries
 from fxdistill.mapping.resolve import resolve
 from fxdistill.mapping.teachers import Teachers
 from fxdistill.models.conventions import Task, find_task
-from fxdistill.models.landmarks import vocabulary_of
 from fxdistill.models.tap import Tower
 from fxdistill.objective.importance import Importance, require_importance
 from fxdistill.objective.make_terms import make_terms
 from fxdistill.objective.objective import Objective
 from fxdistill.objective.term import LabelTerm, LogitTerm, Target, Term
-from fxdistill.objective.vocabulary import require_padding_only
 
 Peers = Literal["logits", "probabilities", "each"]
 _TARGETS: dict[str, Target] = {"logits": "logits", "probabilities": "mean", "each": "each"}
@@ -137,7 +135,7 @@ def mutual(
         returns=towers[0] if options.outputs else None,
     )
     if objective.logits and objective.own_losses:
-        _check_vocabularies(models, vocab_size)
+        check_vocabularies(itertools.combinations(models.values(), 2), vocab_size)
     weights = (logit_weight, feature_weight, label_weight, temperature)
     settings = settings_of(objective, None, weights)
     warn_of_zero_weights(objective.features)
@@ -213,10 +211,3 @@ def _of_pairs(
         ]
     raise_together(problems)
     return matches, tuple(terms)
-
-
-def _check_vocabularies(models: Mapping[Tower, nn.Module], vocab_size: int | None) -> None:
-    """Raise VocabularyError now and not in the first step, where the heads tell their widths."""
-    sizes = [size for model in models.values() if (size := vocabulary_of(model)) is not None]
-    for size in sizes[1:]:
-        require_padding_only(sizes[0], size, vocab_size)

@@ -7,6 +7,7 @@ numbers where it was made from tuples. It pickles, and prints as the call that m
 
 import math
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -19,22 +20,22 @@ __all__ = ["cosine", "linear", "piecewise", "stages"]
 Value = float | tuple[float, ...]
 
 
-class Curve:
+class Curve(ABC):
     """A function step → value that is made of plain numbers."""
 
     @property
+    @abstractmethod
     def arguments(self) -> dict[str, Any]:
         """The arguments of the function that made it, as JSON has them."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def extremes(self) -> tuple[Value, ...]:
         """Values between which, or which alone, all others lie."""
-        raise NotImplementedError
 
+    @abstractmethod
     def __call__(self, step: int) -> Value:
         """The value at ``step``, counted from 0."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, repr=False)

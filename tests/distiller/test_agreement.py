@@ -120,6 +120,26 @@ def test_classes_without_a_logit_term_and_with_a_label_loss_of_ones_own():
     assert float(divergence) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_several_models_without_a_logit_term():
+    """Of several teachers the mean of probabilities; of students, each against the others."""
+    student, one = towers()
+    two, ids = towers()[1], tokens(3, 6)
+    nn.init.normal_(two.embed.weight, std=2.0)
+    options = {"logit_loss": None, "task": "causal_lm", "compile": False}
+    z = [model(ids)["logits"].detach() for model in (student, one, two)]
+
+    def kl(i, *others):
+        p = sum(z[j].softmax(-1) for j in others) / len(others)
+        return (p * (p.log() - z[i].log_softmax(-1))).sum(-1).mean()
+
+    mapping = {"blocks.0": "blocks.0"}
+    distiller = fxdistill.wrap(student, [one, two], mapping, **options)
+    torch.testing.assert_close(distiller.agreement({"ids": ids}).divergence, kl(0, 1, 2))
+    distiller = fxdistill.mutual([student, one, two], mapping, **options)
+    want = (kl(0, 1, 2) + kl(1, 0, 2) + kl(2, 0, 1)) / 3
+    torch.testing.assert_close(distiller.agreement({"ids": ids}).divergence, want)
+
+
 def test_it_neither_compiles_nor_disturbs_the_step():
     student, teacher = towers()
     compile = {"backend": "aot_eager"}

@@ -19,15 +19,10 @@ from fxdistill.distiller.towers import Model
 from fxdistill.models.tap import Tap
 from fxdistill.objective.objective import Objective
 from fxdistill.objective.term import LabelTerm, LogitTerm, Term
-from toys import Toy, assert_same_gradients, gradients, tokens
+from toys import assert_same_gradients, gradients, tokens, toys, values
 
 MODES = ("one_graph", "regional", "eager")
 WEIGHTS = {"logit_weight": 0.7, "feature_weight": 0.3, "label_weight": 0.5, "temperature": 2.0}
-
-
-def models(*depths):
-    torch.manual_seed(0)
-    return [Toy(depth) for depth in depths]
 
 
 def distiller(named, objective, mode, main):
@@ -35,21 +30,6 @@ def distiller(named, objective, mode, main):
     options = Options(mode=mode, lowering=Lowering("aot_eager"))
     beside = nn.ModuleList(), nn.ModuleDict()
     return Distiller(named, objective, *beside, Matches(), settings, options, main)
-
-
-def seen(model, ids, *paths):
-    """Logits, and what the modules at ``paths`` return, by hooks."""
-    values, handles = {}, []
-    for path in paths:
-
-        def keep(module, args, output, path=path):
-            values[path] = output[0] if isinstance(output, tuple) else output
-
-        handles.append(model.get_submodule(path).register_forward_hook(keep))
-    logits = model(ids)["logits"]
-    for handle in handles:
-        handle.remove()
-    return logits, values
 
 
 def divergence(student, teacher, temperature=2.0):
@@ -99,7 +79,7 @@ def two_teachers():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_two_teachers(mode):
-    student, big, small = models(2, 4, 1)
+    student, big, small = toys(2, 4, 1)
     plain = copy.deepcopy(student)
     ids, others = tokens(), tokens(3, 7).flip(1)
     made = distiller(
@@ -111,10 +91,10 @@ def test_two_teachers(mode):
     out = made(ids, small_inputs={"ids": others})  # each model has inputs of its own
     out.loss.backward()
 
-    logits, s = seen(plain, ids, "blocks.0.mlp", "blocks.1.mixer")
+    logits, s = values(plain, ids, "blocks.0.mlp", "blocks.1.mixer")
     with torch.no_grad():
-        of_big, b = seen(big, ids, "blocks.3.mlp")
-        of_small, t = seen(small, others, "blocks.0.mixer")
+        of_big, b = values(big, ids, "blocks.3.mlp")
+        of_small, t = values(small, others, "blocks.0.mixer")
     want = {
         "big/logits": divergence(logits, of_big),
         "small/logits": divergence(logits, of_small),
@@ -156,7 +136,7 @@ def two_students():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_two_students(mode):
-    a, b, teacher = models(2, 1, 3)
+    a, b, teacher = toys(2, 1, 3)
     plain_a, plain_b = copy.deepcopy(a), copy.deepcopy(b)
     ids = tokens()
     named = {"teacher": Model(teacher, False), "a": Model(a), "b": Model(b)}
@@ -164,10 +144,10 @@ def test_two_students(mode):
     out = made(ids, labels=ids)
     out.loss.backward()
 
-    z_a, s_a = seen(plain_a, ids, "blocks.0.mlp", "blocks.1.mlp")
-    z_b, s_b = seen(plain_b, ids, "blocks.0.mlp")
+    z_a, s_a = values(plain_a, ids, "blocks.0.mlp", "blocks.1.mlp")
+    z_b, s_b = values(plain_b, ids, "blocks.0.mlp")
     with torch.no_grad():
-        z_t, t = seen(teacher, ids, "blocks.2.mlp")
+        z_t, t = values(teacher, ids, "blocks.2.mlp")
     first = ids.shape[1] - 1  # with labels, the last position predicts nothing that is known
     want = {
         "a/logits": divergence(z_a[:, :first], z_t[:, :first]),
@@ -193,7 +173,7 @@ def test_two_students(mode):
 
 
 def test_a_report_of_three_models():
-    student, big, small = models(2, 4, 1)
+    student, big, small = toys(2, 4, 1)
     named = {"big": Model(big, False), "small": Model(small, False), "student": Model(student)}
     made = distiller(named, two_teachers(), "one_graph", "student")
     report = made.report(tokens())
@@ -213,7 +193,7 @@ def test_a_report_of_three_models():
 
 
 def test_a_model_that_no_term_reads_does_not_run():
-    student, big, small = models(2, 4, 1)
+    student, big, small = toys(2, 4, 1)
     named = {"big": Model(big, False), "small": Model(small, False), "student": Model(student)}
     objective = Objective(
         logits=(LogitTerm(losses.forward_kl, teachers=("big",)),),

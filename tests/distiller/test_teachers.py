@@ -10,35 +10,12 @@ from torch._dynamo.utils import counters
 
 import fxdistill
 from fxdistill import Match, errors, losses
+from fxdistill.losses.fused.sizes import chunk_tokens_for
 from fxdistill.losses.names import LOGIT_LOSSES
 from fxdistill.objective.logit_terms import pooled_by
-from toys import Toy, assert_same_gradients, gradients, tokens
+from toys import AOT, MODES, VOCABULARY, Toy, assert_same_gradients, gradients, tokens, toys, values
 
-AOT = {"backend": "aot_eager"}
-MODES = pytest.mark.parametrize(
-    "compile", [False, "regional", AOT], ids=["eager", "regional", "graph"]
-)
 TAU = 2.0
-
-
-def toys(*depths):
-    torch.manual_seed(0)
-    return [Toy(depth) for depth in depths]
-
-
-def values(model, ids, *paths):
-    """Logits, and what the modules at ``paths`` return, by hooks."""
-    found, handles = {}, []
-    for path in paths:
-
-        def keep(module, args, output, path=path):
-            found[path] = output[0] if isinstance(output, tuple) else output
-
-        handles.append(model.get_submodule(path).register_forward_hook(keep))
-    logits = model(ids)["logits"]
-    for handle in handles:
-        handle.remove()
-    return logits, found
 
 
 def target_of(logits, share):
@@ -136,6 +113,34 @@ def test_entries_that_teachers_rule_out():
     torch.testing.assert_close(one.softmax(-1), a.softmax(-1))
 
 
+def test_teachers_without_weight_get_no_gradient():
+    """Two of them: the mean begins with log 0 + log 0, whose derivative is not a number."""
+    torch.manual_seed(0)
+    z = [torch.randn(2, 5, requires_grad=True) for _ in range(3)]
+    for pooled in ("probabilities", "classes", "logits"):
+        mean = losses.mean_of_teachers(z, torch.tensor([0.0, 0.0, 2.0]), pooled=pooled)
+        values = mean.sigmoid() if pooled == "classes" else mean.softmax(-1)
+        want = z[2].sigmoid() if pooled == "classes" else z[2].softmax(-1)
+        first, second, third = torch.autograd.grad(values[:, 0].sum(), z)
+        (expected,) = torch.autograd.grad(want[:, 0].sum(), z[2])
+        assert not first.any()
+        assert not second.any()
+        torch.testing.assert_close(third, expected)
+
+
+def test_a_chunk_has_room_for_the_mean():
+    """Of bf16 heads the mean of teachers is float32: it takes twice their columns."""
+    torch.manual_seed(0)
+    student, one, two = (Toy(1).bfloat16() for _ in range(3))
+    distiller = fxdistill.wrap(student, [one, two], task="causal_lm", compile=AOT)
+    distiller(tokens(), labels=tokens())
+    nodes = distiller.program.gm.graph.nodes
+    (fused,) = [n for n in nodes if n.target is losses.vocab_loss]
+    assert fused.kwargs["chunk_tokens"] == chunk_tokens_for(
+        3 * VOCABULARY + 2 * VOCABULARY, 2, torch.device("cpu")
+    )
+
+
 @MODES
 def test_two_teachers_by_name(compile):
     student, big, small = toys(2, 4, 1)
@@ -193,13 +198,13 @@ def test_weights_of_teachers_change_without_a_compile():
     distiller = fxdistill.wrap(student, [one, two], label_loss=None, task="causal_lm", compile=AOT)
     assert distiller.settings["teacher_weights.teacher0"] == 1.0
 
-    def value(*weights):
+    def value(weights):
         distiller.set(teacher_weights=weights)
         return distiller(ids).losses["logits"]
 
     distiller(ids)
     counters.clear()
-    found = [value(1, 0), value(0, 2), value(0.5, 0.5), value(7, 7)]
+    found = [value(w) for w in ((1, 0), (0, 2), (0.5, 0.5), (7, 7))]
     assert not counters["stats"]
     alone = [
         fxdistill.wrap(student, t, label_loss=None, task="causal_lm", compile=False)(ids).loss
@@ -207,13 +212,17 @@ def test_weights_of_teachers_change_without_a_compile():
     ]
     torch.testing.assert_close(torch.stack(found[:2]), torch.stack(alone).detach())
     torch.testing.assert_close(found[2], found[3])
-    for wrong in ((1,), (0, 0), (-1, 2), {"one": 1}, (float("nan"), 1), "ab"):
+    torch.testing.assert_close(value({0: 0, 1: 3}), found[1])
+    torch.testing.assert_close(value(torch.tensor([2.0, 0.0])), found[0])
+    nan = torch.tensor([torch.nan, 1])
+    for wrong in ((1,), (0, 0), (-1, 2), {"one": 1}, {0: 1, 2: 1}, (float("nan"), 1), nan, "ab"):
         before = distiller.settings
         with pytest.raises(errors.OptionError, match="teacher"):
             distiller.set(teacher_weights=wrong)
         assert distiller.settings == before
+    distiller.set(teacher_weights=(7, 6))
     saved = distiller.state_dict()
-    assert saved._metadata[""]["settings"]["teacher_weights.teacher1"] == 7.0
+    assert saved._metadata[""]["settings"]["teacher_weights.teacher1"] == 6.0
 
 
 @MODES

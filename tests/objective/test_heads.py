@@ -10,12 +10,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import fxdistill
 from fxdistill import Head, errors
-from toys import VOCABULARY, WIDTH, Toy, assert_same_gradients, gradients, tokens
+from toys import AOT, MODES, VOCABULARY, WIDTH, Toy, assert_same_gradients, gradients, tokens
 
-AOT = {"backend": "aot_eager"}
-MODES = pytest.mark.parametrize(
-    "compile", [False, "regional", AOT], ids=["eager", "regional", "graph"]
-)
 TAU = 2.0
 
 
@@ -139,6 +135,29 @@ def test_without_labels(compile):
     want = TAU**2 * (p * (p.log() - F.log_softmax(s[:, :-1] / TAU, -1))).sum(-1).mean()
     torch.testing.assert_close(out.losses["second:logits"], want.detach())
     assert set(out.losses) == {"logits", "second:logits"}
+
+
+def test_a_head_that_predicts_beyond_the_text():
+    """Of L tokens, the prediction L places ahead is the teacher's last; further, nothing counts."""
+    student, teacher = further()
+    ids = tokens(2, 3)
+
+    def value(shift):
+        head = Head(":mtp_logits[0]", shift=shift, logit_weight=1.0, label_weight=0.0)
+        options = {"temperature": TAU, "task": "causal_lm", "compile": False}
+        distiller = fxdistill.wrap(student, teacher, heads={"far": head}, **options)
+        out = distiller(ids)
+        (out.loss - out.losses["logits"]).backward()
+        return out.losses["far:logits"]
+
+    s, t = student(ids)["mtp_logits"][0][:, 0], teacher(ids)["logits"][:, 2]
+    p = (t / TAU).softmax(-1)
+    want = TAU**2 * (p * (p.log() - F.log_softmax(s / TAU, -1))).sum(-1).mean()
+    torch.testing.assert_close(value(3), want.detach())
+    gradients(student)
+    assert value(4) == 0
+    assert value(9) == 0
+    assert not any(g.any() for n, g in gradients(student.ahead).items() if g is not None)
 
 
 class Pictures(nn.Module):

@@ -52,6 +52,11 @@ def unpacked(tensors: Sequence[Tensor]) -> list[HeadSide]:
     return [HeadSide(h, w, b if b.numel() else None) for h, w, b in sides]
 
 
+def columns_of_mean(columns: int, itemsize: int) -> int:
+    """The size of the mean's buffer a token, in columns of logits of ``itemsize`` bytes."""
+    return columns * max(4, itemsize) // itemsize
+
+
 class Rows(NamedTuple):
     """How many tokens are mixed at a time, of how many columns, and whether that is compiled."""
 
