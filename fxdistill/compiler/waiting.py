@@ -1,7 +1,7 @@
 """One line while a step compiles: which stage, and for how long. Nothing for what takes no time.
 
-On a terminal the line is updated in place; elsewhere the logger ``fxdistill.compiler`` is told at
-level INFO when a stage has begun to take long. ``FXDISTILL_QUIET=1`` silences both.
+On a terminal rich keeps the line up to date, in place; elsewhere the logger ``fxdistill.compiler``
+is told at level INFO when a stage has begun to take long. ``FXDISTILL_QUIET=1`` silences both.
 """
 
 import contextlib
@@ -11,6 +11,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
 SILENT = 2.0  # seconds before anything is said
 _LOG = logging.getLogger("fxdistill.compiler")
@@ -58,7 +62,7 @@ class _Watcher(threading.Thread):
         self.stage = stage
         self.over = threading.Event()
         self.begun = time.monotonic()
-        self.shown = ""  # what stands on the terminal's line
+        self.line: Live | None = None  # the terminal's, once it is shown
         self.logged = ""  # the stage that was logged last
 
     def run(self) -> None:
@@ -73,17 +77,34 @@ class _Watcher(threading.Thread):
         """Stop, and take the line off the terminal."""
         self.over.set()
         self.join()
-        if self.shown:
-            sys.stderr.write("\r" + " " * len(self.shown) + "\r")
-            sys.stderr.flush()
+        if self.line is not None:
+            self.line.stop()
 
     def _tell(self) -> None:
         seconds = time.monotonic() - self.begun
-        text = f"fxdistill: {self.stage} ... {seconds:.0f} s"
-        if sys.stderr.isatty():
-            sys.stderr.write("\r" + text.ljust(len(self.shown)))
-            sys.stderr.flush()
-            self.shown = text
+        if self.line is None:
+            self.line = _line()
+        if self.line is not None:
+            text = (("fxdistill", "bold"), f": {self.stage} ... {seconds:.0f} s")
+            self.line.update(Text.assemble(*text, no_wrap=True, overflow="ellipsis"), refresh=True)
         elif self.stage != self.logged:
             _LOG.info("%s ... %.0f s", self.stage, seconds)
             self.logged = self.stage
+
+
+def _line() -> Live | None:
+    """A line of the terminal that can be rewritten; ``None`` where stderr is no such terminal."""
+    console = Console(stderr=True)
+    if not (sys.stderr.isatty() and console.is_terminal) or console.is_dumb_terminal:
+        return None
+    # Python's streams stay as they are: a thread that exchanges them would race with the user's.
+    line = Live(
+        console=console,
+        auto_refresh=False,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    line.start()
+    console.show_cursor()  # rich hides it, and a process that is killed could not bring it back
+    return line

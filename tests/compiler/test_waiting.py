@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import re
 import threading
 import time
 
@@ -22,6 +23,9 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def soon(monkeypatch):
     monkeypatch.setattr(module, "SILENT", 0.05)
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "COLUMNS"):  # which rich asks
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
 
 
 @contextlib.contextmanager
@@ -45,11 +49,28 @@ def test_a_terminal_gets_one_line_that_goes_again(soon):
         with waiting("compiling"):
             time.sleep(1.1)
     shown = made.getvalue()
-    first, second, *_ = shown.split("\r")[1:]
+    # Each update goes back to the line's begin and clears it.
+    first, second, *_ = [
+        re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).strip() for text in shown.split("\r\x1b[2K")
+    ]
     assert first.startswith("fxdistill: capturing ... 0 s")
     assert second.startswith("fxdistill: compiling ... 1 s")
-    assert "\n" not in shown
-    assert shown.endswith("\r")
+    # In the end there is a new line, and back from it, and the line is cleared.
+    assert shown.endswith(" s\n\x1b[?25h\r\x1b[1A\x1b[2K")
+    assert shown.count("\n") == 1
+    # The cursor is there while it compiles: a process that is killed leaves it as it is.
+    assert shown.index("\x1b[?25l") < shown.index("\x1b[?25h") < shown.index("capturing")
+
+
+@pytest.mark.parametrize("why", ["dumb", "quiet"])
+def test_a_terminal_that_cannot_and_a_user_who_does_not_want(soon, monkeypatch, caplog, why):
+    caplog.set_level(logging.INFO, "fxdistill")
+    monkeypatch.setenv(*{"dumb": ("TERM", "dumb"), "quiet": ("FXDISTILL_QUIET", "1")}[why])
+    with terminal() as made, waiting("capturing"):
+        time.sleep(0.2)
+    assert made.getvalue() == ""
+    said = [record.getMessage() for record in caplog.records]
+    assert said == (["capturing ... 0 s"] if why == "dumb" else [])
 
 
 def test_elsewhere_a_stage_is_logged_once(soon, caplog):
@@ -68,7 +89,7 @@ def fails():
 def test_an_error_ends_it(soon):
     with terminal() as made, pytest.raises(KeyError):
         fails()
-    assert made.getvalue().endswith("\r")
+    assert made.getvalue().endswith("\x1b[2K")
     names = [thread.name for thread in threading.enumerate()]
     assert "fxdistill-waiting" not in names
 
