@@ -192,8 +192,9 @@ class Distiller(StudentFace, Saved, Looking):
         return output_of(losses, logits)
 
     def _warn_without_terms(self, request: Request) -> None:
-        objective = request.objective
-        if not (objective.features or objective.logits or objective.labels or objective.heads):
+        objective, labels = request.objective, request.call.batch.labels
+        of_heads = any(h.logits or (h.labels and labels is not None) for h in objective.heads)
+        if not (objective.features or objective.logits or objective.labels or of_heads):
             text = (
                 "no term is in the loss, so it is 0 and teaches nothing: pass labels, give a "
                 "mapping, or a logit_loss"

@@ -18,7 +18,7 @@ from fxdistill.base.tensors import is_placed
 from fxdistill.errors import OptionError, ShapeError, VocabularyError
 from fxdistill.losses import fused
 from fxdistill.losses.fused.call import HeadCall, HeadSide, Others, Stored
-from fxdistill.losses.fused.cast import cast_side
+from fxdistill.losses.fused.cast import cast_learning, cast_side
 from fxdistill.losses.fused.chunk import ChunkSpec
 from fxdistill.losses.fused.mix import DivergenceLike, divergences, require_no_logits
 from fxdistill.losses.fused.operator import vocab_operator
@@ -130,7 +130,7 @@ def vocab_loss(
         ShapeError: Hidden states, heads, labels or weights do not fit each other.
         VocabularyError: ``vocab_size`` is larger than a vocabulary, or sharded vocabularies are of
             different sizes on a rank.
-        OptionError: The divergence is unknown or lacks its teacher, hidden states are float16, or
+        OptionError: The divergence is unknown or lacks its teacher, the student is float16, or
             an argument requires a gradient that gets none.
     """
     check_shapes(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, weights)
@@ -162,7 +162,7 @@ def vocab_loss(
         labels, weights, num_items, *of_logits, numbers, spec, chunk_tokens, compile
     )
     require_constants(weights, num_items, *of_logits, *numbers)
-    student = cast_side(HeadSide(student_hidden, student_weight, student_bias))
+    student = cast_learning(HeadSide(student_hidden, student_weight, student_bias))
     teacher = None
     if chosen and teacher_hidden is not None and teacher_weight is not None:
         bias = None if teacher_bias is None else teacher_bias.detach()
@@ -282,7 +282,7 @@ def vocab_loss_topk(
 
     Raises:
         ShapeError: Hidden states, heads, ids, labels or weights do not fit each other.
-        OptionError: The divergence is unknown or compares logits, hidden states are float16, or an
+        OptionError: The divergence is unknown or compares logits, the student is float16, or an
             argument requires a gradient that gets none.
     """
     check_shapes(student_hidden, student_weight, teacher_ids, None, labels, weights)
@@ -295,7 +295,7 @@ def vocab_loss_topk(
     require_no_logits(chosen)
     numbers = (logit_weight, label_weight, temperature)
     require_constants(weights, num_items, *numbers)
-    student = cast_side(HeadSide(student_hidden.flatten(0, -2), student_weight, student_bias))
+    student = cast_learning(HeadSide(student_hidden.flatten(0, -2), student_weight, student_bias))
     spec = ChunkSpec(
         chosen,
         0,

@@ -33,8 +33,9 @@ class Head:
 
     Its terms are ``name:logits`` (where ``logit_weight`` is not 0) and ``name:labels``; the total
     gains logit_weight · L + label_weight · L under ``wrap``'s weights of the same names, with its
-    losses and τ. Of a student that predicts several tokens (MTP; Gloeckle et al., 2024) every head
-    learns from labels, and by default only its first, the student's own logits, from the teacher.
+    losses and τ. A call's ``num_items`` is the denominator of its terms too. Of a student that
+    predicts several tokens (MTP; Gloeckle et al., 2024) every head learns from labels, and by
+    default only its first, the student's own logits, from the teacher.
 
     Args:
         logits: The value, as a path of the student with a port: ``"blocks.3"`` is the output of
@@ -44,7 +45,8 @@ class Head:
             tokens where the student's logits have none, and a linear layer to as many classes. It
             lives in ``distiller.heads``, is trained and saved there, and is no part of the student.
         teacher: What the logit loss compares with: ``"logits"``, the teacher's logits; ``"self"``,
-            the student's own logits, without gradient; or a path of the teacher with a port.
+            the student's own logits, without gradient; or a path of the teacher with a port (of
+            several teachers, of the first).
         shift: How many places ahead a causal head predicts: the labels are shifted by that, and it
             is compared with what the teacher predicts for the same token. Default 1.
         logit_weight: The weight of its logit loss; 0: there is none.
@@ -155,6 +157,8 @@ def _check(name: Any, head: Any, student: nn.Module, task: Task | None) -> None:
         raise OptionError(f"the head's name {name!r}: letters, digits and _; it names its losses")
     if not isinstance(head, Head):
         raise OptionError(f"heads[{name!r}] is {head!r}: fxdistill.Head('path of its logits', ...)")
+    if head.module is not None and hasattr(nn.ModuleDict(), name):
+        raise OptionError(f"the head's name {name!r}: distiller.heads has an attribute called so")
     for option in ("logit_weight", "label_weight"):
         value = getattr(head, option)
         if (

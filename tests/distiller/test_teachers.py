@@ -104,6 +104,24 @@ def test_fused_heads_of_several_teachers(name):
         losses.vocab_loss(h, w, a, wa, other_teachers=[(b, wc, None, 1.0, None)])
 
 
+def test_fused_teachers_of_other_precisions():
+    """Each head makes its logits in its own dtype; the mean is float32, and so is the loss."""
+    torch.manual_seed(0)
+    h, w = (x.requires_grad_() for x in (torch.randn(37, 8), torch.randn(50, 8)))
+    kinds = torch.float16, torch.bfloat16, torch.float32
+    sides = [(torch.randn(37, 6).to(kind), torch.randn(50, 6).to(kind)) for kind in kinds]
+    target = losses.mean_of_teachers([a @ b.T for a, b in sides], torch.ones(3), temperature=TAU)
+    want = losses.forward_kl(h @ w.T, target, temperature=TAU)
+    for first in range(3):
+        ordered = sides[first:] + sides[:first]
+        others = [(*side, None, 1.0, None) for side in ordered[1:]]
+        given = {"other_teachers": others, "temperature": TAU, "chunk_tokens": 16}
+        found = losses.vocab_loss(h, w, *ordered[0], compile=False, **given).loss
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+        got, expected = (torch.autograd.grad(x, (h, w), retain_graph=True) for x in (found, want))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_entries_that_teachers_rule_out():
     """-inf where all teachers rule an entry out, the others' probability where one does."""
     a, b = torch.tensor([0.0, -torch.inf, -torch.inf]), torch.tensor([0.0, 0.0, -torch.inf])

@@ -160,6 +160,16 @@ def test_a_head_that_predicts_beyond_the_text():
     assert not any(g.any() for n, g in gradients(student.ahead).items() if g is not None)
 
 
+def test_heads_that_learn_from_labels_alone_say_so_where_there_are_none():
+    student, _ = further()
+    head = Head(":mtp_logits[0]", shift=2)
+    distiller = fxdistill.wrap(
+        student, None, heads={"second": head}, task="causal_lm", compile=False
+    )
+    with pytest.warns(errors.MatchWarning, match="no term is in the loss"):
+        assert distiller(tokens()).loss == 0
+
+
 class Pictures(nn.Module):
     def __init__(self, width=4):
         super().__init__()
@@ -256,6 +266,7 @@ def test_padding_has_no_part_in_a_pooled_text():
     [
         ([Head("blocks.0")], {}, "a dict of fxdistill.Head by name"),
         ({"a b": Head("blocks.0")}, {}, "letters, digits and _"),
+        ({"keys": Head("blocks.0", module="auto")}, {}, "has an attribute called so"),
         ({"a": "blocks.0"}, {}, r"fxdistill\.Head"),
         ({"a": Head("block.0")}, {}, r"Nearest: 'blocks\.0'"),
         ({"a": Head("")}, {}, "the path of a module"),

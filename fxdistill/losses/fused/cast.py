@@ -7,7 +7,7 @@ from fxdistill.losses.fused.call import HeadSide
 
 
 def cast_side(side: HeadSide) -> HeadSide:
-    """Cast operands as a linear layer does under autocast; OptionError in float16."""
+    """Cast operands as a linear layer does under autocast."""
     hidden, weight, bias = side
     kind = hidden.device.type
     # Some devices, "meta" among them, have no autocast, and is_autocast_enabled raises for them.
@@ -16,9 +16,15 @@ def cast_side(side: HeadSide) -> HeadSide:
         if hidden.dtype != torch.float64:
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-    if hidden.dtype == torch.float16:
+    return HeadSide(hidden, weight, bias)
+
+
+def cast_learning(side: HeadSide) -> HeadSide:
+    """Cast the operands of the student; OptionError in float16. A teacher may have that."""
+    side = cast_side(side)
+    if side.hidden.dtype == torch.float16:
         raise OptionError(
             "the fused head forms gradients before a loss scale could be applied, and in float16 "
             "they would vanish: use bfloat16 or float32, or losses of logits"
         )
-    return HeadSide(hidden, weight, bias)
+    return side
