@@ -29,17 +29,29 @@ class SaveStudent(TrainerCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find out before the first step whether there is a student to save."""
-        distiller_of(kwargs["model"], "SaveStudent")
+        """Find out before the first step whether there is a student to save.
+
+        A run that was killed between Trainer's save and ours goes on from a checkpoint without a
+        student: it is written now. (Ranks that hold parts would have to agree on it first.)
+        """
+        distiller = distiller_of(kwargs["model"], "SaveStudent")
+        folder = _folder(args, state)
+        lacks = state.global_step > 0 and folder.parent.is_dir() and not folder.exists()
+        if lacks and args.should_save and not any(map(is_placed, distiller.parameters())):
+            self.on_save(args, state, control, **kwargs)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the student of the checkpoint that was just saved."""
         distiller = distiller_of(kwargs["model"], "SaveStudent")
-        name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        folder = Path(args.output_dir) / name / STUDENT
+        folder = _folder(args, state)
         # Where ranks hold parts of the weights, all of them gather; the first one writes.
         if args.should_save or any(map(is_placed, distiller.parameters())):
             distiller.save_pretrained(folder)
         processor = kwargs.get("processing_class")
         if args.should_save and processor is not None:
             processor.save_pretrained(folder)
+
+
+def _folder(args: Any, state: Any) -> Path:
+    """The student's place in the checkpoint of this step."""
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / STUDENT

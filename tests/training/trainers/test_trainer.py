@@ -132,6 +132,19 @@ def test_the_best_checkpoint_by_a_metric_is_loaded_and_loads_without_us(tmp_path
     assert all((tmp_path / f"checkpoint-{i}" / "student").is_dir() for i in (1, 2, 3, 4))
 
 
+def test_a_student_that_a_kill_has_left_out_is_written_by_the_run_that_goes_on(tmp_path):
+    steps = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer(pair(), tmp_path, learning_rate=1e-2, **steps).train()  # Trainer's save, and not ours
+    rest = trainer(pair(), tmp_path, callbacks=[SaveStudent()], learning_rate=1e-2, **steps)
+    rest.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for step in (1, 2):
+        saved = load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+        student = LlamaForCausalLM.from_pretrained(tmp_path / f"checkpoint-{step}" / "student")
+        for name, value in student.state_dict().items():
+            if f"student.{name}" in saved:  # a tied head is in it once
+                assert torch.equal(value, saved[f"student.{name}"]), (step, name)
+
+
 def test_projections_are_in_the_checkpoint_and_a_resumed_run_goes_on_exactly(tmp_path):
     """AdamW, a warm-up, dropout: the rest of the run is the same, bit for bit."""
 
