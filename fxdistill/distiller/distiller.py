@@ -13,7 +13,13 @@ from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.journal import Journal
 from fxdistill.distiller import after, whose
 from fxdistill.distiller.agreement import Agreement, agreement, evaluating
-from fxdistill.distiller.guard import check_call, check_not_crossed, freezes, settle
+from fxdistill.distiller.guard import (
+    check_call,
+    check_holds_no_frozen,
+    check_not_crossed,
+    freezes,
+    settle,
+)
 from fxdistill.distiller.looking import Looking, averaging_ranks
 from fxdistill.distiller.modes import Request, Result, Steps, eager, in_one_graph, regional
 from fxdistill.distiller.options import Options
@@ -61,6 +67,7 @@ class Distiller(StudentFace, Saved, Looking):
         losses = nn.ModuleList()
         objective = objective.with_modules(losses)
         self._towers = Towers(models, Beside(projections, losses, heads), main)
+        check_holds_no_frozen(self._towers)
         if students:
             self._modules["students"] = nn.ModuleList(models[t].module for t in students)
         for tower in (main, *(t for t in models if t != main)):

@@ -44,6 +44,33 @@ def check_not_crossed(distiller: nn.Module, towers: Towers) -> None:
             )
 
 
+def check_holds_no_frozen(towers: Towers) -> None:
+    """Raise OptionError where a module that is trained beside the models holds a frozen model's.
+
+    Its parameters would be trained and saved with the distiller.
+    """
+    learnt = {id(p) for model in towers.trained() for p in model.parameters()}
+    owners = {
+        id(p): f"{name!r} of the {tower}"
+        for tower in sorted(towers.frozen)
+        for name, p in towers.modules[tower].named_parameters()
+        if id(p) not in learnt
+    }
+    beside = towers.beside
+    every = [(f"loss module {i} ({type(m).__name__})", m) for i, m in enumerate(beside.losses)]
+    every += [(f"projection {i}", module) for i, module in enumerate(beside.projections)]
+    every += [(f"head {name!r}", module) for name, module in beside.heads.items()]
+    for what, module in every:
+        for name, parameter in module.named_parameters():
+            if (owner := owners.get(id(parameter))) is not None:
+                raise OptionError(
+                    f"the {what} has {name!r}, which is {owner}: the distiller would train and "
+                    "save what is frozen. Give it a copy of that module, or keep it where torch "
+                    "does not register it, as in self.held = [module]; a teacher that is to learn "
+                    "is freeze_teacher=False."
+                )
+
+
 def check_call(towers: Towers, objective: Objective, call: Call) -> None:
     """Put frozen models in eval mode; raise an error where a step would fail or teach nothing."""
     tokens = {name: getattr(call.batch, name) for name in TOKEN_FIELDS}

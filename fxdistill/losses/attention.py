@@ -30,7 +30,7 @@ from fxdistill.losses.attention_blocks import (
     kept_of,
     norms,
 )
-from fxdistill.losses.reduce import weighted_mean
+from fxdistill.losses.reduce import counted, weighted_mean
 
 Heads = Literal["mean"] | Sequence[tuple[int, int]] | None
 
@@ -258,9 +258,12 @@ def _of_maps(
     student: Tensor, teacher: Tensor, weights: Tensor | None, kind: Kind, pairs: list[int]
 ) -> Tensor:
     """The loss between maps that exist, which autograd differentiates."""
-    s, t = (_rows(x, kind, pairs[i::2]) for i, x in enumerate((student, teacher)))
+    of_queries = _of_queries(weights, student).unsqueeze(1)
+    s, t = (
+        _rows(counted(x, of_queries), kind, pairs[i::2]) for i, x in enumerate((student, teacher))
+    )
     found, counts = _values(s, t, kind)
-    w = _of_queries(weights, student).to(found.dtype).unsqueeze(1) * counts
+    w = of_queries.to(found.dtype) * counts
     if kind != "frobenius":
         return weighted_mean(found, w)
     squares = torch.where(w != 0, w * found, 0).sum(-1)

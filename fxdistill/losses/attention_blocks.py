@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fxdistill.base.tensors import wide
 from fxdistill.losses.gradient_in_forward import keeps_its_gradients, needed
+from fxdistill.losses.reduce import counted
 
 Kind = Literal["kl", "maps", "scores", "frobenius"]
 Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -92,18 +93,17 @@ def _blocks(
 ) -> Seven:
     """The loss and its gradients by queries, keys and what the masks add, of both models."""
     with torch.no_grad():
+        weights = weights.to(wide(s_query).dtype)
+        student = Operand(s_query, s_key, s_mask, s_causal, s_scale)
+        teacher = Operand(t_query, t_key, t_mask, t_causal, t_scale)
         sides = (
-            _Side(
-                Operand(s_query, s_key, s_mask, s_causal, s_scale), kind, pairs[::2], LETTERS[:3]
-            ),
-            _Side(
-                Operand(t_query, t_key, t_mask, t_causal, t_scale), kind, pairs[1::2], LETTERS[3:]
-            ),
+            _Side(student, weights, kind, pairs[::2], LETTERS[:3]),
+            _Side(teacher, weights, kind, pairs[1::2], LETTERS[3:]),
         )
         for side in sides:
             side.start(needs)
         total = _frobenius if kind == "frobenius" else _mean
-        value, factor = total(sides, weights.to(wide(s_query).dtype), kind, needs)
+        value, factor = total(sides, weights, kind, needs)
         ours, theirs = (side.gradients(factor) for side in sides)
         return value, *ours, *theirs
 
@@ -209,11 +209,16 @@ def compared(s: Rows, t: Rows, kind: str) -> tuple[Tensor, Tensor, tuple[Tensor,
 
 
 class _Side:
-    """One model: the rows of a block, and the gradients by its queries and keys."""
+    """One model: the rows of a block, and the gradients by its queries and keys.
 
-    def __init__(self, given: Operand, kind: str, heads: list[int], letters: str) -> None:
-        self.given, self.kind, self.letters = given, kind, letters
-        self.key = given.key if given.is_map else wide(given.key)
+    Queries of weight 0 and keys that nobody attends are 0 here, since they may hold anything.
+    """
+
+    def __init__(
+        self, given: Operand, weights: Tensor, kind: str, heads: list[int], letters: str
+    ) -> None:
+        self.given, self.weights, self.kind, self.letters = given, weights, kind, letters
+        self.key = given.key if given.is_map else _attended(wide(given.key), given.mask)
         batch, count, queries, last = given.query.shape
         self.shape = batch, count, queries, last if given.is_map else given.key.shape[2]
         everyone = heads == list(range(count))
@@ -246,9 +251,13 @@ class _Side:
         query, key, mask = self.given[:3]
         return made(self.by_query, query), made(self.by_key, key), made(self.by_mask, mask)
 
+    def queries(self, at: slice) -> Tensor:
+        """The queries ``at``, or the rows of a given map."""
+        return counted(wide(self.given.query[:, :, at]), self.weights[:, None, at])
+
     def rows(self, at: slice) -> Rows:
         """The rows of the queries ``at``: ``[B, H, rows, K]``."""
-        query = wide(self.given.query[:, :, at])
+        query = self.queries(at)
         if self.given.is_map:
             a = torch.where(query.isnan(), 0, query)
             return Rows(_log(a) if self.kind == "kl" else a, kept_of(a, self.kind), a)
@@ -327,9 +336,22 @@ class _Side:
             self.by_query[:, :, at] = self._products(slope, self.key)
         if self.by_key is not None:
             batch, few = self.key.shape[:2]
-            query = wide(self.given.query[:, :, at])
-            by_score, query = (x.reshape(batch, few, -1, x.shape[3]) for x in (slope, query))
+            by_score, query = (
+                x.reshape(batch, few, -1, x.shape[3]) for x in (slope, self.queries(at))
+            )
             self.by_key += by_score.transpose(-1, -2) @ query
+
+
+def _attended(key: Tensor, mask: Tensor) -> Tensor:
+    """The keys, with 0 for those that the mask shows to no query."""
+    if mask.shape[-1:] != key.shape[2:3]:
+        return key
+    mask = mask[(None,) * (4 - mask.ndim)]
+    if mask.dtype == torch.bool:
+        shown = mask.any(-2).any(1)
+    else:
+        shown = mask.amax((1, 2)) > torch.finfo(mask.dtype).min / 2
+    return torch.where(shown[:, None, :, None], key, 0)
 
 
 def _wide_zeros(like: Tensor) -> Tensor:
@@ -337,12 +359,15 @@ def _wide_zeros(like: Tensor) -> Tensor:
 
 
 def kept_of(a: Tensor, kind: str) -> Tensor:
-    """The keys of a given map that are not masked: where it is 0, unless it may be any matrix."""
+    """The keys of a given map that are not masked: where it is 0, unless it may be any matrix.
+
+    For logarithms this is any number of which float32 holds no reciprocal.
+    """
     if kind == "frobenius":
         return torch.ones_like(a, dtype=torch.bool)
     if kind == "scores":
         return a > torch.finfo(a.dtype).min / 2
-    return a > 0 if kind == "kl" else a != 0
+    return a >= torch.finfo(a.dtype).tiny if kind == "kl" else a != 0
 
 
 def _log(a: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from fxdistill.losses.reduce import (
     Whole,
     Width,
     counted,
+    in_range,
     laid_out,
     root,
     weighted_mean,
@@ -148,6 +149,8 @@ def _fitnet(
     s: Tensor, t: Tensor, w: Tensor | None, axes: tuple[int, ...], size: int, whole: Whole
 ) -> Tensor:
     s, t = counted(wide(s), w), counted(wide(t), w)
+    if whole is _all_here:
+        s, t = in_range(s, axes), in_range(t, axes)
     gap = s - t
     products = [(a * b).sum(axes) for a, b in ((gap, gap), (gap, s + t), (s, s), (t, t))]
     apart, along, s_squares, t_squares = whole(torch.stack(products)).unbind()

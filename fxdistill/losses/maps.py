@@ -14,6 +14,7 @@ from fxdistill.errors import ShapeError
 from fxdistill.losses.reduce import (
     channels_last,
     counted,
+    in_range,
     is_map,
     normalized,
     spread,
@@ -59,7 +60,8 @@ def attention_transfer(student: Tensor, teacher: Tensor, weights: Tensor | None 
     ShapeError.
     """
     s, t, w = _same_places(student, teacher, weights)
-    s, t = (normalized(x.square().sum(-1), (-1,)) for x in (s, t))
+    # No scale of a sample changes Â, and small ones would be squared to 0.
+    s, t = (normalized(in_range(x, (1, 2)).square().sum(-1), (-1,)) for x in (s, t))
     return weighted_mean((s - t).square(), w)
 
 

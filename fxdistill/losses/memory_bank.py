@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from fxdistill.base.nodes import one_node
 from fxdistill.base.tensors import wide
-from fxdistill.errors import OptionError
+from fxdistill.errors import OptionError, ShapeError
 from fxdistill.losses.reduce import normalized, weighted_mean
 from fxdistill.losses.samples import both
 
@@ -21,8 +22,8 @@ class Embedding(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The vectors ``[B, width]`` of both models, and the weights of the samples."""
         s, t, w = both(student, teacher, weights)
-        layers = ((self.of_student, s), (self.of_teacher, t))
-        a, b = (normalized(layer(x.to(layer.weight.dtype)), (-1,)) for layer, x in layers)
+        layers = ((self.of_student, s, "student"), (self.of_teacher, t, "teacher"))
+        a, b = (normalized(layer(_fitting(x, layer, name)), (-1,)) for layer, x, name in layers)
         return a, b, w
 
     def build(self, student: int, teacher: int, device: torch.device) -> None:
@@ -31,6 +32,25 @@ class Embedding(nn.Module):
         for layer, width in ((self.of_student, student), (self.of_teacher, teacher)):
             with torch.no_grad():
                 layer(torch.zeros(1, width, device=device))  # the first call makes its parameters
+
+
+def _fitting(samples: Tensor, layer: nn.Linear, name: str) -> Tensor:
+    """``samples`` in the layer's dtype."""
+    if not isinstance(layer, nn.LazyLinear):
+        samples = _of_width(samples, layer.in_features, name)
+    return samples.to(layer.weight.dtype)
+
+
+@one_node
+def _of_width(samples: Tensor, width: int, name: str) -> Tensor:
+    """``samples``; raises ShapeError where they are of another width."""
+    if samples.shape[1] != width:
+        raise ShapeError(
+            f"CRD has a layer for the {name}'s samples of width {width}, and they have "
+            f"{samples.shape[1]}. A value of 4 axes is a map [B, C, H, W] unless Match(tokens=...) "
+            "says that its first axes are tokens; wrap(..., example_inputs={...}) reads the widths"
+        )
+    return samples
 
 
 class CRD(nn.Module):

@@ -62,8 +62,20 @@ def root(squares: Tensor) -> Tensor:
     return torch.where(zero, 0, torch.where(zero, 1, squares).sqrt())
 
 
+def in_range(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """``x``, and vectors over ``axes`` whose squares no float32 holds in units of their maximum.
+
+    For functions that no scale of a vector changes: for these its derivative, for which that
+    maximum is a constant, is exact.
+    """
+    most = x.detach().abs().amax(axes, keepdim=True)
+    usual = (most == 0) | ((most > 1e-9) & (most < 1e9))
+    return x / torch.where(usual, 1, most)
+
+
 def normalized(x: Tensor, axes: tuple[int, ...]) -> Tensor:
     """``x / ‖x‖`` over ``axes``; a vector of zeros stays, with zero gradient."""
+    x = in_range(x, axes)
     norm = root(x.square().sum(axes, keepdim=True))
     return x / torch.where(norm == 0, 1, norm)
 

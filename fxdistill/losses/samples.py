@@ -1,7 +1,9 @@
 """Values as samples ``[B, D]``, for losses that compare the samples of a batch with each other."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fxdistill.base.tensors import on_every_rank, wide
@@ -40,6 +42,13 @@ def samples(value: Tensor, weights: Tensor | None) -> Samples:
     if weights.ndim >= value.ndim:
         raise ShapeError(f"weights {list(weights.shape)} leave no width of {list(value.shape)}")
     return _pooled(vectors, weights.to(vectors.dtype))
+
+
+def width_of_samples(shape: Sequence[int], tokens: bool) -> int:
+    """The width of the samples of values of this shape, whose first two axes may be ``tokens``."""
+    value = torch.empty(tuple(shape), device="meta")
+    weights = torch.empty(tuple(shape[:2]), device="meta") if tokens and len(shape) > 2 else None
+    return samples(value, weights).vectors.shape[1]
 
 
 def _in(vectors: Tensor, weights: Tensor | None) -> Tensor | None:

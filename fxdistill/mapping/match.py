@@ -50,8 +50,9 @@ class Match:
             ``None``: the first. ``"self"``: the student itself, whose value is then a target
             without gradient.
         weights: The name of weights that a call brings, ``distiller(..., weights={name: tensor})``:
-            ``[B]`` for samples, or the value's leading axes, or the places of a map. They multiply
-            what else weighs the values (``weights="foreground"`` of a detector's anchors).
+            ``[B]`` for samples, or the value's leading axes, or the places of a map, or ``[B, L]``
+            for tokens that the model flattens. They multiply what else weighs the values
+            (``weights="foreground"`` of a detector's anchors).
         shapes: ``"any"``: the loss, a callable of your own, compares values of different shapes and
             gets them as they are. A callable may say it: ``loss.compares_shapes = "any"``.
         reason: Why ``fxdistill.match`` proposed the pair; it changes nothing.

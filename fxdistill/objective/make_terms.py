@@ -25,6 +25,7 @@ from fxdistill.losses.names import (
     loss_of,
     of_attention,
 )
+from fxdistill.losses.samples import width_of_samples
 from fxdistill.mapping import projections
 from fxdistill.mapping.attends import is_named_attention
 from fxdistill.mapping.layout import Layout, keeps_tokens, layouts, pools_tokens
@@ -305,8 +306,20 @@ def with_projections(
         index = next((i for i, m in enumerate(made) if m is module), None)
         found.append(term := replace(term, projection=index))
         if _lacks_layers(term):
-            gather(problems, _build, term, models[term.of[0]], *_widths(term, shapes, structure))
+            found_widths = _of_samples(term, shapes) or _widths(term, shapes, structure)
+            gather(problems, _build, term, models[term.of[0]], *found_widths)
     return tuple(found), nn.ModuleList(made)
+
+
+def _of_samples(term: Term, shapes: Shapes) -> tuple[Width, Width] | None:
+    """The widths of what a loss between samples makes of both values, if their shapes are known."""
+    if not all(end in shapes for end in term.taps):
+        return None
+    s, t = (shapes[end] for end in term.taps)
+    (ours, theirs), tokens = term.layouts, term.said_tokens
+    sides = arranged_shape(s, ours, t, theirs), arranged_shape(t, theirs, s, ours)
+    widths = [Width(width_of_samples(side, tokens)) for side in sides]
+    return widths[0], widths[1]
 
 
 def _build(term: Term, like: nn.Module, student: Width | None, teacher: Width | None) -> None:

@@ -2,6 +2,7 @@
 
 A call's ``weights={"foreground": mask}`` has ``[B]`` for samples, or the leading axes of the value
 (``[B, N]`` of anchors ``[B, N, 4]``), or the places of a map (``[B, H, W]`` of ``[B, C, H, W]``).
+Of tokens that the model flattened, ``[B·L, D]``, they are ``[B]`` or ``[B, L]`` all the same.
 They multiply the term's own weights.
 """
 
@@ -39,6 +40,8 @@ def named_of(term: Term, value: Tensor, batch: Batch) -> Tensor | None:
         return None
     named = batch.named[term.weights].to(value.device)
     require_axes(term.weights, named, value)
+    if named.ndim == value.ndim == 2:
+        named = named.flatten()  # of tokens that are flattened, too
     return named.float()
 
 
@@ -65,8 +68,10 @@ def require_axes(name: str, named: Tensor, value: Tensor) -> None:
     leading = axes < len(shape) and tuple(named.shape) == shape[:axes]
     places = len(shape) > 3 and tuple(named.shape) == (shape[0], *shape[2:])
     flat = axes == 1 and len(shape) == 2 and shape[0] % max(1, named.shape[0]) == 0
+    flat |= axes == len(shape) == 2 and named.numel() == shape[0]
     if axes == 0 or not (leading or places or flat):
         raise BatchError(
             f"weights {name!r} have shape {list(named.shape)}, and weigh a value {list(shape)}: "
-            "they are those of samples [B], of its leading axes, or of the places of a map"
+            "they are those of samples [B], of its leading axes, of the tokens [B, L] that are "
+            "flattened in it, or of the places of a map"
         )

@@ -378,6 +378,38 @@ def test_parameters_that_a_loss_shares_with_the_student_are_in_one_group():
     distiller(IMAGES).loss.backward()
 
 
+class Within(nn.Module):
+    """A loss behind a layer that it is given."""
+
+    def __init__(self, layer, registered):
+        super().__init__()
+        self.held = [layer]
+        if registered:
+            self.layer = layer
+
+    def forward(self, student, teacher, weights=None):
+        return (self.held[0](student) - self.held[0](teacher)).square().mean()
+
+
+def test_what_is_trained_holds_no_part_of_a_frozen_teacher():
+    student, teacher = nets(teacher=4)
+    options = {"logit_loss": None, "compile": False}
+    mapping = [Match("stem", "stem", loss=Within(teacher.deep, registered=True))]
+    with pytest.raises(errors.OptionError, match=r"which is 'deep.weight' of the teacher"):
+        fxdistill.wrap(student, teacher, mapping, **options)
+    projected = [Match("deep", "deep", project=teacher.deep)]
+    with pytest.raises(errors.OptionError, match="projection 0 has 'weight'"):
+        fxdistill.wrap(student, teacher, projected, **options)
+    loss = Within(teacher.deep, registered=False)
+    distiller = fxdistill.wrap(student, teacher, [Match("stem", "stem", loss=loss)], **options)
+    distiller(IMAGES).loss.backward()
+    assert not any("loss_modules" in name for name in distiller.state_dict())
+    assert student.stem.weight.grad.any()
+    learnt = {id(p) for p in distiller.parameters()}
+    assert not any(id(p) in learnt for p in teacher.parameters())
+    fxdistill.wrap(student, teacher, mapping, freeze_teacher=False, **options)  # then it may learn
+
+
 def test_samples_weigh_flattened_tokens_by_name():
     torch.manual_seed(0)
     student, teacher = (nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 3)) for _ in range(2))
@@ -387,6 +419,63 @@ def test_samples_weigh_flattened_tokens_by_name():
     found = distiller(x, weights={"hard": w}).loss
     each = (student(x) - teacher(x)).square().mean(-1).reshape(2, 5).mean(1)
     torch.testing.assert_close(found, (each * w).sum() / w.sum())
+
+
+def test_tokens_that_a_model_flattens_are_weighed_by_name():
+    torch.manual_seed(0)
+    student, teacher = (nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 3)) for _ in range(2))
+    mapping = [Match("1", "1", weights="hard")]
+    distiller = fxdistill.wrap(student, teacher, mapping, logit_loss=None, compile=False)
+    x, w = torch.randn(2, 5, 4), torch.rand(2, 5)
+    found = distiller(x, weights={"hard": w}).loss
+    each = (student(x) - teacher(x)).square().mean(-1).reshape(2, 5)
+    torch.testing.assert_close(found, (each * w).sum() / w.sum())
+    with pytest.raises(errors.BatchError, match=r"the tokens \[B, L\] that are flattened"):
+        distiller(x, weights={"hard": w[:, :4]})
+
+
+class Heads(nn.Module):
+    """Values ``[B, L, heads, D]``, whose shape alone says that they are maps."""
+
+    def __init__(self, heads):
+        super().__init__()
+        self.embed, self.split = nn.Embedding(50, 12), nn.Unflatten(-1, (heads, 12 // heads))
+        self.lm_head = nn.Linear(12, 50)
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        return {"logits": self.lm_head(self.split(x).flatten(2))}
+
+
+@pytest.mark.parametrize("compile", [False, AOT], ids=["eager", "one"])
+@pytest.mark.parametrize("said", ["auto", "input"])
+@pytest.mark.parametrize("heads", [(3, 4), (4, 4)], ids=str)
+def test_crd_of_values_with_heads_has_the_width_of_their_samples(heads, said, compile):
+    torch.manual_seed(0)
+    student, teacher = (Heads(n) for n in heads)
+    bank = losses.CRD(width=3, size=5, in_batch=True)
+    match = Match("split", "split", loss=bank, tokens=said)
+    options = {"task": "causal_lm", "logit_loss": None, "compile": compile}
+    example = {"input_ids": tokens()}
+    distiller = aot(fxdistill.wrap(student, teacher, [match], example_inputs=example, **options))
+    mask = torch.ones(3, 7)
+    mask[0, 4:] = 0
+    own = copy.deepcopy(bank)
+    found = distiller(tokens(), loss_mask=mask).loss
+    s, t = (values(model, "split", tokens()) for model in (student, teacher))
+    if said == "input":
+        s, t = ((x.flatten(2) * mask[..., None]).sum(1) for x in (s, t))
+        s, t = (x / mask.sum(1, keepdim=True) for x in (s, t))
+    else:
+        s, t = (x.mean((2, 3)) for x in (s, t))
+    torch.testing.assert_close(found, own(s, t))
+
+
+def test_crd_of_other_samples_than_its_layers_have_says_so():
+    bank = losses.CRD(width=3, size=5)
+    bank.embedding.build(6, 4, torch.device("cpu"))
+    with pytest.raises(errors.ShapeError, match="the student's samples of width 6, and they have"):
+        bank(torch.randn(2, 7), torch.randn(2, 4))
 
 
 @pytest.mark.parametrize("compile", [False, AOT], ids=["eager", "one"])
