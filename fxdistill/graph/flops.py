@@ -26,6 +26,8 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from fxdistill.losses.angles import angle_flops
+from fxdistill.losses.attention_blocks import block_flops
 from fxdistill.losses.fused.call import HeadCall
 from fxdistill.losses.fused.operator import HEAD
 from fxdistill.losses.fused.score_operator import SCORES, score_flops
@@ -144,12 +146,14 @@ def _encoder_layer(
 
 _INNER = 10  # index in ``rest`` of the first weight of the MLP, after those of attention
 
-# Formulas for operators that torch's counter leaves out.
+# Formulas for operators that torch's counter leaves out, our own losses' among them.
 LACKING: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     aten._native_multi_head_attention: _multi_head,
     aten._transformer_encoder_layer_fwd: _encoder_layer,
+    torch.ops.fxdistill.attention_blocks: block_flops,
+    torch.ops.fxdistill.angle_wise: angle_flops,
 }
 
 

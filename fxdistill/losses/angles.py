@@ -57,6 +57,12 @@ def _angle_wise(student: Tensor, teacher: Tensor, weights: Tensor, needs: str) -
 keeps_its_gradients(_angle_wise, "angle_wise")
 
 
+def angle_flops(student: Tensor, teacher: Tensor, weights: Tensor, needs: str) -> int:
+    """FLOPs of the operator: the cosines of all triples, and the gradients wanted."""
+    sides = (("s", student), ("t", teacher))
+    return sum(2 * x.shape[0] ** 2 * int(x.numel()) * (1 + (name in needs)) for name, x in sides)
+
+
 def _triples(w: Tensor) -> Tensor:
     """Σ w_i w_j w_k over ordered triples of different samples: 6 times a sum of prefix sums.
 

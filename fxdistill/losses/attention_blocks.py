@@ -13,7 +13,7 @@ B batch, H heads, Q queries, K keys, D width of a head.
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,6 +109,20 @@ def _blocks(
 
 
 keeps_its_gradients(_blocks, "a loss of attention maps", LETTERS)
+
+
+def block_flops(*args: Any) -> int:
+    """FLOPs of the operator: the scores of models that have no map, and the gradients wanted."""
+    kind, _, needs = args[11:14]
+    rounds = 2 if kind == "frobenius" and needs else 1
+    total = 0
+    for first, letters in ((0, LETTERS[:2]), (3, LETTERS[3:5])):
+        query, key = args[first : first + 2]
+        if key.ndim == 4:
+            products = rounds + sum(letter in needs for letter in letters)
+            total += products * 2 * int(query.numel()) * int(key.shape[2])
+    return total
+
 
 Sides = tuple["_Side", "_Side"]
 

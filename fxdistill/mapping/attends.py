@@ -24,17 +24,7 @@ def attention_problems(model: nn.Module, tower: str, taps: Sequence[Tap]) -> lis
     problems = []
     for path in dict.fromkeys(tap.path for tap in inside):
         module = model.get_submodule(path)
-        if isinstance(module, nn.MultiheadAttention):
-            problems.append(
-                PortError(
-                    f"{tower} module {path!r} is torch's nn.MultiheadAttention, which shows no "
-                    "call of scaled_dot_product_attention that could be tapped. Match a module "
-                    "whose own code calls torch.nn.functional.scaled_dot_product_attention, or one "
-                    "whose second output is the map [B, heads, queries, keys] "
-                    "(need_weights=True, average_attn_weights=False)."
-                )
-            )
-        elif path in mlps or _is_of_torch(module):
+        if path in mlps or _is_of_torch(module):
             near = did_you_mean(path, attending) if attending else "none that is recognised"
             problems.append(
                 PortError(

@@ -12,6 +12,7 @@ it reaches the terms as other values do.
 
 import functools
 import threading
+import types
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from fxdistill.taps.table import TapTable, active
 _PARTS = tuple(f"{ATTENTION}:{name}" for name in Attention._fields)
 _MAP = f"{ATTENTION}:map"
 _original: Any = F.scaled_dot_product_attention  # what stood there when a step began
+_one_operator = True  # whether nn.MultiheadAttention was allowed one operator then
 
 
 def is_of_attention(port: str) -> bool:
@@ -48,9 +50,16 @@ def hooks_of(tower: Tower, path: str, ports: tuple[str, ...]) -> tuple[Any, Any]
         made = _map_in(output)
         if made is not None and ATTENTION in ports:
             tap(made, tower, path, _MAP)
-        _leave(tower, path, made is not None, *ports)
+        _leave(tower, path, _makes(module, made), *ports)
 
     return enter, leave
+
+
+def _makes(module: nn.Module, made: Tensor | None) -> str:
+    """What a module makes of its own: ``"map"``, ``"mean"`` of a map over heads, or ``""``."""
+    if made is not None:
+        return "map"
+    return "mean" if isinstance(module, nn.MultiheadAttention) else ""
 
 
 def _map_in(output: Any) -> Tensor | None:
@@ -75,7 +84,7 @@ def _enter(tower: Tower, path: str, *ports: str) -> None:
 
 
 @check
-def _leave(tower: Tower, path: str, is_map: bool, *ports: str) -> None:
+def _leave(tower: Tower, path: str, makes: str, *ports: str) -> None:
     table = active()
     if table is None or table.section != tower:
         return
@@ -83,7 +92,7 @@ def _leave(tower: Tower, path: str, is_map: bool, *ports: str) -> None:
     for port in ports:
         first = Tap(path, port)
         if value_of(table, tower, first) is None and not _hidden(table, tower, first):
-            error = PortError(_no_attention(tower, path, is_map))
+            error = PortError(_no_attention(tower, path, makes))
             table.problems.setdefault((tower, path, port), error)
 
 
@@ -101,10 +110,17 @@ def compiled(tower: Tower, path: str) -> TapError:
     )
 
 
-def _no_attention(tower: Tower, path: str, is_map: bool) -> str:
+def _no_attention(tower: Tower, path: str, makes: str) -> str:
     module = f"{tower} module {path!r}"
     calls = "torch.nn.functional.scaled_dot_product_attention"
-    if is_map:
+    if makes == "mean":
+        return (
+            f"{module} is torch's nn.MultiheadAttention, called with need_weights=True: it makes "
+            "its map itself, and returns a mean over heads. Call it with need_weights=False, so "
+            "that its queries and keys can be read, or with average_attn_weights=False, so that "
+            "its map can be."
+        )
+    if makes == "map":
         return (
             f"{module} makes its map of attention itself, without {calls}: there are no queries "
             "and keys to read. Compare the map by the port 'attention', or load the model with "
@@ -114,7 +130,7 @@ def _no_attention(tower: Tower, path: str, is_map: bool) -> str:
         f"{module} has no attention to tap: it does not call {calls}, and its second output is no "
         "map [B, heads, queries, keys]. Name the module that attends (fxdistill.module_names lists "
         "them); with Hugging Face load the model with attn_implementation='sdpa', or with 'eager', "
-        "whose attention returns its map."
+        "whose attention returns its map. What flex_attention computes is not read."
     )
 
 
@@ -175,6 +191,27 @@ def _reject_axes(tower: Tower, path: str, ports: tuple[str, ...], query: Tensor)
             )
 
 
+def _check_padding(mask: Tensor, keys: int, batch: int) -> None:
+    """Torch's own check of a mask ``[B, K]``, whose message dynamo cannot trace."""
+    if tuple(mask.shape) != (batch, keys):
+        raise RuntimeError(f"key_padding_mask is {list(mask.shape)}, not [{batch}, {keys}]")
+
+
+# Dynamo knows this function by its identity and its file, and makes it one node of the graph. It
+# traces a copy of it from here, which calls what stands in.
+_multi_head: Any = F.multi_head_attention_forward
+_seen_through: Any = types.FunctionType(
+    _multi_head.__code__.replace(co_filename=__file__),
+    {
+        **vars(F),
+        "scaled_dot_product_attention": _standing_in,
+        "_check_key_padding_mask": _check_padding,
+    },
+    "multi_head_attention_forward",
+    _multi_head.__defaults__,
+)
+_seen_through.__kwdefaults__ = _multi_head.__kwdefaults__
+
 _lock = threading.Lock()
 _steps = [0]  # how many steps have it stand in, in all threads
 
@@ -182,14 +219,20 @@ _steps = [0]  # how many steps have it stand in, in all threads
 class StandIn:
     """Lets calls of ``F.scaled_dot_product_attention`` be tapped until it is removed.
 
-    Threads whose step taps nothing go through to the original.
+    Threads whose step taps nothing go through to the original. ``nn.MultiheadAttention`` calls it
+    too, unless it may take one operator for all that it does: frozen, in eval mode. That is
+    switched off.
     """
 
     def __init__(self) -> None:
-        global _original
+        global _original, _one_operator
         with _lock:
             if _steps[0] == 0:
                 _original = F.scaled_dot_product_attention
+                _one_operator = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+                if F.multi_head_attention_forward is _multi_head:
+                    F.multi_head_attention_forward = _seen_through
             _steps[0] += 1
             F.scaled_dot_product_attention = _standing_in
 
@@ -199,6 +242,9 @@ class StandIn:
             _steps[0] -= 1
             if _steps[0] == 0:
                 F.scaled_dot_product_attention = _original
+                if F.multi_head_attention_forward is _seen_through:
+                    F.multi_head_attention_forward = _multi_head
+                torch.backends.mha.set_fastpath_enabled(_one_operator)
 
 
 # ---- reading

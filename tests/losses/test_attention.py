@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from fxdistill import errors, losses
 from fxdistill.losses import Attention, attention_blocks
@@ -291,6 +292,18 @@ def test_blocks_form_no_map_and_keep_none():
         largest[kind] = live.most
     maps = 2 * heads * length**2 * 4
     assert max(largest.values()) < maps / 8, largest
+
+
+@pytest.mark.parametrize("kind", ["kl", "maps", "scores", "frobenius"])
+@pytest.mark.parametrize("needs", ["", "qk", "qkQK"])
+def test_flops_are_those_of_its_products(kind, needs):
+    student, teacher = side(4, few=2), side(2, 3)
+    rest = (torch.tensor(True), torch.tensor(0.3), torch.tensor(False), torch.tensor(0.3))
+    mask = torch.ones(1, 1, 1, 1).bool()
+    given = (*student[:2], mask, *teacher[:2], mask, *rest, WEIGHTS, kind, [], needs)
+    with FlopCounterMode(display=False) as counter:
+        attention_blocks._blocks._init_fn(*(x.detach() if torch.is_tensor(x) else x for x in given))
+    assert attention_blocks.block_flops(*given) == counter.get_total_flops()
 
 
 class Live(TorchDispatchMode):

@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fxdistill import errors, losses
+from fxdistill.losses import angles
 
 F64 = torch.float64
 WEIGHTS = (None, [1.0, 1.0, 0.0, 1.0, 1.0], [0.5, 2.0, 0.0, 1.0, 3.0])
@@ -183,14 +185,20 @@ def test_tokens_and_maps_are_reduced_to_samples(name):
 
 
 def test_angles_in_several_blocks_are_those_in_one(monkeypatch):
-    from fxdistill.losses import angles
-
     s, t = pair(9)
     want = losses.angle_wise(s, t)
     (by_s,) = torch.autograd.grad(want, s)
     monkeypatch.setattr(angles, "BLOCK", 2 * 9 * 9)
     torch.testing.assert_close(losses.angle_wise(s, t), want)
     torch.testing.assert_close(torch.autograd.grad(losses.angle_wise(s, t), s)[0], by_s)
+
+
+@pytest.mark.parametrize("needs", ["", "s", "st"])
+def test_flops_of_angles_are_those_of_their_products(needs):
+    s, t = (x.detach() for x in pair())
+    with FlopCounterMode(display=False) as counter:
+        angles._angle_wise._init_fn(s, t, torch.ones(5, dtype=F64), needs)
+    assert angles.angle_flops(s, t, torch.ones(5), needs) == counter.get_total_flops()
 
 
 def test_angles_have_no_second_derivative():

@@ -501,11 +501,16 @@ def test_weights_by_name_weigh_queries(compile):
 
 
 def test_the_report_shows_maps_that_nobody_forms():
-    distiller = distilled(LLAMA, *llamas(), "attention_kl", AOT)
-    pair = distiller.report(**LLAMA.batch).pairs[0]
+    models = llamas()
+    distiller = distilled(LLAMA, *models, "attention_kl", AOT)
+    report = distiller.report(**LLAMA.batch)
+    pair = report.pairs[0]
     assert pair.student_value.shape == (BATCH, 4, LENGTH, LENGTH)
     assert pair.teacher_value.shape == (BATCH, 8, LENGTH, LENGTH)
     assert pair.weighed_by == "tokens"
+    # Scores of both models, and the gradients by the student's queries and keys.
+    widths = [model.config.num_attention_heads * model.config.head_dim for model in models]
+    assert report.flops.losses == 2 * BATCH * LENGTH**2 * (3 * widths[0] + widths[1])
 
 
 @pytest.mark.parametrize("compile", [False, AOT], ids=["eager", "one"])
@@ -568,10 +573,68 @@ def test_modules_that_surely_attend_nothing_are_named_in_wrap():
     match = Match("model.layers.0.mlp", "model.layers.0.mlp", loss="attention_kl", **ATTENTION)
     with pytest.raises(errors.PortError, match=r"LlamaMLP.*nearest first: 'model.layers.0.self_a"):
         fxdistill.wrap(student, teacher, [match])
-    models = [nn.ModuleList([nn.TransformerEncoderLayer(8, 2)]) for _ in range(2)]
-    match = Match("0.self_attn", "0.self_attn", loss="attention_kl", **ATTENTION)
-    with pytest.raises(errors.PortError, match=r"need_weights=True"):
-        fxdistill.wrap(*models, [match])
+
+
+class OfTorch(nn.Module):
+    """torch's own layer of an encoder, and its attention once more, with its weights or not."""
+
+    def __init__(self, width, heads, **asked):
+        super().__init__()
+        self.embed = nn.Embedding(20, width)
+        self.layer = nn.TransformerEncoderLayer(width, heads, 12, 0.0, batch_first=True)
+        self.again = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.head, self.asked = nn.Linear(width, 20), asked
+
+    def forward(self, input_ids, attention_mask):
+        x, padded = self.embed(input_ids), attention_mask == 0
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        x = self.layer(x, hidden, padded)
+        y, *_ = self.again(x, x, x, key_padding_mask=padded, **self.asked)
+        return self.head(x + y)
+
+    def map(self, input_ids, attention_mask):
+        x = self.embed(input_ids)
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        options = {"attn_mask": hidden, "key_padding_mask": attention_mask == 0}
+        return self.layer.self_attn(x, x, x, average_attn_weights=False, **options)[1]
+
+
+@MODES
+def test_torchs_own_attention_is_seen_through(compile):
+    torch.manual_seed(0)
+    asked = {"need_weights": False}
+    student, teacher = OfTorch(8, 2, **asked), OfTorch(12, 2, **asked)
+    mapping = [
+        Match(path, path, loss="attention_kl", **ATTENTION) for path in ("layer.self_attn", "again")
+    ]
+    options = {"logit_loss": None, "compile": compile, "task": "masked_lm"}
+    distiller = aot(fxdistill.wrap(student, teacher, mapping, **options))
+    ids, kept = torch.randint(0, 20, (3, 6)), torch.ones(3, 6)
+    kept[0, 4:] = 0
+    out = distiller(input_ids=ids, attention_mask=kept)
+    maps = [model.map(ids, kept) for model in (student, teacher)]
+    want = losses.attention_kl(maps[0], maps[1].detach(), kept)
+    torch.testing.assert_close(out.losses["layer.self_attn:attention"], want.detach())
+    assert out.losses["again:attention"] > 0
+    parameters = [*student.layer.self_attn.parameters()][:2]
+    options = {"logit_loss": None, "compile": compile, "task": "masked_lm"}
+    alone = aot(fxdistill.wrap(student, teacher, mapping[:1], **options))
+    loss = alone(input_ids=ids, attention_mask=kept).loss
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(want, parameters), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert F.multi_head_attention_forward.__module__ == "torch.nn.functional"
+
+
+@pytest.mark.parametrize("compile", [False, AOT], ids=["eager", "one"])
+def test_torchs_own_attention_that_makes_a_mean_of_its_map_is_named(compile):
+    student, teacher = OfTorch(8, 2), OfTorch(12, 2)
+    match = Match("again", "again", loss="attention_kl", **ATTENTION)
+    distiller = fxdistill.wrap(student, teacher, [match], logit_loss=None, compile=compile)
+    with pytest.raises(errors.PortError, match=r"student module 'again'.*need_weights=False"):
+        distiller(input_ids=torch.randint(0, 20, (3, 6)), attention_mask=torch.ones(3, 6))
 
 
 def test_what_another_library_put_in_its_place_is_called(monkeypatch):

@@ -188,6 +188,41 @@ def test_a_name_of_weights_is_text():
         fxdistill.wrap(*nets(teacher=4), [Match("deep", "deep", weights=torch.ones(5))])
 
 
+# ---- detectors
+
+
+class Detector(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, width), nn.Linear(width, 5)
+        self.boxes = nn.Linear(width, 4)
+
+    def forward(self, anchors):
+        h = self.body(anchors).tanh()
+        return self.head(h), self.boxes(h)
+
+
+@MODES
+def test_classes_and_boxes_of_anchors_that_count(compile):
+    torch.manual_seed(0)
+    student, teacher = Detector(4), Detector(7)
+    mapping = [
+        Match("head", "head", loss="detection_classification", weights="foreground"),
+        Match("boxes", "boxes", loss="detection_box", weights="foreground"),
+    ]
+    options = {"logit_loss": None, "compile": compile}
+    distiller = aot(fxdistill.wrap(student, teacher, mapping, **options))
+    anchors, foreground = torch.randn(3, 8, 6), torch.rand(3, 8) < 0.4
+    out = distiller(anchors, weights={"foreground": foreground})
+    with torch.no_grad():
+        targets, corners = (x[foreground] for x in teacher(anchors))
+    classes, boxes = (x[foreground] for x in student(anchors))
+    options = {"weight": None, "reduction": "mean"}
+    soft = F.binary_cross_entropy_with_logits(classes / 2, (targets / 2).sigmoid(), **options) * 4
+    want = (soft + F.smooth_l1_loss(boxes, corners)) / 2
+    check(distiller, out.loss, want, student)
+
+
 # ---- losses that are modules
 
 
