@@ -1,5 +1,8 @@
 """Every loss that has a name is compared with an oracle, and on meshes: no list forgets one."""
 
+import re
+from pathlib import Path
+
 import matrix
 import oracle
 from fxdistill import losses
@@ -22,3 +25,24 @@ def test_every_loss_by_name_is_public():
     names = {*FEATURE_LOSSES, *LOGIT_LOSSES, *LABEL_LOSSES}
     assert names <= set(losses.__all__)
     assert all(getattr(losses, name).__doc__ for name in names)
+
+
+def test_every_loss_stands_in_the_table_of_methods_with_a_test_and_a_place_in_the_guide():
+    """Links are held by the build of the site; paths by this."""
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "methods.md").read_text("utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    for name in {**FEATURE_LOSSES, **LOGIT_LOSSES, **LABEL_LOSSES}:
+        (row,) = (row for row in rows if f"`{name}`" in row and "`schedules." not in row)
+        _, _, _, test, guide, example, _ = row.split("|")
+        assert "`tests/" in test, name
+        assert ".md#" in guide, name
+        scripts = re.findall(r"`(\w+\.py)`", example)
+        for script in scripts:
+            used = (root / "examples" / script).read_text("utf-8")
+            assert name in used or name in ("forward_kl", "cross_entropy"), (name, script)
+    for path in re.findall(r"`(tests/[\w/]+\.py)`", text):
+        assert (root / path).is_file(), path
+    for script in re.findall(r"`(\w+\.py)`", text):
+        known = [*(root / "examples").glob(script), *(root / "tests").rglob(script)]
+        assert known, script

@@ -108,6 +108,24 @@ def test_samples_of_its_own_give_the_mean_of_the_ranks_losses() -> None:
     run(2, of_its_own)
 
 
+def own_queues(rank: int) -> list[Any]:
+    loss = functools.partial(BANK, across_ranks=False)
+    rows = slice(4 * rank, 4 * rank + 4)
+    together, alone = made(loss, "ddp", "eager"), made(loss, "", "eager")
+    trained(DistributedDataParallel(together), together, rows)
+    trained(alone, alone, rows)
+    state = together.state_dict()
+    for name, value in alone.loss_modules.named_buffers():
+        torch.testing.assert_close(state[f"loss_modules.{name}"], value)
+    queue: list[Any] = state["loss_modules.0.queue"].tolist()
+    return queue
+
+
+def test_a_state_dict_has_the_queue_of_its_rank() -> None:
+    one, other = run(2, own_queues)
+    assert one != other
+
+
 def uneven(rank: int) -> list[str]:
     said = []
     for mode in ("eager", "one graph"):
