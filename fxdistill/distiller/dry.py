@@ -81,8 +81,7 @@ def _may_communicate(models: Iterable[nn.Module]) -> bool:
 def _of_shapes(request: Request) -> Request:
     """The step without terms on logits; where a head makes its own, they tell how many classes."""
     objective = request.objective
-    made = (head.student for head in objective.heads if head.has_module)
-    returns = next(made, objective.returns)
+    returns = next((head.student for head in objective.heads if head.has_module), None)
     objective = replace(objective, logits=(), labels=(), returns=returns)
     return replace(request, objective=objective)
 
