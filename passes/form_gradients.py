@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
 from torch.utils._pytree import tree_leaves
 
-from fxdistill.base.ranks import over_ranks, shared
+from fxdistill.base.tensors import is_placed
 from fxdistill.base.transforms import is_of_functorch
 from fxdistill.graph.effects import effects_of
 from fxdistill.graph.program import Level, P, fork_module, graph_module, output_values
@@ -30,9 +30,8 @@ class FormGradients:
        a transform (``torch.vmap``), or a change of autocast or of grad mode.
     3. So does a term with float16 values: their gradients would be formed before a GradScaler has
        scaled them, and be rounded to 0.
-    4. On a mesh, and where ranks hold other samples, the part takes parameters behind the marker
-       that sums their gradients over ranks (``base.ranks.shared``), so that these are summed in the
-       backward, with all others.
+    4. So does a term of DTensors, whose gradients torch 2.13 does not form inside of a forward that
+       AOTAutograd traces.
 
     ``terms`` are the names of feature terms among the program's outputs.
     """
@@ -76,9 +75,7 @@ class _Part:
 
 
 def _value_of(output: fx.Node) -> fx.Node:
-    """The value of a term: the step returns it without its gradient, summed over ranks."""
-    if output.target is over_ranks and isinstance(output.args[0], fx.Node):
-        output = output.args[0]
+    """The value of a term: the step returns it without its gradient."""
     detached = output.target == "detach" or getattr(output.target, "__name__", "") == "detach"
     first = output.args[0] if detached and output.args else output
     return first if isinstance(first, fx.Node) else output
@@ -108,10 +105,10 @@ def _part_of(value: fx.Node, written: set[fx.Node]) -> _Part | None:
     todo = [value]
     while todo:
         node = todo.pop()
-        if node not in inside and _is_ours(node) and node.target is not shared and _learns(node):
+        ours = node.op in ("call_function", "call_method") and section_of(node) in (None, OBJECTIVE)
+        if node not in inside and ours and _learns(node):
             inside.add(node)
             todo += node.all_input_nodes
-    inside = _with_constants(value, inside)
     if any(isinstance(node.target, HigherOrderOperator) or _is_half(node) for node in inside):
         return None
     if any(user not in inside for node in inside - {value} for user in node.users):
@@ -124,27 +121,11 @@ def _part_of(value: fx.Node, written: set[fx.Node]) -> _Part | None:
     tensors = all(isinstance(node.meta["example_value"], Tensor) for node in learnt)
     if not learnt or not tensors or any(map(_is_half, learnt)):
         return None
+    if any(is_placed(node.meta.get("example_value")) for node in (*read, *inside)):
+        return None
     if any("example_value" not in node.meta and node.op != "get_attr" for node in read):
         return None  # it may have a gradient
     return _Part(ordered, learnt, tuple(node for node in read if node not in learnt))
-
-
-def _with_constants(value: fx.Node, inside: set[fx.Node]) -> set[fx.Node]:
-    """``inside``, and what is computed from it without a gradient, and for nothing else."""
-    only = set(inside)
-    for node in reversed(value.graph.nodes):
-        if node.users and _is_ours(node) and all(user in only for user in node.users):
-            only.add(node)
-    found = set(inside)
-    for node in value.graph.nodes:
-        if node in only and any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def _is_ours(node: fx.Node) -> bool:
-    called = node.op in ("call_function", "call_method")
-    return called and section_of(node) in (None, OBJECTIVE)
 
 
 def _computed_from(value: fx.Node) -> set[fx.Node]:
@@ -153,7 +134,8 @@ def _computed_from(value: fx.Node) -> set[fx.Node]:
     todo = [value]
     while todo:
         node = todo.pop()
-        if _is_ours(node) and node not in found:
+        ours = node.op in ("call_function", "call_method") and section_of(node) in (None, OBJECTIVE)
+        if ours and node not in found:
             found.add(node)
             todo += node.all_input_nodes
     return found
