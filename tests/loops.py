@@ -47,6 +47,18 @@ class Rows(Dataset):
         return {k: torch.stack([row[k] for row in rows]) for k in rows[0] if k != "comment"}
 
 
+def losses_of(run, optimizer, batches, backward=torch.Tensor.backward):
+    """The loss of every step of a plain loop."""
+    found = []
+    for batch in batches:
+        out = run(**batch)
+        backward(out.loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(out.loss.item())
+    return found
+
+
 def trainer(distiller, folder, padded=True, callbacks=None, of_trainer=None, **arguments):
     given = {"max_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True}
     given |= {"per_device_train_batch_size": ROWS, "save_strategy": "no", **arguments}

@@ -87,7 +87,7 @@ class Schedule:
         _require_alike(
             {name for name, told in saved.items() if told == OWN},
             {name for name, curve in own.items() if _told(curve) == OWN},
-            "marks callables of your own: it ",
+            "callables of your own for ",
         )
         loaded = {n: c if saved[n] == OWN else _restored(n, saved[n]) for n, c in own.items()}
         before = self.schedules, self.last_step
@@ -210,10 +210,10 @@ def _read(state: Any) -> dict[str, Any]:
     return dict(state.get("schedules", {}))
 
 
-def _require_alike(saved: Any, own: Any, which: str = "") -> None:
-    """Raise OptionError where the saved schedules are of other settings."""
+def _require_alike(saved: Any, own: Any, kind: str = "") -> None:
+    """Raise OptionError where the saved schedules, of this ``kind``, are of other settings."""
     missing, new = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
     if missing or new:
-        parts = [f"has none of {', '.join(missing)}"] if missing else []
-        parts += [f"has {', '.join(new)}, which this one lacks"] if new else []
-        raise OptionError(f"the saved schedule {which}{' and '.join(parts)}")
+        parts = [f"lacks {kind}{', '.join(missing)}"] if missing else []
+        parts += [f"has {kind}{', '.join(new)}, which this one lacks"] if new else []
+        raise OptionError(f"the saved schedule {' and '.join(parts)}")

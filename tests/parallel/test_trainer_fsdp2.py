@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import LlamaForCausalLM
 
 from fxdistill.trainers import LossCallback, SaveStudent
-from loops import ROWS, Rows, pair, trainer
+from loops import ROWS, Rows, losses_of, pair, trainer
 from processes import run
 
 STEPS = {"max_steps": 4, "logging_steps": 1, "learning_rate": 1e-2}
@@ -81,15 +81,8 @@ def of_accelerate(folder):
         return accelerator, *accelerator.prepare(distiller, optimizer, loader)
 
     def trained(accelerator, model, optimizer, loader, count):
-        found = []
-        for _ in range(count):
-            for batch in loader:
-                out = model(**batch)
-                accelerator.backward(out.loss)
-                optimizer.step()
-                optimizer.zero_grad()
-                found.append(out.loss.item())
-        return found
+        batches = [batch for _ in range(count) for batch in loader]
+        return losses_of(model, optimizer, batches, accelerator.backward)
 
     one = made()
     losses = trained(*one, 3)
@@ -109,14 +102,9 @@ def texts(rows):
 def test_two_ranks_have_the_curve_of_one_and_go_on_from_it(tmp_path):
     alone = trainer(pair(), tmp_path / "one", callbacks=[LossCallback()], **STEPS)
     alone.train()
-    one, batch, wanted = pair(), Rows().batch(), []
+    one, batch = pair(), Rows().batch()
     optimizer = torch.optim.AdamW(one.param_groups(), lr=1e-2)
-    for _ in range(6):
-        loss = one(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        wanted.append(loss.item())
+    wanted = losses_of(one, optimizer, [batch] * 6)
 
     folder = tmp_path / "two"
     for found, evaluated, rest, losses, after in run(2, on_two, str(folder)):

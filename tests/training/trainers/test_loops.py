@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import fxdistill
-from fxdistill.trainers import LossCallback
-from loops import LENGTH, llama
+from fxdistill.trainers import LossCallback, SaveStudent
+from loops import LENGTH, llama, losses_of
 from processes import run
 
 MLP = "model.layers.0.mlp"
@@ -48,15 +48,8 @@ def optimizer_of(distiller):
 
 
 def of_plain_loop(folder):
-    distiller, found = distilled(), []
-    optimizer = optimizer_of(distiller)
-    for batch in DataLoader(Texts(), BATCH):
-        out = distiller(**batch)
-        out.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(out.loss.item())
-    return found
+    distiller = distilled()
+    return losses_of(distiller, optimizer_of(distiller), DataLoader(Texts(), BATCH))
 
 
 class InOrder(Trainer):
@@ -75,14 +68,15 @@ def of_trainer(folder, batch=BATCH):
         per_device_train_batch_size=batch,
         max_grad_norm=0.0,
         lr_scheduler_type="constant",
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=STEPS,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
     )
-    optimizers = (optimizer_of(distiller), None)
-    given = {"train_dataset": Texts(), "callbacks": [LossCallback()], "optimizers": optimizers}
-    trainer = InOrder(model=distiller, args=args, **given)
+    given = {"train_dataset": Texts(), "optimizers": (optimizer_of(distiller), None)}
+    callbacks = [LossCallback(), SaveStudent()]
+    trainer = InOrder(model=distiller, args=args, callbacks=callbacks, **given)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
     for row in rows:
@@ -231,23 +225,21 @@ def of_ddp():
     assert accelerator.num_processes == 2
     distiller = distilled()
     loader = DataLoader(Texts(), BATCH // 2)  # a rank gets every second batch
-    distiller, optimizer, loader = accelerator.prepare(distiller, optimizer_of(distiller), loader)
-    found = []
-    for batch in loader:
-        out = distiller(**batch)
-        accelerator.backward(out.loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(out.loss.item())
-    return found
+    prepared = accelerator.prepare(distiller, optimizer_of(distiller), loader)
+    return losses_of(*prepared, accelerator.backward)
 
 
 @pytest.mark.slow
-def test_two_ranks_have_the_curve_of_one(tmp_path):
-    wanted = of_plain_loop(tmp_path)
-    for curves in run(2, on_two, str(tmp_path)):
+def test_two_ranks_have_the_curve_of_one_and_save_one_student(tmp_path, forgets):
+    wanted = of_trainer(tmp_path / "one")
+    for curves in run(2, on_two, str(tmp_path / "two")):
         for curve in curves:
             assert curve == pytest.approx(wanted, rel=1e-4)
+    one, two = (tmp_path / name / f"checkpoint-{STEPS}" / "student" for name in ("one", "two"))
+    assert {p.name for p in two.iterdir()} == {p.name for p in one.iterdir()}
+    found, its = (LlamaForCausalLM.from_pretrained(p).state_dict() for p in (two, one))
+    for name, value in its.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 # ------------------------------------------------------------------ Lightning
