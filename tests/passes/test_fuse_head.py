@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fxdistill
 import heads
 from families import FAMILIES
+from fxdistill import errors
 from fxdistill.losses import forward_kl, jsd, reverse_kl, vocab_loss
 from heads import LEFT, READ, Adapted, B, D, L, Model, Twice, V, batch, remarks, run, variant
 
@@ -197,7 +198,7 @@ def test_bad_numbers_and_labels() -> None:
     assert numbers["loss"].isnan()
     far = {"labels": own["labels"].clone()}
     far["labels"][1, 3] = V
-    with pytest.raises(RuntimeError, match="outside of the student's vocabulary"):
+    with pytest.raises(errors.BatchError, match=f"labels hold {V}, .* {V} classes"):
         run(Model(0), teacher, AOT, call=far)
 
 
