@@ -85,6 +85,7 @@ class Distiller(StudentFace, Saved, Looking):
         self.journal = Journal()
         self._settings = Settings(settings, objective.names)
         self._steps = Steps()
+        self._untold = ""  # why it could not be told which values have tokens
         self._warnings: dict[str, bool] = {}  # by text: whether it has been given
         freezes(self, (models[tower].module for tower in self._towers.frozen))
         # Not self.train(): parts of the student may have been put in another mode on purpose.
@@ -194,6 +195,8 @@ class Distiller(StudentFace, Saved, Looking):
             if not self.options.fallback:
                 raise
             losses, logits = self._fall_back(error, request)
+        if self._untold:
+            self._steps.told = True
         self._announce()
         self._towers.compare(losses.terms)
         return output_of(losses, logits)
@@ -213,20 +216,24 @@ class Distiller(StudentFace, Saved, Looking):
         towers, objective = self._towers, self.objective
         call = sort_call(towers.modules, towers.main, objective.task, args, dict(kwargs))
         check_call(towers, objective, call)
-        if not self._steps.told and whose.asks(objective, call):
+        if not self._steps.told and whose.asks(objective, call, towers, self._steps):
             self._tell_tokens(call)
         return call
 
     # Models are run on fake tensors, which dynamo does not trace.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _tell_tokens(self, call: Call) -> None:
-        """Find out, once, which matched values have tokens; fake models leave it open."""
+        """Find out, once, which matched values have tokens; fake models leave it open.
+
+        What could not be told is settled by the first step that runs: a call may be wrong itself.
+        """
         request = self._request(call)
         if not whose.is_fake(request):
-            self._steps.told = True
             features, why = whose.told(request, self._steps)
             self.objective = dataclasses.replace(self.objective, features=features)
-            self._notes = (*self._notes, *([why] if why else []))
+            self._steps.told = not why
+            kept = [note for note in self._notes if note != self._untold]
+            self._notes, self._untold = (*kept, *([why] if why else [])), why
 
     def _request(self, call: Call) -> Request:
         objective = self.objective.on(averaging_ranks(self))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
+from fxdistill.base.tensors import is_placed
 from fxdistill.compiler import capture
 from fxdistill.compiler.backend import Recipe
 from fxdistill.distiller.modes import Request, Steps, captured_warm, tapping
@@ -54,8 +55,8 @@ def fake_values(request: Request, steps: Steps) -> Mapping[tuple[Tower, Tap], Te
     attributes and random numbers stay as they are. Raises what the models raise where data decides,
     and StepError where they may communicate: a hook would gather fake parameters for good.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        raise StepError("the models may communicate with other ranks")
+    if _may_communicate(request.towers.modules.values()):
+        raise StepError("the models communicate with other ranks")
     request = _of_shapes(request)
     objective = request.objective
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -64,6 +65,17 @@ def fake_values(request: Request, steps: Steps) -> Mapping[tuple[Tower, Tap], Te
         with tapping(request, steps, capturing=True) as table:
             run_towers(request.towers, objective, inputs)
         return values_of(table)
+
+
+def _may_communicate(models: Iterable[nn.Module]) -> bool:
+    """Whether parameters lie on several ranks, or a wrapper in the models joins ranks."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return any(
+        hasattr(m, "process_group") or any(is_placed(p) for p in m._parameters.values())
+        for model in models
+        for m in model.modules()
+    )
 
 
 def _of_shapes(request: Request) -> Request:
@@ -83,6 +95,7 @@ def _for_shapes(models: Iterable[nn.Module], mode: FakeTensorMode) -> Iterator[N
     """Let the models have fake buffers and be in eval mode; restore all of their attributes.
 
     A step may count in its buffers, put others in their place, or keep a tensor for the next one.
+    Hooks that the models have are off, because they may keep what they see.
     A model's first run may put hooks into it, and note that in an attribute: both go, or the next
     run would put them in again. In train mode some models choose at random what they mask, on the
     host.
@@ -92,16 +105,26 @@ def _for_shapes(models: Iterable[nn.Module], mode: FakeTensorMode) -> Iterator[N
     try:
         for module in modules:
             module.training = False
+            for hooks in _hook_tables(module):  # of the user's own: they may collect what they see
+                hooks.clear()
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else mode.from_tensor(buffer)
         yield
     finally:
+        torch.clear_autocast_cache()  # it may hold fake casts of real weights
         for module, attributes, tables in before:
             vars(module).clear()
             vars(module).update(attributes)
             for table, content in tables:
                 table.clear()
                 table.update(content)
+
+
+def _hook_tables(module: Any) -> list[dict[int, Any]]:
+    """The tables of hooks around a module's forward."""
+    before = [module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs]
+    after = [module._forward_hooks, module._forward_hooks_with_kwargs]
+    return [*before, *after, module._forward_hooks_always_called]
 
 
 def _tables(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:

@@ -21,6 +21,7 @@ from fxdistill.errors import CaptureError
 from fxdistill.heads.curve import logits_from
 from fxdistill.heads.find import Found, Meshes, deferrable, meshes_of, sharded_vocabularies
 from fxdistill.heads.unmade import HeadInputs, as_loss_input, deferring
+from fxdistill.models.fixed_sizes import fixed_sizes
 from fxdistill.models.landmarks import head_path
 from fxdistill.models.modes import buffers_kept_on_error
 from fxdistill.models.recorders import install_recorders, is_of_cold_model
@@ -62,6 +63,7 @@ class Steps:
         self._meshes: dict[Tower, tuple[int, Meshes]] = {}
         self.passed = False  # whether a step outside one-graph mode has passed its checks
         self.told = False  # whether it is known which matched values have tokens
+        self._fixed: frozenset[int] | None = None
 
     def compiled(
         self, function: Callable[..., Any], request: Request, recipe: Recipe, dynamic: bool | None
@@ -79,6 +81,12 @@ class Steps:
         made = capture.one_graph(function, recipe, request.towers.dynamic(dynamic), constant)
         self._compiled.append((name, objective, made))
         return made
+
+    def fixed_sizes(self, towers: Towers) -> frozenset[int]:
+        """The sizes that the models have fixed; read once."""
+        if self._fixed is None:
+            self._fixed = fixed_sizes(towers.modules.values())
+        return self._fixed
 
     def head_paths(self, towers: Towers) -> dict[Tower, str | None]:
         """The path of each model's head, or ``None``; searched once."""

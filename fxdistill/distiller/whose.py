@@ -1,59 +1,83 @@
-"""Which matched values have tokens: asked of the models, on inputs of other lengths.
+"""Which axes of matched values are tokens, and whose: asked of the models, on other inputs.
 
-The sizes of a value may agree with those of the tokens by chance: an image of 16 patches beside a
-text of 16 tokens. Where a model reads more than a text, all models are run on fake tensors with
-texts of two other lengths; a value has tokens if its own length follows in both.
+The sizes of a value may agree with those of the tokens by chance: latent vectors as many as the
+words of a text, an image of 16 patches beside 16 tokens. So the models are run on fake tensors,
+which compute nothing, with texts of two other lengths, an encoder's and a decoder's unlike each
+other; what follows a length in both is of these tokens. A map's channels are told likewise, from
+images of twice the size: they are the axis that stays.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from fxdistill.distiller import dry
+from fxdistill.distiller import dry, resized
 from fxdistill.distiller.modes import Request, Steps
+from fxdistill.distiller.resized import Resize, Size
+from fxdistill.distiller.towers import Towers
+from fxdistill.errors import StepError
+from fxdistill.models.conventions import Stream
 from fxdistill.models.tap import Tap, Tower
-from fxdistill.objective.call import Call, Inputs
+from fxdistill.objective.arrange import arranged_shape
+from fxdistill.objective.call import Call, Inputs, grid_of
 from fxdistill.objective.objective import Objective
 from fxdistill.objective.term import Term
+from fxdistill.objective.tokens import Batch
 
 End = tuple[Tower, Tap]
-LENGTHS = 2  # chance agrees with one other length at most
 
 
-def asks(objective: Objective, call: Call) -> bool:
-    """Whether sizes cannot tell: a model reads more than a text, and a term leaves it open.
+class Seen(NamedTuple):
+    """The values of one run on fake tensors, and the sizes of each model's tokens in it."""
 
-    A text-only model is not asked, though one with as many latent vectors as tokens would need it.
+    values: Mapping[End, Tensor]
+    streams: Mapping[Tower, Mapping[Stream, Size]]
+
+
+def asks(objective: Objective, call: Call, towers: Towers, steps: Steps) -> bool:
+    """Whether a term leaves open what indexes its values, and sizes cannot tell.
+
+    Sizes tell where only a text is read, and its length is none that a model has fixed.
     """
-    tokens = call.batch.tokens
-    if tokens is None or objective.task == "seq2seq":
+    if _asks_for_channels(objective, call):
+        return True
+    batch = call.batch
+    is_open = any(term.has_tokens and not term.said_tokens for term in objective.features)
+    if not is_open or not _has_grid(batch):
         return False
-    if not any(term.has_tokens and not term.said_tokens for term in objective.features):
+    if objective.task == "seq2seq":
+        return True
+    if not any(resized.texts(given, batch.of(tower)) for tower, given in call.inputs.items()):
         return False
-    given = [_named(inputs) for inputs in call.inputs.values()]
-    reads_text = any(_is_text(name, x, tokens) for named in given for name, x in named.items())
-    return reads_text and any(_is_more(name, x) for named in given for name, x in named.items())
+    if any(resized.reads_more(given, batch.of(tower)) for tower, given in call.inputs.items()):
+        return True
+    fixed = steps.fixed_sizes(towers)
+    grids = {grid for tower in call.inputs for grid in batch.of(tower).grids}
+    return any(length in fixed or size * length in fixed for size, length in grids)
 
 
-def _named(inputs: Inputs) -> dict[str, Any]:
-    return {**{str(i): value for i, value in enumerate(inputs.args)}, **inputs.kwargs}
+def _has_grid(batch: Batch) -> bool:
+    return batch.tokens is not None or batch.decoder_tokens is not None
 
 
-def _is_text(name: str, value: Any, tokens: Tensor) -> bool:
-    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[:2] != tokens.shape[:2]:
+_OF_CHANNELS = frozenset(("l2", "cosine", "fitnet", "attention_transfer", "fpn"))
+
+
+def _reads_channels(term: Term) -> bool:
+    """Whether the loss tells channels from places; a layout says what the axes are."""
+    if not term.kind.named or term.of_attention or term.is_map or any(term.layouts):
         return False
-    return "embeds" in name or not (value.is_floating_point() or "mask" in name)
+    among = term.kind.name in _OF_CHANNELS or term.kind.sees == "samples together"
+    return among or term.weights is not None
 
 
-def _is_more(name: str, value: Any) -> bool:
-    if not isinstance(value, Tensor) or value.ndim < 2 or not value.is_floating_point():
-        return False
-    return not ("mask" in name or "embeds" in name)
+def _asks_for_channels(objective: Objective, call: Call) -> bool:
+    reads = any(_reads_channels(term) for term in objective.features)
+    return reads and any(resized.images(inputs) for inputs in call.inputs.values())
 
 
 def told(request: Request, steps: Steps) -> tuple[tuple[Term, ...], str]:
@@ -62,25 +86,13 @@ def told(request: Request, steps: Steps) -> tuple[tuple[Term, ...], str]:
     A model that cannot run on fake tensors (because data decides its sizes) leaves the terms as
     they are: their values have tokens where their sizes agree.
     """
-    terms = request.objective.features
-    try:
-        follows = _following(request, steps)
-        return tuple(_told(term, follows) for term in terms), ""
-    except Exception as error:
-        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    names = ", ".join(term.name for term in terms if term.has_tokens and not term.said_tokens)
-    return terms, (
-        f"whose tokens index {names} is taken from their sizes, because the models cannot be run "
-        f"on inputs of another length ({why}). Match(tokens=...) says it."
-    )
-
-
-def _told(term: Term, follows: Mapping[End, bool]) -> Term:
-    if term.said_tokens or not term.has_tokens:
-        return term
-    ours, theirs = (follows.get(end, True) for end in term.taps)
-    s, t = term.pools_tokens
-    return replace(term, has_tokens=ours, pools_tokens=(s and ours, t and theirs))
+    terms, why = request.objective.features, ""
+    is_open = any(term.has_tokens and not term.said_tokens for term in terms)
+    if is_open and _has_grid(request.call.batch):
+        terms, why = _with_tokens(terms, request, steps)
+    if _asks_for_channels(request.objective, request.call):
+        terms = _with_channels(terms, request, steps)
+    return terms, why
 
 
 def is_fake(request: Request) -> bool:
@@ -91,52 +103,162 @@ def is_fake(request: Request) -> bool:
     return any(isinstance(x, FakeTensor) or x.is_meta for x in tensors)
 
 
-def _following(request: Request, steps: Steps) -> dict[End, bool]:
-    """For every matched value, whether its length is that of its tokens, whichever that is."""
-    batch, towers = request.call.batch, request.towers.modules
-    sizes = {tower: _size(batch.of(tower).tokens) for tower in towers}
-    step = -1 if min(length for _, length in sizes.values()) > LENGTHS else 1
-    follows: dict[End, bool] = {}
-    for more in (step * (i + 1) for i in range(LENGTHS)):
-        given = request.call.inputs
-        inputs = {t: _of_length(given[t], sizes[t], sizes[t][1] + more) for t in towers}
-        shown = replace(request, call=replace(request.call, inputs=inputs))
-        for end, value in dry.fake_values(shown, steps).items():
-            batch_size, length = sizes[end[0]]
-            follows[end] = follows.get(end, True) and _has(value, batch_size, length + more)
-    return follows
+# ---- tokens
 
 
-def _size(tokens: Tensor | None) -> tuple[int, int]:
-    assert tokens is not None
-    return int(tokens.shape[0]), int(tokens.shape[1])
-
-
-def _has(value: Tensor, batch: int, length: int) -> bool:
-    """Whether an axis of the value is the tokens'; a layout may bring it to the front."""
-    if value.ndim == 2:
-        return value.shape[0] == batch * length
-    return value.ndim > 2 and value.shape[0] == batch and length in value.shape[1:3]
-
-
-def _of_length(inputs: Inputs, size: tuple[int, int], length: int) -> Inputs:
-    args = [_resized(str(i), value, size, length) for i, value in enumerate(inputs.args)]
-    return Inputs(
-        tuple(args),
-        {name: _resized(name, value, size, length) for name, value in inputs.kwargs.items()},
+def _with_tokens(
+    terms: tuple[Term, ...], request: Request, steps: Steps
+) -> tuple[tuple[Term, ...], str]:
+    found: list[Exception] = []
+    for resizes in _attempts(request, steps):
+        seen = _tried(request, steps, resizes)
+        if not isinstance(seen, Exception):
+            return tuple(_told(term, seen) for term in terms), ""
+        found.append(seen)
+        if isinstance(seen, StepError):
+            break
+    names = ", ".join(term.name for term in terms if term.has_tokens and not term.said_tokens)
+    why = f"{type(found[0]).__name__}: {str(found[0]).strip().partition(chr(10))[0]}"
+    return terms, (
+        f"whose tokens index {names} is taken from their sizes, because the models cannot be run "
+        f"on inputs of another length ({why}). Match(tokens=...) says it."
     )
 
 
-def _resized(name: str, value: Any, size: tuple[int, int], length: int) -> Any:
-    """A tensor like ``value`` whose axes of tokens (of ids, masks, positions) have ``length``."""
-    if not isinstance(value, Tensor):
-        return value
-    shape = [int(n) for n in value.shape]
-    if not _is_more(name, value):
-        if tuple(shape[:2]) == size:
-            shape[1] = length
-        elif shape and shape[-1] == size[1]:
-            shape[-1] = length  # positions [1, L] or [3, B, L], masks [B, 1, L, L]
-            if len(shape) > 3 and shape[-2] == size[1]:
-                shape[-2] = length
-    return torch.empty(shape, dtype=value.dtype, device=value.device)
+def _tried(
+    request: Request, steps: Steps, resizes: Sequence[Mapping[Tower, Resize]]
+) -> list[Seen] | Exception:
+    """The runs on other lengths, or what stops one: a multiple of the length may do instead."""
+    try:
+        return [_seen(request, steps, of_models) for of_models in resizes]
+    except Exception as error:  # of the models' own code
+        return error
+
+
+def _attempts(request: Request, steps: Steps) -> Iterator[list[dict[Tower, Resize]]]:
+    """What to try: near lengths that no model has fixed, then multiples; two of each."""
+    batch, towers = request.call.batch, request.towers.modules
+    fixed = steps.fixed_sizes(request.towers)
+    near = {tower: resized.near(batch.of(tower), fixed) for tower in towers}
+    yield [{tower: pair[i] for tower, pair in near.items()} for i in range(2)]
+    multiples = {tower: resized.multiples(batch.of(tower)) for tower in towers}
+    yield [{tower: pair[i] for tower, pair in multiples.items()} for i in range(2)]
+
+
+def _seen(request: Request, steps: Steps, resizes: Mapping[Tower, Resize]) -> Seen:
+    """One run on other lengths: all values, and the size of each stream of each model."""
+    call, task = request.call, request.objective.task
+    inputs = {
+        tower: resized.of_length(given, call.batch.of(tower), resizes[tower])
+        for tower, given in call.inputs.items()
+    }
+    streams = {}
+    for tower, given in inputs.items():
+        grid, resize = grid_of(request.towers.modules[tower], given, task), resizes[tower]
+        first: Stream = "encoder" if task == "seq2seq" else "tokens"
+        sizes: dict[Stream, Size | None] = {
+            first: _size(grid.tokens, resize.tokens, resize.length),
+            "decoder": resized.size_of(grid.decoder_tokens),
+        }
+        streams[tower] = {name: size for name, size in sizes.items() if size is not None}
+    shown = replace(request, call=replace(call, inputs=inputs))
+    return Seen(dry.fake_values(shown, steps), streams)
+
+
+def _size(tokens: Tensor | None, before: Size | None, length: int) -> Size | None:
+    """The size of tokens; where the inputs do not have them, that of labels, with ``length``."""
+    if before is None:
+        return None
+    return resized.size_of(tokens) or (before[0], length)
+
+
+def _told(term: Term, seen: Sequence[Seen]) -> Term:
+    if term.said_tokens or not term.has_tokens:
+        return term
+    if not all(end in run.values for run in seen for end in term.taps):
+        return term  # the step will say which module did not run
+    ours = _agreed([_stream_of_value(term, run) for run in seen])
+    s, t = (
+        _agreed([_leading(run, end, run.values[end].shape) for run in seen]) for end in term.taps
+    )
+    pools = term.pools_tokens
+    return replace(
+        term,
+        has_tokens=ours is not None,
+        pools_tokens=(pools[0] and s is not None, pools[1] and t is not None),
+        stream=ours or s or t or term.stream,
+    )
+
+
+def _agreed(streams: Sequence[Stream | None]) -> Stream | None:
+    return streams[0] if len(set(streams)) == 1 else None
+
+
+def _stream_of_value(term: Term, run: Seen) -> Stream | None:
+    """Whose tokens index the student's value as the term compares it."""
+    (ours, theirs), (s, t) = term.layouts, (run.values[end] for end in term.taps)
+    shape = tuple(s.shape)
+    if term.of_attention or term.is_map:  # queries stand on the first axes, or behind the heads
+        sizes = run.streams[term.of[0]].items()
+        return next((n for n, (b, x) in sizes if shape[0] == b and x in shape[1:3]), None)
+    if ours:
+        shape = arranged_shape(s, ours, t, theirs)
+    return _leading(run, term.taps[0], shape)
+
+
+def _leading(run: Seen, end: End, shape: Sequence[int]) -> Stream | None:
+    """Whose tokens are the first axes of a value: ``[B, L, ...]``, or flattened ``[B·L, ...]``."""
+    for name, (batch, length) in run.streams[end[0]].items():
+        if tuple(shape[:2]) == (batch, length) and len(shape) > 2:
+            return name
+        if len(shape) == 2 and shape[0] == batch * length:
+            return name
+    return None
+
+
+# ---- channels
+
+
+def _with_channels(terms: tuple[Term, ...], request: Request, steps: Steps) -> tuple[Term, ...]:
+    """The terms, with the maps whose channels are last: the other axes follow the image's size.
+
+    Models that take images of one size alone leave them on axis 1.
+    """
+    try:
+        small, large = (_values(request, steps, change) for change in (_same, resized.larger))
+    except Exception:  # of the models' own code
+        return terms
+    return tuple(
+        replace(term, channels_last=_are_last(term, small, large))
+        if _reads_channels(term)
+        else term
+        for term in terms
+    )
+
+
+def _same(inputs: Inputs) -> Inputs:
+    return inputs
+
+
+def _values(
+    request: Request, steps: Steps, change: Callable[[Inputs], Inputs]
+) -> Mapping[End, Tensor]:
+    inputs = {tower: change(given) for tower, given in request.call.inputs.items()}
+    return dry.fake_values(replace(request, call=replace(request.call, inputs=inputs)), steps)
+
+
+def _are_last(
+    term: Term, small: Mapping[End, Tensor], large: Mapping[End, Tensor]
+) -> tuple[bool, bool]:
+    """Whether each value's second axis follows the image and its last does not."""
+    ours, theirs = (
+        known or (end in small and end in large and _is_last(small[end], large[end]))
+        for end, known in zip(term.taps, term.channels_last, strict=True)
+    )
+    return ours, theirs
+
+
+def _is_last(small: Tensor, large: Tensor) -> bool:
+    if small.ndim < resized.IMAGE_AXES or small.ndim != large.ndim:
+        return False
+    return small.shape[1] != large.shape[1] and small.shape[-1] == large.shape[-1]

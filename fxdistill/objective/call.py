@@ -119,12 +119,9 @@ def _batch(
     feature_items = own.get("num_feature_items")
     seen = _by_name(model, inputs[main])
     labels = own.get("labels")
-    decoder = seen.get("decoder_input_ids", seen.get("decoder_inputs_embeds"))
     grid = _grid(model, inputs[main].args, seen, own, task)
     others = {
-        tower: _grid(
-            models[tower], inputs[tower].args, _by_name(models[tower], inputs[tower]), {}, task
-        )
+        tower: grid_of(models[tower], inputs[tower], task)
         for tower in models
         if tower != main and (own.get(f"{tower}_inputs") or own.get(f"{main}_inputs"))
     }
@@ -136,11 +133,16 @@ def _batch(
         num_items=None if items is None else scalar(items, device),
         num_feature_items=None if feature_items is None else scalar(feature_items, device),
         tokens=grid.tokens,
-        decoder_tokens=_tensor(labels if decoder is None else decoder),
-        decoder_mask=_tensor(seen.get("decoder_attention_mask")),
+        decoder_tokens=_tensor(labels) if grid.decoder_tokens is None else grid.decoder_tokens,
+        decoder_mask=grid.decoder_mask,
         named=own.get("weights"),
         others={tower: found for tower, found in others.items() if _differs(found, grid)} or None,
     )
+
+
+def grid_of(model: nn.Module, inputs: Inputs, task: str | None) -> Grid:
+    """The tokens of a model's own inputs."""
+    return _grid(model, inputs.args, _by_name(model, inputs), {}, task)
 
 
 def _grid(
@@ -156,15 +158,25 @@ def _grid(
         frames = frame_mask(model, mask)
         if frames is not None:
             return Grid(frames, frames)
-    return Grid(_token_grid(args, seen, own, task), mask)
+    tokens = _token_grid(args, seen, own, task)
+    decoder = seen.get("decoder_input_ids", seen.get("decoder_inputs_embeds"))
+    return Grid(tokens, mask, _tensor(decoder), _tensor(seen.get("decoder_attention_mask")))
 
 
 def _differs(grid: Grid, other: Grid) -> bool:
     """Whether two models see other tokens, or other padding."""
-    if grid.tokens is None:
-        return False
-    same_size = other.tokens is not None and grid.tokens.shape[:2] == other.tokens.shape[:2]
-    return grid.attention_mask is not other.attention_mask or not same_size
+    sides = (
+        (grid.tokens, other.tokens, grid.attention_mask, other.attention_mask),
+        (grid.decoder_tokens, other.decoder_tokens, grid.decoder_mask, other.decoder_mask),
+    )
+    return any(
+        ours is not None and (mask is not masked or not _alike(ours, theirs))
+        for ours, theirs, mask, masked in sides
+    )
+
+
+def _alike(ours: Tensor, theirs: Tensor | None) -> bool:
+    return theirs is not None and ours.shape[:2] == theirs.shape[:2]
 
 
 def _require_tensors(own: Mapping[str, Any]) -> None:

@@ -93,6 +93,10 @@ def compared(term: Term, lookup: Lookup, step: Step) -> Compared:
         weights = _weights(term, s[:, :, 0], step.batch, step.task)
     else:
         weights = _weights(term, s, step.batch, step.task)
+    if any(term.channels_last) and (weights is None or weights.ndim == 1):
+        s, t = (
+            _channels_first(x, last) for x, last in zip((s, t), term.channels_last, strict=True)
+        )
     if term.kind.sees != "places":
         s, t, weights = _by_sample(term, s, t, weights, step.batch)
     names = (term.student.name, term.teacher.name, term.kind.name)
@@ -110,6 +114,11 @@ def attended(term: Term, lookup: Lookup, step: Step) -> Compared:
     weights = _weights(term, queries, step.batch, step.task)
     weights = times_named(weights, term, queries, step.batch)
     return Compared(s, t, weights)
+
+
+def _channels_first(x: Tensor, last: bool) -> Tensor:
+    """A map ``[B, *places, C]`` as losses take it, ``[B, C, *places]``."""
+    return x.movedim(-1, 1) if last and x.ndim > 3 else x
 
 
 def _by_sample(

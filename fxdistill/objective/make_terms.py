@@ -34,6 +34,7 @@ from fxdistill.mapping.matches import Matches
 from fxdistill.mapping.projections import Width, structural_widths
 from fxdistill.mapping.resolve import tap_of
 from fxdistill.mapping.teachers import Teachers
+from fxdistill.models.adapters import plain
 from fxdistill.models.conventions import Stream, Task, stream_of
 from fxdistill.models.tap import ATTENTION, Tap, Tower
 from fxdistill.objective.arrange import arranged_shape
@@ -77,6 +78,7 @@ def make_terms(
             gather(problems, _check_pair, match)
         if loss is not None and both is not None:
             tower = teachers.tower_of(match)
+            other = student if tower is None else teachers.models[tower]
             terms.append(
                 Term(
                     name,
@@ -92,6 +94,10 @@ def make_terms(
                     pools_tokens=_pools(_has_tokens(match, tap), both),
                     has_tokens=_has_tokens(match, tap),
                     said_tokens=match.tokens not in ("auto", None),
+                    channels_last=(
+                        _is_last(student, tap),
+                        _is_last(other, tap_of(match, "teacher")),
+                    ),
                     by_teacher=match.tokens == "teacher",
                     compares="anything" if match.shapes == "any" else compares(loss),
                     weights=match.weights,
@@ -216,6 +222,16 @@ def _has_tokens(match: Match, tap: Tap) -> bool:
     words = set(tap.path.replace(".", "_").lower().split("_"))
     sees = bool(words & _SEEING) and not words & _READING
     return match.tokens is not None and not (match.tokens == "auto" and sees)
+
+
+def _is_last(model: nn.Module, tap: Tap) -> bool:
+    """Whether a value's last axis is its width: a layer that acts on that axis returns it."""
+    if tap.port != "output" or tap.reads is not None:
+        return False
+    module = plain(model.get_submodule(tap.path))
+    if type(module) is nn.LayerNorm:
+        return len(module.normalized_shape) == 1
+    return type(module) in (nn.Linear, nn.RMSNorm)
 
 
 def _pools(has_tokens: bool, both: tuple[Layout, Layout]) -> tuple[bool, bool]:

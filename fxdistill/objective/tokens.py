@@ -24,10 +24,12 @@ TOKEN_FIELDS = ("labels", "loss_mask", "token_weights")
 
 
 class Grid(NamedTuple):
-    """The tokens of one model's own inputs, and their attention mask."""
+    """The tokens of one model's own inputs, and their attention mask; its decoder's likewise."""
 
     tokens: Tensor | None
     attention_mask: Tensor | None
+    decoder_tokens: Tensor | None = None
+    decoder_mask: Tensor | None = None
 
 
 class Batch(NamedTuple):
@@ -58,8 +60,10 @@ class Batch(NamedTuple):
         if self.others is None or tower not in self.others:
             return self
         grid = self.others[tower]
-        batch = self._replace(tokens=grid.tokens, attention_mask=grid.attention_mask)
+        batch = self._replace(**grid._asdict())
         ours, theirs = self.tokens, grid.tokens
+        if grid.decoder_tokens is not None:
+            ours, theirs = self.decoder_tokens, grid.decoder_tokens
         if ours is not None and theirs is not None and ours.shape[:2] == theirs.shape[:2]:
             return batch
         return batch._replace(loss_mask=None, token_weights=None, labels=None)

@@ -1,0 +1,171 @@
+"""Inputs like those of a call, but with texts of other lengths, or with images of another size.
+
+Only their shapes are meant: they are for runs on fake tensors.
+"""
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxdistill.objective.call import Inputs
+from fxdistill.objective.tokens import Batch
+
+Size = tuple[int, int]  # a batch and a length
+IMAGE_AXES = 4
+
+
+class Resize(NamedTuple):
+    """The size of a model's tokens and of its decoder's, each with the length that they get."""
+
+    tokens: Size | None
+    length: int
+    decoder: Size | None
+    decoder_length: int
+
+
+def near(batch: Batch, fixed: Collection[int]) -> tuple[Resize, Resize]:
+    """Two resizes to lengths nearby that no model has fixed, the decoder's unlike the encoder's."""
+    tokens, decoder = size_of(batch.tokens), size_of(batch.decoder_tokens)
+    first = _two(tokens, fixed)
+    second = _two(decoder, {*fixed, *first})
+    return Resize(tokens, first[0], decoder, second[0]), Resize(
+        tokens, first[1], decoder, second[1]
+    )
+
+
+def _two(size: Size | None, avoided: Collection[int]) -> tuple[int, int]:
+    """Two lengths near that of ``size``; shorter ones, because models may have a longest one."""
+    if size is None:
+        return 0, 0
+    shorter = [n for n in range(size[1] - 1, 1, -1) if n not in avoided][:2]
+    longer = [n for n in range(size[1] + 1, size[1] + len(avoided) + 3) if n not in avoided]
+    one, other = shorter if len(shorter) == 2 else longer[:2]
+    return one, other
+
+
+def multiples(batch: Batch) -> tuple[Resize, Resize]:
+    """Two resizes to multiples of the lengths, for models that read a text in chunks."""
+    tokens, decoder = size_of(batch.tokens), size_of(batch.decoder_tokens)
+
+    def times(by: int) -> Resize:
+        length = by * tokens[1] if tokens else 0
+        other = by * decoder[1] if decoder else 0
+        other += decoder[1] if decoder and other == length else 0
+        return Resize(tokens, length, decoder, other)
+
+    return times(2), times(3)
+
+
+def size_of(tokens: Tensor | None) -> Size | None:
+    """The batch and the length of tokens."""
+    if tokens is None or tokens.ndim < 2:
+        return None
+    return int(tokens.shape[0]), int(tokens.shape[1])
+
+
+def named(inputs: Inputs) -> dict[str, Any]:
+    """All inputs by their name, or by their position."""
+    return {**{str(i): value for i, value in enumerate(inputs.args)}, **inputs.kwargs}
+
+
+def texts(inputs: Inputs, batch: Batch) -> set[str]:
+    """The names of the inputs that are tokens: ids, embeddings; or features where no ids are."""
+    size = size_of(batch.tokens)
+    if size is None:
+        return set()
+    alike = {
+        name: value
+        for name, value in named(inputs).items()
+        if isinstance(value, Tensor) and tuple(value.shape[:2]) == size and "mask" not in name
+    }
+    ids = {n for n, x in alike.items() if "embeds" in n or not x.is_floating_point()}
+    return ids or {name for name, value in alike.items() if value.ndim == 3}
+
+
+def reads_more(inputs: Inputs, batch: Batch) -> bool:
+    """Whether something but a text is read: numbers that are neither embeddings nor masks."""
+    reads = texts(inputs, batch)
+    return any(_is_more(n, value) and n not in reads for n, value in named(inputs).items())
+
+
+def _is_more(name: str, value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.ndim < 2 or not value.is_floating_point():
+        return False
+    return not ("mask" in name or "embeds" in name)
+
+
+def images(inputs: Inputs) -> set[str]:
+    """The names of the inputs that are images ``[..., C, H, W]``, or videos."""
+    return {
+        name
+        for name, value in named(inputs).items()
+        if _is_more(name, value) and value.ndim >= IMAGE_AXES
+    }
+
+
+def of_length(inputs: Inputs, batch: Batch, resize: Resize) -> Inputs:
+    """Inputs whose tokens have another length."""
+    reads = texts(inputs, batch)
+    sound = _sound(inputs, resize)
+
+    def change(name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if sound is not None and tuple(value.shape[:2]) == sound[0]:
+            return _empty(name, value, (sound[0][0], sound[1]))
+        size, length = resize.tokens, resize.length
+        if name.startswith("decoder"):
+            size, length = resize.decoder, resize.decoder_length
+        if size is None or (_is_more(name, value) and name not in reads):
+            return value
+        return _empty(name, value, _shape(value, size, length))
+
+    return _each(inputs, change)
+
+
+def _sound(inputs: Inputs, resize: Resize) -> tuple[Size, int] | None:
+    """The size of sound whose frames are the tokens, and the number of samples it gets."""
+    sound = inputs.kwargs.get("input_values", inputs.args[0] if inputs.args else None)
+    if not isinstance(sound, Tensor) or not sound.is_floating_point() or resize.tokens is None:
+        return None
+    size = size_of(sound)
+    if size is None or sound.ndim > 2 or size[1] <= resize.tokens[1]:
+        return None
+    return size, size[1] + (resize.length - resize.tokens[1]) * (size[1] // resize.tokens[1])
+
+
+def _shape(value: Tensor, size: Size, length: int) -> tuple[int, ...]:
+    """The shape of a tensor of ids, masks or positions whose tokens have ``length``."""
+    shape = [int(n) for n in value.shape]
+    if tuple(shape[:2]) == size:
+        shape[1] = length
+    elif shape and shape[-1] == size[1]:
+        shape[-1] = length  # positions [1, L] or [3, B, L], masks [B, 1, L, L]
+        if len(shape) > 3 and shape[-2] == size[1]:
+            shape[-2] = length
+    return tuple(shape)
+
+
+def larger(inputs: Inputs) -> Inputs:
+    """Inputs whose images are twice as high and four times as wide."""
+    which = images(inputs)
+
+    def change(name: str, value: Any) -> Any:
+        if name not in which:
+            return value
+        *leading, height, width = value.shape
+        return _empty(name, value, (*leading, 2 * height, 4 * width))
+
+    return _each(inputs, change)
+
+
+def _each(inputs: Inputs, change: Any) -> Inputs:
+    args = tuple(change(str(i), value) for i, value in enumerate(inputs.args))
+    return Inputs(args, {name: change(name, value) for name, value in inputs.kwargs.items()})
+
+
+def _empty(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    make = torch.ones if "mask" in name else torch.empty
+    return make(shape, dtype=value.dtype, device=value.device)
