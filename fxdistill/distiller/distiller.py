@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fxdistill import parallel
 from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.journal import Journal
-from fxdistill.distiller import whose
+from fxdistill.distiller import after, whose
 from fxdistill.distiller.agreement import Agreement, agreement, evaluating
 from fxdistill.distiller.guard import (
     check_call,
@@ -195,6 +195,10 @@ class Distiller(StudentFace, Saved, Looking):
             if not self.options.fallback:
                 raise
             losses, logits = self._fall_back(error, request)
+        except Exception as error:
+            if (ours := after.label_error(error, request, self._steps)) is not None:
+                raise ours from error
+            raise
         if self._untold:
             self._steps.told = True
         self._announce()

@@ -81,7 +81,8 @@ def _may_communicate(models: Iterable[nn.Module]) -> bool:
 def _of_shapes(request: Request) -> Request:
     """The step without terms on logits; where a head makes its own, they tell how many classes."""
     objective = request.objective
-    returns = next((head.student for head in objective.heads if head.has_module), None)
+    made = (head.student for head in objective.heads if head.has_module)
+    returns = next(made, objective.returns)
     objective = replace(objective, logits=(), labels=(), returns=returns)
     return replace(request, objective=objective)
 
