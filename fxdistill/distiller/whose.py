@@ -182,9 +182,10 @@ def _told(term: Term, seen: Sequence[Seen]) -> Term:
         _agreed([_leading(run, end, run.values[end].shape) for run in seen]) for end in term.taps
     )
     pools = term.pools_tokens
+    pooled = not term.keeps_tokens  # then its layout has taken the tokens away, whosever they were
     return replace(
         term,
-        has_tokens=ours is not None,
+        has_tokens=pooled or ours is not None,
         pools_tokens=(pools[0] and s is not None, pools[1] and t is not None),
         stream=ours or s or t or term.stream,
     )

@@ -98,18 +98,21 @@ def through_head(raw: Tensor, scale: float, softcap: float | None) -> tuple[Tens
 
 
 def chunk_terms(c: Chunk, shape: ChunkSpec, want_gradient: bool) -> Tensor:
-    """The two terms, ``[2]``; if wanted, the total's gradient overwrites ``c.student``."""
+    """What each token adds to the two terms, ``[2, c]``; the gradient overwrites ``c.student``.
+
+    The tokens are not summed here: each sum would make all threads wait for one, once a body.
+    """
     logit_weight, label_weight, tau = c.settings.unbind()
     z, slope = through_head(c.student, shape.scales[0], shape.softcaps[0])
     z = torch.where(c.live, z, 0.0)
-    terms = [c.settings.new_zeros(()), c.settings.new_zeros(())]
+    terms = [torch.zeros_like(c.logit_share), torch.zeros_like(c.logit_share)]
     gradient = torch.zeros_like(z)
     if c.teacher is not None and shape.divergences:
         value, by_s, score = _divergence(z, c.teacher, c.ids, c.live, tau, shape)
         share = c.logit_share
         if score is not None:
             share = torch.where(share != 0, share * score, 0.0)
-            terms[1] = share.sum()
+            terms[1] = share
         terms[0] = tau.square() * shared(value, share)
         gradient = (logit_weight * tau * share)[:, None] * by_s
     if c.labels is not None and shape.labelled:
@@ -122,8 +125,8 @@ def chunk_terms(c: Chunk, shape: ChunkSpec, want_gradient: bool) -> Tensor:
 
 
 def shared(value: Tensor, share: Tensor) -> Tensor:
-    """Σ share·value; a value whose share is 0 does not count, even if it is NaN."""
-    return torch.where(share != 0, share * value, 0.0).sum()
+    """share·value, ``[c]``; a value whose share is 0 does not count, even if it is NaN."""
+    return torch.where(share != 0, share * value, 0.0)
 
 
 def write_gradient(c: Chunk, by_z: Tensor, slope: Tensor | None) -> None:

@@ -158,9 +158,8 @@ class _Loop:
         if self.stored is not None:
             y, ids = (taken(x, start, count, filled) for x in self.stored)
         chunk = Chunk(z, y, ids, own, shares[0], shares[1], call.settings)
-        terms: Tensor = call.settings.new_zeros(2)
-        for some in range(0, filled, self.rows):
-            terms += body(chunk.rows(some, some + self.rows))
+        starts = range(0, filled, self.rows)
+        each = [body(chunk.rows(some, some + self.rows)) for some in starts]
         if "h" in self.needs:
             torch.mm(z[:count], self.w, out=self.dh[start : start + count])
         if "w" in self.needs:
@@ -168,7 +167,7 @@ class _Loop:
             self._add_weight(z, torch.where(chunk.live, hidden, 0))
         if "b" in self.needs:
             self.db += z.sum(0, dtype=self.db.dtype)
-        return terms
+        return torch.cat(each, -1).sum(-1)
 
     def _over_shares(self, terms: Tensor) -> Tensor:
         """Divide value and gradients by the sum of the shares, which the scores have changed."""

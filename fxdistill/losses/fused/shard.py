@@ -126,8 +126,8 @@ def write_slopes(
 def terms(
     c: Chunk, whole: Tensor, inner: Tensor | None, shape: ChunkSpec, mine: ColumnRange
 ) -> Tensor:
-    """Both terms of the chunk, ``[2]``, the same on every rank."""
-    found = [c.settings.new_zeros(()), c.settings.new_zeros(())]
+    """What each token adds to both terms, ``[2, c]``, the same on every rank."""
+    found = [torch.zeros_like(c.logit_share), torch.zeros_like(c.logit_share)]
     if inner is not None:
         found[0] = c.settings[2].square() * shared(inner[:, 0], c.logit_share)
     if c.labels is not None and shape.labelled:

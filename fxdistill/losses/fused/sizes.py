@@ -13,8 +13,13 @@ class Sizes(NamedTuple):
     rows: int  # tokens that the body takes at a time; chunks are multiples of it
 
 
-ON_CPU = Sizes(96 * 2**20, 16)
+# The body waits for all threads some ten times, which takes long when other work has the cores: so it
+# takes no fewer tokens than its intermediates allow, of which two have the size of its logits.
+ON_CPU = Sizes(52 * 2**20, 36)
 ELSEWHERE = Sizes(768 * 2**20, 256)  # estimated from the sizes of weights on GPUs; not measured
+
+
+LEAST = 144  # tokens of a chunk
 
 
 def sizes_on(device: torch.device) -> Sizes:
@@ -25,11 +30,11 @@ def sizes_on(device: torch.device) -> Sizes:
 def chunk_tokens_for(columns: int, itemsize: int, device: torch.device) -> int:
     """How many tokens fit the budget, with ``columns`` logits (of both models) each.
 
-    It is at least 160, because every chunk reads both weights, and reads and writes the gradient of
-    the student's weight.
+    It is at least ``LEAST``, because every chunk reads both weights, and reads and writes the
+    gradient of the student's weight.
     """
     budget, rows = sizes_on(device)
-    return max(160, budget // (columns * itemsize) // rows * rows)
+    return max(LEAST, budget // (columns * itemsize) // rows * rows)
 
 
 def size_of_chunks(chunk: int, h: Tensor) -> int:
