@@ -10,6 +10,7 @@ from torch._ops import HigherOrderOperator
 from torch.utils._pytree import tree_leaves
 
 from fxdistill.base.ranks import over_ranks, samples_of_all, shared
+from fxdistill.base.tensors import is_placed
 from fxdistill.base.transforms import is_of_functorch
 from fxdistill.graph.effects import effects_of
 from fxdistill.graph.program import Level, P, fork_module, graph_module, output_values
@@ -31,9 +32,9 @@ class FormGradients:
     3. So does a term with float16 values: their gradients would be formed before a GradScaler has
        scaled them, and be rounded to 0.
     4. So does a term that compares the samples of all ranks: it gathers them. Other terms on ranks
-       need no collective for their gradients: what a term is divided by is a constant here, and
-       parameters enter behind the marker that sums their gradients over ranks
-       (``base.ranks.shared``), so that this is done in the backward.
+       need no further collective for their gradients. What a term is divided by is a constant here.
+       Parameters enter as they are on all ranks (``base.ranks.shared``, or as DTensors), so that
+       their gradients are summed in the backward.
 
     ``terms`` are the names of feature terms among the program's outputs.
     """
@@ -110,7 +111,7 @@ def _part_of(value: fx.Node, written: set[fx.Node]) -> _Part | str:
     todo = [value]
     while todo:
         node = todo.pop()
-        if node not in inside and _is_ours(node) and node.target is not shared and _learns(node):
+        if node not in inside and _is_ours(node) and _learns(node) and not _spreads(node):
             inside.add(node)
             todo += node.all_input_nodes
     ordered = tuple(node for node in value.graph.nodes if node in inside)
@@ -141,6 +142,21 @@ def _unfit(ordered: Sequence[fx.Node], read: Sequence[fx.Node], written: set[fx.
     if any("example_value" not in node.meta and node.op != "get_attr" for node in read):
         return "inputs of which nothing is known"  # they may have a gradient
     return ""
+
+
+def _spreads(node: fx.Node) -> bool:
+    """Whether ``node`` is a parameter on all ranks, the backward of which sums their gradients."""
+    if node.target is shared:
+        return True
+    if not _is_ours(node) or not is_placed(node.meta.get("example_value")):
+        return False
+    learnt = [source for source in node.all_input_nodes if _learns(source)]
+    return all(_spreads(source) or _is_plain_input(source) for source in learnt)
+
+
+def _is_plain_input(node: fx.Node) -> bool:
+    is_input = node.op in ("placeholder", "get_attr")
+    return is_input and not is_placed(node.meta.get("example_value"))
 
 
 def _computed_from(value: fx.Node) -> set[fx.Node]:
