@@ -9,6 +9,7 @@ from fxdistill.passes.keep_teacher import KeepTeacher
 from fxdistill.passes.meet_early import MeetEarly
 from fxdistill.passes.pack_reductions import PackReductions
 from fxdistill.passes.prune_teacher import PruneTeacher
+from fxdistill.passes.sum_early import SumEarly
 
 __all__ = [
     "CountCollectives",
@@ -20,4 +21,5 @@ __all__ = [
     "MeetEarly",
     "PackReductions",
     "PruneTeacher",
+    "SumEarly",
 ]

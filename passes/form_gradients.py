@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
 from torch.utils._pytree import tree_leaves
 
+from fxdistill.base.ranks import over_ranks, samples_of_all, shared
 from fxdistill.base.tensors import is_placed
 from fxdistill.base.transforms import is_of_functorch
 from fxdistill.graph.effects import effects_of
@@ -30,8 +31,10 @@ class FormGradients:
        a transform (``torch.vmap``), or a change of autocast or of grad mode.
     3. So does a term with float16 values: their gradients would be formed before a GradScaler has
        scaled them, and be rounded to 0.
-    4. So does a term of DTensors, whose gradients torch 2.13 does not form inside of a forward that
-       AOTAutograd traces.
+    4. So does a term that compares the samples of all ranks: it gathers them. Other terms on ranks
+       need no further collective for their gradients. What a term is divided by is a constant here.
+       Parameters enter as they are on all ranks (``base.ranks.shared``, or as DTensors), so that
+       their gradients are summed in the backward.
 
     ``terms`` are the names of feature terms among the program's outputs.
     """
@@ -45,23 +48,24 @@ class FormGradients:
             return program
         gm = fork_module(program.gm)
         written = _written(gm)
-        left, count = [], 0
+        left, count = dict[str, list[str]](), 0
         for name, output in zip(program.outputs, output_values(gm.graph), strict=True):
             if name in self.terms and isinstance(output, fx.Node):
                 part = _part_of(_value_of(output), written)
-                if part is None:
-                    left.append(name)
+                if isinstance(part, str):
+                    left.setdefault(part, []).append(name)
                 else:
                     _replace(gm, name, part)
                     count += 1
+        why = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in left.items())
         if not count:
-            said = f"no term keeps its gradients alone: {', '.join(left)}"
+            said = f"no term keeps its gradients alone: {why}"
             return replace(program, remarks=(*program.remarks, said)) if left else program
         gm.graph.lint()
         gm.recompile()
         remark = f"{count} terms keep their gradients alone"
         if left:
-            remark += f"; as they were: {', '.join(left)}"
+            remark += f"; as they were: {why}"
         return replace(program, gm=gm, remarks=(*program.remarks, remark))
 
 
@@ -75,7 +79,9 @@ class _Part:
 
 
 def _value_of(output: fx.Node) -> fx.Node:
-    """The value of a term: the step returns it without its gradient."""
+    """The value of a term: the step returns it without its gradient, summed over ranks."""
+    if output.target is over_ranks and isinstance(output.args[0], fx.Node):
+        output = output.args[0]
     detached = output.target == "detach" or getattr(output.target, "__name__", "") == "detach"
     first = output.args[0] if detached and output.args else output
     return first if isinstance(first, fx.Node) else output
@@ -95,37 +101,62 @@ def _learns(node: fx.Node) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
 
 
-def _part_of(value: fx.Node, written: set[fx.Node]) -> _Part | None:
-    """The part of a graph that computes ``value``; ``None`` if it cannot stand for itself."""
+def _part_of(value: fx.Node, written: set[fx.Node]) -> _Part | str:
+    """The part of a graph that computes ``value``, or why it cannot stand for itself."""
     if section_of(value) not in (None, OBJECTIVE) or not _learns(value):
-        return None
+        return "no gradient"
     if any(map(is_of_functorch, _computed_from(value))):
-        return None  # inside of a transform, values do not say that they have a gradient
+        return "a transform"  # inside of one, values do not say that they have a gradient
     inside: set[fx.Node] = set()
     todo = [value]
     while todo:
         node = todo.pop()
-        ours = node.op in ("call_function", "call_method") and section_of(node) in (None, OBJECTIVE)
-        if node not in inside and ours and _learns(node):
+        if node not in inside and _is_ours(node) and _learns(node) and not _spreads(node):
             inside.add(node)
             todo += node.all_input_nodes
-    if any(isinstance(node.target, HigherOrderOperator) or _is_half(node) for node in inside):
-        return None
-    if any(user not in inside for node in inside - {value} for user in node.users):
-        return None
     ordered = tuple(node for node in value.graph.nodes if node in inside)
     read = dict.fromkeys(n for node in ordered for n in node.all_input_nodes if n not in inside)
-    if any(node in written for node in (*read, *inside)) or _changes_state(ordered):
-        return None
+    if why := _unfit(ordered, tuple(read), written):
+        return why
     learnt = tuple(node for node in read if _learns(node))
-    tensors = all(isinstance(node.meta["example_value"], Tensor) for node in learnt)
-    if not learnt or not tensors or any(map(_is_half, learnt)):
-        return None
-    if any(is_placed(node.meta.get("example_value")) for node in (*read, *inside)):
-        return None
-    if any("example_value" not in node.meta and node.op != "get_attr" for node in read):
-        return None  # it may have a gradient
     return _Part(ordered, learnt, tuple(node for node in read if node not in learnt))
+
+
+def _unfit(ordered: Sequence[fx.Node], read: Sequence[fx.Node], written: set[fx.Node]) -> str:
+    """Why the nodes of a term, which read others, cannot form their gradient; or nothing."""
+    inside, learnt = set(ordered), [node for node in read if _learns(node)]
+    if any(node.target is samples_of_all for node in ordered):
+        return "samples of all ranks"
+    if any(isinstance(node.target, HigherOrderOperator) for node in ordered):
+        return "a region"
+    if any(map(_is_half, (*ordered, *learnt))):
+        return "float16"
+    if any(user not in inside for node in ordered[:-1] for user in node.users):
+        return "values that are read elsewhere"
+    if any(node in written for node in (*read, *ordered)):
+        return "values that are written"
+    if _changes_state(ordered):
+        return "autocast or grad mode of its own"
+    if not all(isinstance(node.meta["example_value"], Tensor) for node in learnt) or not learnt:
+        return "inputs that are no tensors"
+    if any("example_value" not in node.meta and node.op != "get_attr" for node in read):
+        return "inputs of which nothing is known"  # they may have a gradient
+    return ""
+
+
+def _spreads(node: fx.Node) -> bool:
+    """Whether ``node`` is a parameter on all ranks, the backward of which sums their gradients."""
+    if node.target is shared:
+        return True
+    if not _is_ours(node) or not is_placed(node.meta.get("example_value")):
+        return False
+    learnt = [source for source in node.all_input_nodes if _learns(source)]
+    return all(_spreads(source) or _is_plain_input(source) for source in learnt)
+
+
+def _is_plain_input(node: fx.Node) -> bool:
+    is_input = node.op in ("placeholder", "get_attr")
+    return is_input and not is_placed(node.meta.get("example_value"))
 
 
 def _computed_from(value: fx.Node) -> set[fx.Node]:
@@ -134,11 +165,15 @@ def _computed_from(value: fx.Node) -> set[fx.Node]:
     todo = [value]
     while todo:
         node = todo.pop()
-        ours = node.op in ("call_function", "call_method") and section_of(node) in (None, OBJECTIVE)
-        if ours and node not in found:
+        if _is_ours(node) and node not in found:
             found.add(node)
             todo += node.all_input_nodes
     return found
+
+
+def _is_ours(node: fx.Node) -> bool:
+    called = node.op in ("call_function", "call_method")
+    return called and section_of(node) in (None, OBJECTIVE)
 
 
 def _is_half(node: fx.Node) -> bool:

@@ -8,8 +8,10 @@ import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fxdistill.graph.collectives import reduces_a_number
 from fxdistill.graph.program import Level, P, fork_module
 from fxdistill.graph.sections import OBJECTIVE, section_of
+from fxdistill.graph.traced import forward_of, writes
 from fxdistill.models.tap import Tower
 from fxdistill.passes.form_gradients import FORMED
 
@@ -37,7 +39,7 @@ class MeetEarly:
         if not any(_formed(node) for node in program.gm.graph.nodes):
             return program
         gm = fork_module(program.gm)
-        forward = _forward(gm.graph)
+        forward = forward_of(gm.graph)
         for node in forward:
             if _formed(node) and any(user not in forward for user in node.users):
                 node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -49,7 +51,7 @@ class MeetEarly:
 
     def _order(self, graph: fx.Graph, forward: dict[fx.Node, int]) -> None:
         late = (*self.teachers, OBJECTIVE)
-        last = [n for n in forward if _writes(n)]
+        last = [n for n in forward if writes(n)]
         leading = [
             n
             for n in forward
@@ -81,25 +83,19 @@ def _formed(node: fx.Node) -> str:
     return str(custom.get(FORMED, ""))
 
 
-def _forward(graph: fx.Graph) -> dict[fx.Node, int]:
-    """The nodes of the forward, with their places: those that no tangent reaches."""
-    behind: set[fx.Node] = set()
-    found: dict[fx.Node, int] = {}
-    for i, node in enumerate(graph.nodes):
-        tangent = node.op == "placeholder" and "tangents" in str(node.target)
-        if tangent or any(source in behind for source in node.all_input_nodes):
-            behind.add(node)
-        elif node.op != "output":
-            found[node] = i
-    return found
-
-
 def _terms(forward: dict[fx.Node, int]) -> dict[str, list[fx.Node]]:
-    """The operators of each term that forms its gradient."""
+    """The operators of each term that forms its gradient, without a sum of its value over ranks.
+
+    That sum, and what follows, comes behind all terms, where one collective sums all values.
+    """
     found: dict[str, list[fx.Node]] = {}
+    summed: set[fx.Node] = set()
     for node in forward:
         if name := _formed(node):
-            found.setdefault(name, []).append(node)
+            if reduces_a_number(node) or not summed.isdisjoint(node.all_input_nodes):
+                summed.add(node)
+            else:
+                found.setdefault(name, []).append(node)
     return found
 
 
@@ -115,11 +111,6 @@ def _ancestors(
             found.add(node)
             todo += node.all_input_nodes
     return found
-
-
-def _writes(node: fx.Node) -> bool:
-    """Whether an operator writes: AOTAutograd copies new buffers into inputs, last of all."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _is_random(node: fx.Node) -> bool:

@@ -22,6 +22,7 @@ from fxdistill.passes.keep_teacher import KeepTeacher
 from fxdistill.passes.meet_early import MeetEarly
 from fxdistill.passes.pack_reductions import PackReductions
 from fxdistill.passes.prune_teacher import PruneTeacher
+from fxdistill.passes.sum_early import SumEarly
 
 Stage = Literal["each model", "joint", "terms", "step", "terms step"]
 
@@ -71,9 +72,11 @@ ORDER = (
     Slot("step", lambda w: (MeetEarly(w.frozen),), "gathers go where the weights are first read"),
     Slot("step", lambda w: (GatherLate(w.frozen),) if w.gathers else (), "moves gathers about"),
     Slot("step", lambda w: (KeepTeacher(w.frozen),) if w.frozen else (), "only marks nodes"),
+    Slot("step", lambda w: (SumEarly(),), "behind what orders terms, before sums are packed"),
     Slot("step", lambda w: (PackReductions(),), "behind all that moves collectives"),
     Slot("step", lambda w: (CountCollectives(),), "last: counts those that are left"),
     Slot("terms step", lambda w: (MeetEarly(w.frozen),), "marks gradients; there is no model"),
+    Slot("terms step", lambda w: (SumEarly(),), "as in the step"),
     Slot("terms step", lambda w: (PackReductions(),), "no model is in it, to keep or to gather"),
 )
 

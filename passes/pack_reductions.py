@@ -1,7 +1,6 @@
 """Pack the all-reduces of scalars, so that several scalars take one collective.
 
-This file does not import torch.distributed: it recognises operators by their names, and a pack uses
-the operators that the graph already has.
+This file does not import torch.distributed: a pack uses the operators that the graph already has.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,14 +10,13 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
 
+from fxdistill.graph.collectives import reduces_a_number
 from fxdistill.graph.program import Level, P, fork_module
+from fxdistill.graph.traced import broad, is_tangent, pins_order
 
-REDUCE = "_c10d_functional.all_reduce.default"
-WAIT = "_c10d_functional.wait_tensor.default"
 # Metadata that decides where the partitioner puts a node: only nodes that agree in it are packed.
 PLACES = ("partitioner_tag", "recompute", "ac_graph_id")
 # Metadata about a member's tensors, which does not hold for the pack.
@@ -47,7 +45,7 @@ class PackReductions:
 
     def __call__(self, program: P) -> P:
         """Pack the all-reduces; a program with nothing to pack is returned as it is."""
-        if sum(_is_scalar_reduction(node) for node in program.gm.graph.nodes) < 2:
+        if sum(reduces_a_number(node) for node in program.gm.graph.nodes) < 2:
             return program
         gm = fork_module(program.gm)
         found = [pack for pack in _packs(gm.graph) if len(pack.members) > 1]
@@ -66,19 +64,6 @@ def _remark(members: Sequence[fx.Node]) -> str:
     return f"{len(members)} {what} over ranks in one"
 
 
-def _is_scalar_reduction(node: fx.Node) -> bool:
-    return (
-        node.op == "call_function"
-        and str(node.target) == REDUCE
-        and len(node.args) == 3
-        and not node.kwargs
-        and isinstance(node.meta.get("val"), Tensor)
-        and node.meta["val"].ndim == 0
-        and bool(node.users)
-        and all(str(user.target) == WAIT for user in node.users)
-    )
-
-
 @dataclass(eq=False)
 class _Pack:
     """All-reduces that become one all-reduce."""
@@ -94,20 +79,17 @@ def _packs(graph: fx.Graph) -> list[_Pack]:
     packs: list[_Pack] = []
     behind: dict[fx.Node, frozenset[_Pack]] = {}  # the packs that a node depends on
     gradients: set[fx.Node] = set()
-    broad: set[fx.Node] = set()
+    wide = broad(graph.nodes)
     for node in graph.nodes:
         inputs = node.all_input_nodes
         needs = behind[node] = _union([behind[x] for x in inputs])
-        if _is_tangent(node) or not gradients.isdisjoint(inputs):
+        if is_tangent(node) or not gradients.isdisjoint(inputs):
             gradients.add(node)
-        # A value with dimensions, unless it is computed from scalars only, like a stack of terms.
-        if _has_dimensions(node) and (not inputs or not broad.isdisjoint(inputs)):
-            broad.add(node)
-        if _pins_order(node):
+        if pins_order(node):
             _close(packs)
-        elif node in broad and any(pack.open for pack in needs):
+        elif node in wide and any(pack.open for pack in needs):
             _close(_with_needs(needs))
-        if _is_scalar_reduction(node):
+        if reduces_a_number(node):
             pack = _pack_for(packs, _kind(node, node in gradients), needs)
             pack.members.append(node)
             pack.needs |= needs
@@ -154,26 +136,6 @@ def _kind(node: fx.Node, is_gradient: bool) -> tuple[Any, ...]:
     value, (_, operation, group) = node.meta["val"], node.args
     place = [node.meta.get(name) for name in PLACES]
     return (operation, group, value.dtype, value.device, is_gradient, *place)
-
-
-def _is_tangent(node: fx.Node) -> bool:
-    """Whether ``node`` is a tangent, by its name, as torch's partitioner decides it."""
-    return node.op == "placeholder" and "tangents" in str(node.target)
-
-
-def _has_dimensions(node: fx.Node) -> bool:
-    values = tree_leaves(node.meta.get("val"))
-    return any(isinstance(value, Tensor) and value.ndim > 0 for value in values)
-
-
-def _pins_order(node: fx.Node) -> bool:
-    """Whether ``node`` has an effect that its users do not show, so that nothing may cross it.
-
-    Such nodes are writes (``copy_`` to an input), random operators (each takes the next numbers),
-    grad mode, assertions, and messages between ranks. torch counts a wait among them, to protect it
-    from being erased as dead, but its only effect is the value that it returns.
-    """
-    return node.op == "call_function" and node.is_impure() and str(node.target) != WAIT
 
 
 def _write(graph: fx.Graph, members: Sequence[fx.Node]) -> None:

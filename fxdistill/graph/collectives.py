@@ -1,4 +1,7 @@
-"""The collectives of a graph, and the bytes that they move."""
+"""The collectives of a graph, and the bytes that they move.
+
+This file does not import torch.distributed: it recognises operators by their names.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -10,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from fxdistill.graph.sections import section_of
 
 _PREFIX = "_c10d_functional."
-_OTHER = ("wait_tensor",)
+REDUCE = f"{_PREFIX}all_reduce.default"
+WAIT = f"{_PREFIX}wait_tensor.default"
 
 
 class Traffic(NamedTuple):
@@ -25,9 +29,9 @@ def collectives(graph: fx.Graph) -> dict[tuple[str | None, str], Traffic]:
     counts: Counter[tuple[str | None, str]] = Counter()
     sizes: Counter[tuple[str | None, str]] = Counter()
     for node in graph.nodes:
-        name = str(node.target).removeprefix(_PREFIX).split(".")[0]
-        if node.op != "call_function" or not str(node.target).startswith(_PREFIX) or name in _OTHER:
+        if not is_collective(node):
             continue
+        name = str(node.target).removeprefix(_PREFIX).split(".")[0]
         # A node that autograd adds after the last operator has no section: take that of its input.
         key = section_of(node) or next(map(section_of, node.all_input_nodes), None), name
         counts[key] += 1
@@ -46,3 +50,23 @@ def sum_of(
             before = total.get(name, Traffic(0, 0))
             total[name] = Traffic(before.times + count, before.bytes + size)
     return total
+
+
+def is_collective(node: fx.Node) -> bool:
+    """Whether ``node`` is a collective, rather than the wait for one."""
+    name = str(node.target)
+    return node.op == "call_function" and name.startswith(_PREFIX) and name != WAIT
+
+
+def reduces_a_number(node: fx.Node) -> bool:
+    """Whether ``node`` is an all-reduce of a 0-d tensor that is followed directly by its waits."""
+    return (
+        node.op == "call_function"
+        and str(node.target) == REDUCE
+        and len(node.args) == 3
+        and not node.kwargs
+        and isinstance(node.meta.get("val"), Tensor)
+        and node.meta["val"].ndim == 0
+        and bool(node.users)
+        and all(str(user.target) == WAIT for user in node.users)
+    )

@@ -28,7 +28,9 @@ class _Formed(torch.autograd.Function):
         with torch.enable_grad():
             # An interpreter names the module that each operator belongs to.
             value: Tensor = fx.Interpreter(part).run(*leaves, *inputs[learnt:])
-            gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+            # Made of no value, so that gradients do not wait for its sum over ranks.
+            one = torch.ones(value.shape, dtype=value.dtype, device=value.device)
+            gradients = torch.autograd.grad(value, leaves, one, allow_unused=True)
         ctx.missing = [gradient is None for gradient in gradients]
         ctx.constants = len(inputs) - learnt
         ctx.save_for_backward(*(g for g in gradients if g is not None))

@@ -84,6 +84,9 @@ def parity(rank: int, ranks: int, cases: list[tuple[str, str, dict[str, Any], in
         torch.manual_seed(2)
         found = step(student, teacher, length, MODES[mode], **given)
         compare(found, wanted, (name, mode, how, length))
+        if mode == "one graph":  # each term has formed its gradient in the forward
+            assert "as they were" not in found[2]["FormGradients"]
+            assert f"{len(found[0]) - 4} terms keep" in found[2]["FormGradients"]
         torch._dynamo.reset()
 
 
