@@ -4,7 +4,7 @@ The cache finds a compiled step by the text of its graph, the inputs and the con
 It declines graphs that call functions which it does not know, as the parts of losses that form
 their gradients are. Here these functions are declared, with a key that follows whatever else
 decides about the code: the source of fxdistill, of the passes and of operators written in Python,
-and the labels of nodes that passes of the joint level read.
+the labels of nodes that passes of the joint level read, and this rank's place among the others.
 
 Private to torch and used here only: ``unsafe_marked_cacheable_functions`` of Inductor's
 configuration, ``enable_autograd_cache`` of functorch's, the counter of hits, and the table of
@@ -31,7 +31,8 @@ from torch._library import custom_ops
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 import fxdistill
-from fxdistill import passes
+from fxdistill import parallel, passes
+from fxdistill.compiler.mesh_keys import meshes_named, on_ranks
 from fxdistill.graph.pipeline import pass_name
 from fxdistill.graph.program import Pass, all_nodes
 
@@ -100,7 +101,7 @@ class Caching:
         """The settings in which to lower the graph; yields what tells whether it was found."""
         found, before = Found(), counters["aot_autograd"]["autograd_cache_hit"]
         patches = {"enable_autograd_cache": False} if self.why_not else {}
-        with functorch_config.patch(patches):
+        with functorch_config.patch(patches), meshes_named():
             yield found
         found.hit = counters["aot_autograd"]["autograd_cache_hit"] > before
 
@@ -122,7 +123,7 @@ def caching_of(gm: fx.GraphModule, every: Sequence[Pass], *, wanted: bool = True
     try:
         if not _PACKAGE:
             raise _Unreadable("the source of fxdistill cannot be read")
-        parts = [*map(_pass_key, every), *_operator_keys(nodes)]
+        parts = [*map(_pass_key, every), *_operator_keys(nodes), _place()]
         why_not = "" if wanted else "every pass is to run"
     except _Unreadable as error:
         parts, why_not = [*map(repr, every)], str(error)
@@ -137,6 +138,14 @@ def _autocast() -> list[tuple[str, bool, torch.dtype]]:
     """The state of autocast around the step, which not every version of torch has in its key."""
     kinds = ("cpu", "cuda")
     return [(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds]
+
+
+def _place() -> str:
+    """This rank's place, which tracing writes into code; empty for a process that is alone."""
+    try:
+        return parallel.named.place_of_rank() if on_ranks() else ""
+    except AttributeError as error:
+        raise _Unreadable("this torch does not tell the process groups of a rank") from error
 
 
 def _labels(nodes: Sequence[fx.Node]) -> str:

@@ -80,8 +80,11 @@ def _in_wrappers(model: nn.Module, head: nn.Module) -> tuple[DeferrableHead, typ
     if wrappers:
         found = head_in_fsdp(wrappers, found.module)
         linear = parallel.fsdp2.class_behind(head)
-    if not found.gathered and any(map(is_traceable_wrapper_subclass, head.parameters())):
-        raise Unreadable("head is sharded, and not by fully_shard alone")
+    unread = [p for p in head.parameters() if is_traceable_wrapper_subclass(p)]
+    if unread and not found.gathered:
+        if any(map(is_placed, unread)):
+            raise Unreadable("head is sharded, and not by fully_shard alone")
+        raise Unreadable(f"head reads a {type(unread[0]).__name__}, no plain tensor")
     return found, linear
 
 

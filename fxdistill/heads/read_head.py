@@ -101,7 +101,7 @@ def read_head(logits: fx.Node, readers: Collection[fx.Node] = ()) -> Head:
         head = _followed(head, step)
     for source in (*head.inputs, logits):
         if is_traceable_wrapper_subclass(value_of(source)) and not is_placed(value_of(source)):
-            raise Unreadable(f"{source.name} is a {type(value_of(source)).__name__}")
+            raise Unreadable(f"head reads a {type(value_of(source)).__name__}, no plain tensor")
     if is_placed(value_of(head.weight)):
         return _on_mesh(head)
     return head

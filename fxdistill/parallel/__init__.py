@@ -8,6 +8,7 @@ __getattr__ = later(
     "checkpoints",
     "fsdp2",
     "gradients",
+    "named",
     "recompute",
     "setup",
     "sharding",

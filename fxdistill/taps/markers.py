@@ -181,8 +181,12 @@ def reject(tower: Tower, path: str, port: str, message: str) -> None:
 
 @one_node
 def named(x: Tensor, name: str) -> Tensor:
-    """Name an output of the objective."""
-    return x.view_as(x)
+    """Name an output of the objective.
+
+    Dynamo needs another tensor than ``x``. A step that runs eagerly returns ``x``: FSDP2 warns of
+    an output that is a view, because writing to it in place would drop its hook.
+    """
+    return x.view_as(x) if _is_traced(x) else x
 
 
 def _is_traced(x: Tensor) -> bool:

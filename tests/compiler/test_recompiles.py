@@ -84,16 +84,37 @@ def test_whoever_forbids_recompiles_is_told_and_a_warm_step_goes_on():
     assert [event for event, _ in distiller.journal.events] == ["capture", "recompile"]
 
 
-@pytest.mark.slow
-def test_a_mode_of_inductor_gives_the_same_step_and_the_second_one_compiles_nothing():
+def test_a_step_that_would_compile_again_may_run_eagerly_instead():
+    """``eager_on_recompile``: another length runs as it is, and the warm one as compiled."""
     pair = toy_pair()
-    reference = copy.deepcopy(pair)
-    distiller = fxdistill.wrap(*pair, MAPPING, compile={"mode": "max-autotune"})
+    plain = fxdistill.wrap(*copy.deepcopy(pair), MAPPING, compile=False)
+    distiller = fxdistill.wrap(*pair, MAPPING, compile=AOT)
+    distiller.warmup(tokens(3, 7))
+    with torch.compiler.set_stance("eager_on_recompile"):
+        for length in (9, 7, 11):
+            out, want = distiller(tokens(3, length)), plain(tokens(3, length))
+            out.loss.backward()
+            want.loss.backward()
+            torch.testing.assert_close(out.loss, want.loss)
+            assert_same_gradients(gradients(pair[0]), gradients(plain.student))
+    assert [event for event, _ in distiller.journal.events] == ["capture"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["max-autotune", "reduce-overhead"])
+def test_a_mode_of_inductor_gives_the_same_step_and_the_second_one_compiles_nothing(mode):
+    """CUDA graphs, which ``reduce-overhead`` asks for, there are none of on a CPU."""
+    pair = toy_pair()
+    plain = fxdistill.wrap(*copy.deepcopy(pair), MAPPING, compile=False)
+    distiller = fxdistill.wrap(*pair, MAPPING, compile={"mode": mode})
     for step in range(2):
         counters.clear()
-        distiller(tokens()).loss.backward()
+        out = distiller(tokens())
+        out.loss.backward()
         assert bool(counters["stats"]) is (step == 0)
         assert bool(counters["inductor"]) is (step == 0)
         got = gradients(pair[0])
-    fxdistill.wrap(*reference, MAPPING, compile=False)(tokens()).loss.backward()
-    assert_same_gradients(got, gradients(reference[0]))
+    want = plain(tokens())
+    want.loss.backward()
+    torch.testing.assert_close(out.loss, want.loss)
+    assert_same_gradients(got, gradients(plain.student))

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxdistill
 from fxdistill import Match
+from heads import remarks
 
 AOT = {"backend": "aot_eager"}
 MODES = pytest.mark.parametrize(
@@ -29,11 +30,17 @@ def llama(layers, width):
     return model
 
 
-def quantized():
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+def quantized(kind):
+    """A teacher of int8 weights, in its head too, or of int4 weights with a plain head."""
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
 
     model = llama(2, 64)
-    quantize_(model, Int8WeightOnlyConfig())  # of all linear layers, the head among them
+    if kind == "int8 weights":
+        quantize_(model, Int8WeightOnlyConfig())
+    else:
+        config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+        quantize_(model.model, config)
     return model
 
 
@@ -61,12 +68,14 @@ def outside(student, teacher, projection, ids):
     ("kind", "compile"),
     [
         *itertools.product(["bfloat16", "int8 weights"], [False, "regional", AOT]),
+        *itertools.product(["int4 weights"], [False, AOT]),
         ("float16", AOT),  # the head that is fused refuses that of a student
     ],
 )
 def test_a_teacher_of_lower_precision(kind, compile):
     student = llama(1, 32)
-    teacher = quantized() if kind == "int8 weights" else llama(2, 64).to(getattr(torch, kind))
+    weights = kind.endswith("weights")
+    teacher = quantized(kind) if weights else llama(2, 64).to(getattr(torch, kind))
     plain, ids = copy.deepcopy(student), torch.randint(V, (2, 9))
     mapping = {PATHS[0]: Match(teacher=PATHS[1], project="linear")}
     distiller = fxdistill.wrap(student, teacher, mapping, temperature=TAU, compile=compile)
@@ -79,6 +88,9 @@ def test_a_teacher_of_lower_precision(kind, compile):
     assert {value.dtype for value in out.losses.values()} == {torch.float32}
     for (name, a), b in zip(student.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5, msg=name)
+    if weights and compile:
+        said = "the teacher's head reads a Int8Tensor" if kind == "int8 weights" else "logits fused"
+        assert said in remarks(distiller)
 
 
 @MODES

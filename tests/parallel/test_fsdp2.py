@@ -92,6 +92,7 @@ def steps(distiller: Any, rows: slice, count: int = 2) -> list[Any]:
     found = []
     for _ in range(count):
         out = distiller(ids, **own)
+        assert out.loss._base is None
         out.loss.backward()
         found.append(({"loss": out.loss.detach(), **out.losses}, gradients_of(distiller)))
         torch.optim.SGD(distiller.parameters(), 0.5, foreach=False).step()

@@ -5,6 +5,7 @@ here, as it sets it elsewhere, and all that comes after is its own and transform
 """
 
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,7 @@ class KeepingShards(Sharding):
 def on_two(rank, folder):
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in where.items()}, MASTER_PORT="1")
+    warnings.filterwarnings("error", "FSDP2-wrapped module")  # of a loss that is a view
     return [*of_trainer(folder), *of_accelerate(f"{folder}/accelerate")]
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaForCausalLM, TrainerCallback
@@ -167,6 +168,34 @@ def test_projections_are_in_the_checkpoint_and_a_resumed_run_goes_on_exactly(tmp
     for one, other in zip(whole.state.log_history, rest.state.log_history, strict=True):
         shared = {"loss", "grad_norm", *TERMS} & one.keys()
         assert {name: one[name] for name in shared} == {name: other[name] for name in shared}
+
+
+def test_of_a_student_with_adapters_they_alone_are_saved_and_the_run_goes_on_exactly(tmp_path):
+    """The teacher is the student's own base, which is made as before and is in no checkpoint."""
+
+    def adapted():
+        torch.manual_seed(6)
+        lora = LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        student = get_peft_model(llama(1), lora)
+        return fxdistill.wrap(student, fxdistill.base_of(student), compile=False)
+
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
+    steps |= {"learning_rate": 1e-2, "callbacks": [LossCallback(), SaveStudent()]}
+    whole = trainer(adapted(), tmp_path / "a", **steps)
+    whole.train()
+    checkpoint = tmp_path / "a" / "checkpoint-4"
+    names = load_file(checkpoint / "model.safetensors").keys()
+    assert names
+    assert all("lora_" in name for name in names)
+    assert not (checkpoint / "student" / "model.safetensors").exists()
+    rest = trainer(adapted(), tmp_path / "b", **steps)
+    rest.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    curves = [[row["loss"] for row in t.state.log_history if "loss" in row] for t in (whole, rest)]
+    assert curves[0] == curves[1]
+    alone = PeftModel.from_pretrained(llama(1), checkpoint / "student").state_dict()
+    for run in (whole, rest):
+        for name, value in run.model.student.state_dict().items():
+            assert torch.equal(value, alone[name]), name
 
 
 def test_training_compiles_once_around_evaluations_and_checkpoints(tmp_path):
