@@ -189,7 +189,7 @@ def _tap_call(
 def _flexible(original: Any) -> Any:
     """What stands in for ``flex_attention``, or for a function that takes the same arguments."""
 
-    @functools.wraps(original)
+    @functools.wraps(original, updated=())  # dynamo goes by what torch.compile writes on a function
     def standing_in(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
         for tower, path, ports in _attending():

@@ -22,15 +22,16 @@ from mesh_steps import aot
 from toys import AOT, MODES, assert_same_gradients, gradients
 
 LENGTH, WIDTH, WINDOW = 9, 16, 4
+compiled_flex_attention: Any = torch.compile(flex_attention, backend="aot_eager")
 pytestmark = pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
 
 
 class Attends(nn.Module):
     """Grouped queries, left padding, a sliding window; ``bent``: a softcap and a learned bias."""
 
-    def __init__(self, heads: int, *, bent: bool = False) -> None:
+    def __init__(self, heads: int, *, bent: bool = False, compiled: bool = False) -> None:
         super().__init__()
-        self.heads, self.few = heads, heads // 2
+        self.heads, self.compiled = heads, compiled
         self.q, self.out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.kv = nn.Linear(WIDTH, WIDTH)
         self.bias = nn.Parameter(torch.randn(heads, LENGTH, LENGTH)) if bent else None
@@ -49,7 +50,8 @@ class Attends(nn.Module):
 
         mask = create_block_mask(mask_mod, len(x), None, LENGTH, LENGTH, device="cpu")
         q, k, v = self.parts(x)
-        h = flex_attention(q, k, v, score_mod, mask, enable_gqa=True)
+        attend = compiled_flex_attention if self.compiled else flex_attention
+        h = attend(q, k, v, score_mod, mask, enable_gqa=True)
         return self.out(h.transpose(1, 2).flatten(2))
 
     def map(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -105,7 +107,12 @@ def trains(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(of_torch, "_validate_device", lambda *_: None)
 
 
-OPTIONS = {"mask": {}, "score_mod": {"bent": True}, "checkpoint": {"bent": True, "remat": True}}
+OPTIONS = {
+    "mask": {},
+    "compiled": {"compiled": True},
+    "score_mod": {"bent": True},
+    "checkpoint": {"bent": True, "remat": True},
+}
 
 
 @MODES
