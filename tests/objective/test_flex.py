@@ -208,7 +208,9 @@ def test_a_call_in_another_file_is_an_error_that_says_so(trains: None) -> None:
 
 @pytest.mark.slow  # transformers compiles flex_attention itself
 @pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")
-@pytest.mark.parametrize(("name", "compile"), [("llama", "regional"), ("gemma2", False)])
+@pytest.mark.parametrize(
+    ("name", "compile"), [("llama", "regional"), ("gemma2", False), ("mistral", AOT)]
+)
 def test_teachers_of_transformers(name: str, compile: Any) -> None:
     """The student makes its map, or has SDPA; Gemma 2 has a softcap, which is a score_mod."""
     case = cases.CASES[name]
