@@ -152,6 +152,13 @@ def test_ports_of_its_parts(trains: None) -> None:
         torch.testing.assert_close(out.loss, (each * MASK).sum() / MASK.sum())
 
 
+def test_report(trains: None) -> None:
+    report = distilled(*models(bent=True), AOT).report(**CALL)
+    assert [line.name for line in report.terms] == ["features"]
+    assert report.flops.teacher > 0
+    assert not report.casts
+
+
 def test_block_masks_of_blocks_alone(trains: None) -> None:
     """What ``from_kv_blocks`` leaves out is masked, though its mask_mod says nothing of it."""
     count, indices = torch.ones(1, 1, 2, dtype=torch.int32), torch.tensor([[[[0, 1], [1, 0]]]])
