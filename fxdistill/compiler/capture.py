@@ -29,6 +29,7 @@ from fxdistill.errors import FxDistillError
 from fxdistill.graph.halves import Halves
 from fxdistill.graph.joint import JointProgram
 from fxdistill.graph.program import Program
+from fxdistill.models.flex_masks import traceable_masks
 from fxdistill.models.tap import Tap
 from fxdistill.taps.hooks import hooked
 from fxdistill.taps.markers import begin
@@ -113,7 +114,8 @@ def _dynamo_settings() -> Iterator[None]:
     quiet = {*config.ignore_logger_methods, *(method for method in once if method is not None)}
     limit = max(config.recompile_limit, RECOMPILE_LIMIT)
     # Under DDP, dynamo would split the graph into buckets before our backend gets it.
-    with config.patch(recompile_limit=limit, ignore_logger_methods=quiet, optimize_ddp=False):
+    settings = {"recompile_limit": limit, "ignore_logger_methods": quiet, "optimize_ddp": False}
+    with traceable_masks(), config.patch(**settings):
         yield
 
 

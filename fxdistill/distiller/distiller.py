@@ -156,6 +156,7 @@ class Distiller(StudentFace, Saved, Looking):
         num_items: Tensor | float | None = None,
         num_items_in_batch: Tensor | float | None = None,
         num_feature_items: Tensor | float | None = None,
+        num_head_items: Mapping[str, Tensor | float] | None = None,
         weights: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> DistillOutput:
@@ -170,11 +171,12 @@ class Distiller(StudentFace, Saved, Looking):
                 over several batches. Feature terms weigh by this batch's share of it.
             num_items_in_batch: The same, as trainers call it.
             num_feature_items: The denominator of feature terms.
+            num_head_items: The denominators of the terms of heads, by their names.
             weights: By name, what ``Match(weights=...)`` asks for: which samples or places count.
             kwargs: Inputs of the models whose ``forward`` takes them. ``student_inputs`` and
                 ``teacher_inputs`` are dicts, laid over the others for one model.
         """
-        counts = (num_items, num_items_in_batch, num_feature_items)
+        counts = (num_items, num_items_in_batch, num_feature_items, num_head_items)
         own = (labels, loss_mask, token_weights, *counts, weights)
         named = zip(CALL_KEYWORDS, own, strict=True)
         kwargs.update({name: value for name, value in named if value is not None})

@@ -12,6 +12,7 @@ from fxdistill.models.devices import check_devices, check_same_device
 from fxdistill.models.modes import settle_modes
 from fxdistill.models.tap import Tower
 from fxdistill.objective.call import Call
+from fxdistill.objective.denominators import check_counted_heads
 from fxdistill.objective.named_weights import check_names
 from fxdistill.objective.objective import Objective
 from fxdistill.objective.tokens import TOKEN_FIELDS
@@ -90,6 +91,7 @@ def check_call(towers: Towers, objective: Objective, call: Call) -> None:
     for name, head in towers.beside.heads.items():
         check_same_device(main, head, f"head {name!r}")
     check_names(objective.features, call.batch)
+    check_counted_heads(objective.heads, call.batch)
     settle(towers, objective)
 
 

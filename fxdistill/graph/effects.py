@@ -137,7 +137,7 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
             result = func(*args, **kwargs)
-            if _may_write(result, (args, kwargs)):
+            if func.name() not in _PURE and _may_write(result, (args, kwargs)):
                 self.written |= _storages((args, kwargs))
             return result
         for index, argument in enumerate(func._schema.arguments):
@@ -148,6 +148,10 @@ class _Watch(TorchDispatchMode):
             # The schemas of some batch norms do not say that they write running statistics.
             self.written |= _storages(args[3:5])
         return func(*args, **kwargs)
+
+
+# Torch refuses functions in these that write; one runs for all places at once, and not by itself.
+_PURE = ("flex_attention", "flex_attention_backward")
 
 
 def _may_write(result: Any, given: Any) -> bool:
@@ -251,6 +255,9 @@ class _Runner(fx.Interpreter):
         if target is CHECKPOINT:
             body, *inputs = args
             return _Runner(body, self.effects, self.watch).run(*inputs)
+        if isinstance(target, HigherOrderOperator) and target.name() in _PURE:
+            with torch.no_grad():  # its autograd would take the fake mode of the lowering
+                return super().call_function(target, args, kwargs)
         return super().call_function(target, args, kwargs)
 
 

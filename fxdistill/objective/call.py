@@ -27,6 +27,7 @@ CALL_KEYWORDS = (
     "num_items",
     "num_items_in_batch",
     "num_feature_items",
+    "num_head_items",
     "weights",
 )
 
@@ -116,7 +117,7 @@ def _batch(
     model = models[main]
     device = device_of(model)
     items = own.get("num_items", own.get("num_items_in_batch"))
-    feature_items = own.get("num_feature_items")
+    feature_items, head_items = own.get("num_feature_items"), own.get("num_head_items", {})
     seen = _by_name(model, inputs[main])
     labels = own.get("labels")
     grid = _grid(model, inputs[main].args, seen, own, task)
@@ -136,6 +137,7 @@ def _batch(
         decoder_tokens=_tensor(labels) if grid.decoder_tokens is None else grid.decoder_tokens,
         decoder_mask=grid.decoder_mask,
         named=own.get("weights"),
+        head_items={name: scalar(n, device) for name, n in head_items.items()} or None,
         others={tower: found for tower, found in others.items() if _differs(found, grid)} or None,
     )
 
@@ -184,8 +186,15 @@ def _require_tensors(own: Mapping[str, Any]) -> None:
         if not isinstance(own.get(name, _NOTHING), Tensor):
             raise BatchError(f"{name} is a {type(own[name]).__name__}, not a tensor")
     _require_named_weights(own.get("weights"))
-    for name in ("num_items", "num_items_in_batch", "num_feature_items"):
-        value = own.get(name)
+    of_heads = own.get("num_head_items", {})
+    if not isinstance(of_heads, Mapping):
+        raise BatchError(
+            "num_head_items is a dict of numbers by the names of heads=, not "
+            f"{type(of_heads).__name__}"
+        )
+    numbers = {f"num_head_items[{name!r}]": value for name, value in of_heads.items()}
+    numbers |= {name: own.get(name) for name in _NUMBERS}
+    for name, value in numbers.items():
         if isinstance(value, Tensor) and value.numel() != 1:
             raise BatchError(
                 f"{name} has shape {list(value.shape)}: one number, the count of all items "
@@ -215,6 +224,7 @@ def _require_named_weights(given: Any) -> None:
 
 
 _NOTHING = torch.empty(0)
+_NUMBERS = ("num_items", "num_items_in_batch", "num_feature_items")
 
 
 def _by_name(model: nn.Module, inputs: Inputs) -> dict[str, Any]:

@@ -1,12 +1,16 @@
 """What a term is divided by: its own Σ w, Σ w over ranks, or a given number of items."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fxdistill.base.nodes import one_node
 from fxdistill.base.ranks import Ranks, items_of
+from fxdistill.errors import BatchError
 from fxdistill.losses.reduce import IGNORE
 from fxdistill.models.conventions import Task
+from fxdistill.objective.term import HeadTerm
 from fxdistill.objective.tokens import Batch, prediction_weights
 
 
@@ -22,8 +26,9 @@ def denominator(
 def items_elsewhere(given: Tensor, weights: Tensor, counts: Tensor, ranks: Ranks | None) -> Tensor:
     """The denominator of Σ w·v where the ``given`` items count other things than w does.
 
-    A speech model predicts frames, and its labels are fewer: the mean over the frames of a batch
-    weighs by the batch's share of the labels.
+    A speech model predicts frames, and its labels are fewer; a head that looks two tokens ahead
+    predicts fewer than there are next tokens. The mean of v over a batch weighs by the batch's
+    share of what is counted.
     """
     count = over_all(counts, ranks)
     items = over_all(weights, ranks) * given / count.clamp(min=1)
@@ -57,6 +62,17 @@ def of_features(
     if counted is None:
         return batch.num_items, None
     return None, over_items(over_all(counted, ranks), None, 1, batch.num_items)
+
+
+def check_counted_heads(heads: Sequence[HeadTerm], batch: Batch) -> None:
+    """Raise BatchError where a call counts the items of a head that there is not."""
+    known = [head.name for head in heads]
+    for name in batch.head_items or {}:
+        if name not in known:
+            raise BatchError(
+                f"num_head_items={{{name!r}: ...}}: there is no head of that name; heads= has "
+                f"{', '.join(map(repr, known)) or 'none'}."
+            )
 
 
 def rescaled(value: Tensor, weights: Tensor | None, count: int, items: Tensor | None) -> Tensor:

@@ -25,13 +25,22 @@ Lookup = Callable[[Tower, Tap], Any]  # to a tensor, or to Attention for the por
 
 
 class Step(NamedTuple):
-    """What the terms of one step share; ``counted`` are the weights of the predictions, if any."""
+    """What the terms of one step share; ``counted`` are the weights of the predictions, if any.
+
+    ``weighed`` has the batch with the importance of positions, for each model whose terms take it.
+    """
 
     batch: Batch
     task: Task | None
     beside: Beside
     ranks: Ranks | None
     counted: Tensor | None
+    weighed: Mapping[Tower, Batch]
+
+    def of(self, term: Term) -> "Step":
+        """The step as a term sees it, whose tokens weigh what the model that learns gives them."""
+        batch = self.weighed.get(term.of[0])
+        return self if batch is None else self._replace(batch=batch)
 
 
 class Compared(NamedTuple):
@@ -60,12 +69,13 @@ def feature_terms(terms: Sequence[Term], lookup: Lookup, step: Step) -> Mapping[
     losses = {}
     pairs: list[Compared] = []
     for term in terms:
-        values = (attended if term.of_attention else compared)(term, lookup, step)
+        own = step.of(term)
+        values = (attended if term.of_attention else compared)(term, lookup, own)
         if term.in_pairs:
             pairs.append(values)
         elif term.kind.sees in ("samples together", "whole maps"):
             mean = _between_samples if term.kind.sees == "samples together" else _over_samples
-            loss = mean(term, values, step)
+            loss = mean(term, values, own)
             part = share if given is None else _share_of_items(values, given, step.ranks)
             losses[term.name] = loss if part is None else loss * part
         else:

@@ -33,9 +33,15 @@ class Head:
 
     Its terms are ``name:logits`` (where ``logit_weight`` is not 0) and ``name:labels``; the total
     gains logit_weight · L + label_weight · L under ``wrap``'s weights of the same names, with its
-    losses and τ. A call's ``num_items`` is the denominator of its terms too. Of a student that
-    predicts several tokens (MTP; Gloeckle et al., 2024) every head learns from labels, and by
-    default only its first, the student's own logits, from the teacher.
+    losses and τ. Of a student that predicts several tokens (MTP; Gloeckle et al., 2024) every head
+    learns from labels, and by default only its first, the student's own logits, from the teacher.
+
+    A term is the mean over the predictions of the head that count. Where gradients are accumulated,
+    a call's ``num_items`` counts those of the next token, of which a head that looks further ahead
+    makes fewer. Its term is then its mean over the micro-batch times the micro-batch's share of
+    ``num_items``: these add up to one mean where all micro-batches have as many predictions of the
+    head for each of the next token (rows of one length), and nearly so elsewhere. They do so
+    always with ``num_head_items={name: the head's own number}``.
 
     Args:
         logits: The value, as a path of the student with a port: ``"blocks.3"`` is the output of

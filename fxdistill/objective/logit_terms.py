@@ -64,8 +64,9 @@ class LogitStep(NamedTuple):
 class Predictions(NamedTuple):
     """Logits that learn, and the weight of each prediction.
 
-    ``items`` is the denominator, where it is not the sum of the weights. ``counts`` is what a given
-    number of items counts: the predictions, or the labels where these have a grid of their own.
+    ``items`` is the denominator, where it is not the sum of the weights. ``given`` is the number of
+    items that the call brings, and ``counts`` what it counts: these predictions, the labels where
+    these have a grid of their own, or of a head that looks further ahead those of the next token.
     ``shift`` is how many places ahead a causal model predicts.
     """
 
@@ -73,13 +74,15 @@ class Predictions(NamedTuple):
     task: Task | None
     weights: Tensor
     items: Tensor | None
+    given: Tensor | None
     counts: Tensor
     shift: int = 1
 
-    def by(self, factors: Tensor, given: Tensor | None, ranks: Ranks | None) -> "Predictions":
-        """The predictions with their importance; a ``given`` number of items stays what it is."""
-        weights = with_importance(self.weights, factors)
-        items = self.items if given is not None else denominator(None, weights, 0, ranks, factors)
+    def by(self, factors: Tensor, ranks: Ranks | None) -> "Predictions":
+        """The predictions with their importance; a given number of items stays what it is."""
+        weights, items = with_importance(self.weights, factors), self.items
+        if self.given is None:
+            items = denominator(None, weights, 0, ranks, factors)
         return self._replace(weights=weights, items=items)
 
 
@@ -92,24 +95,34 @@ class Found(NamedTuple):
     factors: Tensor | None = None
 
 
-def predictions(logits: Tensor, step: LogitStep, shift: int = 1) -> Predictions:
-    """The weights of the predictions that ``logits`` are."""
+def predictions(
+    logits: Tensor, step: LogitStep, shift: int = 1, items: Tensor | None = None
+) -> Predictions:
+    """The weights of the predictions that ``logits`` are; ``items`` counts these, if it is given.
+
+    The batch's own number of items counts predictions of the next token, and a head that looks
+    further ahead makes fewer: its mean is weighed by the batch's share of the former.
+    """
     rules, batch = step.rules, step.batch
     task = rules.task or ("classification" if logits.ndim == 2 else None)
     if rules.own_losses:
         require_vocabulary_last(logits, task)
         require_numbers_of_classes(batch.labels)
     require_task(task, logits, batch)
-    counts = None
+    given, counts, own = items, None, batch
+    if given is None:
+        given = batch.num_items
     if (labels := batch.labels) is not None and rules.labels_apart(labels, logits):
-        counts, batch = (labels != IGNORE).float(), batch._replace(labels=None)
-    weights = prediction_weights(batch, task, logits, shift)
-    if counts is None or batch.num_items is None:
-        items = denominator(batch.num_items, weights, 0, rules.ranks, logits)
+        counts, own = (labels != IGNORE).float(), batch._replace(labels=None)
+    elif shift > 1 and batch.num_items is not None and items is None:
+        counts = prediction_weights(batch, task, logits)
+    weights = prediction_weights(own, task, logits, shift)
+    if counts is None or given is None:
+        items = denominator(given, weights, 0, rules.ranks, logits)
     else:
-        items = items_elsewhere(batch.num_items, weights, counts, rules.ranks)
+        items = items_elsewhere(given, weights, counts, rules.ranks)
     counts = weights if counts is None else counts
-    return Predictions(logits, task, weights, items, counts, shift)
+    return Predictions(logits, task, weights, items, given, counts, shift)
 
 
 def logit_term(term: LogitTerm, made: Predictions, step: LogitStep) -> Found:
@@ -137,7 +150,8 @@ def head_terms(
         module, rules = step.beside.heads[head.name], step.rules
         value = made_logits(module, value, step.batch, rules.task, rules.ranks)
     require_head(value, head.name, own, head.has_module)
-    made, found = predictions(value, step, head.shift), []
+    items = (step.batch.head_items or {}).get(head.name)
+    made, found = predictions(value, step, head.shift, items), []
     if (logits := head.logits) is not None:
         targets = [step.lookup(*end) for end in head.targets]
         ahead = head.shift - 1 if head.target == LOGITS and made.task == "causal_lm" else 0
@@ -170,12 +184,12 @@ def _divergence(
         s, teachers = on_every_rank(s), tuple(map(on_every_rank, teachers))
     if term.constant:
         teachers = tuple(t.detach() for t in teachers)
-    given, factors = step.batch.num_items, None
+    factors = None
     targets = list(teachers) if term.target == "each" else [_one_target(term, teachers, step)]
     if importance is not None:
         scores = scores_of(importance, term.loss, s, targets[0], tau, made.weights)
         factors = factors_of(importance, scores, made.weights, rules.ranks)
-        made = made.by(factors, given, rules.ranks)
+        made = made.by(factors, rules.ranks)
     loss_of = step.beside.loss_of(term, rules.ranks)
     losses = [loss_of(s, t, temperature=tau, weights=made.weights) for t in targets]
     losses = [ordinary(loss, term.name) for loss in losses]
@@ -205,7 +219,7 @@ def pooled_by(loss: Loss) -> Pooled:
 
 
 def _on_labels(term: LabelTerm, made: Predictions, step: LogitStep) -> Tensor:
-    rules, labels, given = step.rules, step.batch.labels, step.batch.num_items
+    rules, labels = step.rules, step.batch.labels
     assert labels is not None
     assert made.task is not None
     apart = rules.labels_apart(labels, made.logits)
@@ -215,7 +229,7 @@ def _on_labels(term: LabelTerm, made: Predictions, step: LogitStep) -> Tensor:
     loss = ordinary(loss_of(logits, aligned, weights=made.weights), term.name)
     if not apart:
         return rescaled(loss, made.weights, 0, made.items)
-    items = denominator(given, made.counts, 0, rules.ranks, loss)
+    items = denominator(made.given, made.counts, 0, rules.ranks, loss)
     return rescaled(loss, made.counts, 0, items)
 
 

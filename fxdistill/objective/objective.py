@@ -39,8 +39,8 @@ from fxdistill.objective.tokens import Batch
 class Losses(NamedTuple):
     """The total, with gradients, and the unweighted terms by name, without gradients.
 
-    ``metrics`` says what else the step has found: "kept", where importance drops predictions
-    (elsewhere the output says that all are kept).
+    ``metrics`` says what else the step has found: "kept", where importance drops predictions (of
+    several students the mean; elsewhere the output says that all are kept).
     """
 
     total: Tensor
@@ -190,20 +190,21 @@ class Objective:
         weights = StepWeights.of(settings, self.names)
         parts: list[Tensor] = []
         terms: dict[str, Tensor] = {}
-        metrics: dict[str, Tensor] = {}
+        kept: list[Tensor] = []
         step = LogitStep(lookup, batch, weights, beside, self._rules)
         first: Predictions | None = None
-        weighed = batch  # with the importance of positions, where features have it too
+        weighed: dict[Tower, Batch] = {}  # with importance, of models whose features have it too
         for tower in self._predicting:
             made = predictions(lookup(tower, LOGITS), step)
             first = made if first is None else first
             for name, weight, loss, factors in self._of_tower(tower, made, step):
                 parts.append(weight * loss)
                 terms[name] = loss.detach()
-                if factors is not None and self.importance is not None and weighed is batch:
-                    if self.importance.drops:
-                        metrics["kept"] = kept_share(factors, made.weights, self.ranks)
-                    weighed = batch.weighed(factors) if self.importance.features else batch
+                if factors is None or self.importance is None or tower in weighed:
+                    continue
+                if self.importance.drops:
+                    kept.append(kept_share(factors, made.weights, self.ranks))
+                weighed[tower] = batch.weighed(factors) if self.importance.features else batch
         for head in self.heads:
             own = None if first is None else first.logits
             of_head, found = head_terms(head, step, own)
@@ -213,7 +214,7 @@ class Objective:
         task = self.task if first is None else first.task
         counted = None if first is None else first.counts
         if self.features:
-            of_features = Step(weighed, task, beside, self.ranks, counted)
+            of_features = Step(batch, task, beside, self.ranks, counted, weighed)
             named = feature_terms(self.features, lookup, of_features)
             weighted = [w * loss for w, loss in zip(weights.matches, named.values(), strict=True)]
             mean = torch.stack(weighted).sum() / len(weighted)
@@ -223,7 +224,7 @@ class Objective:
         total = torch.stack(parts).sum() if parts else anchor.reshape(-1)[:1].sum() * 0.0
         if self.ranks is not None:
             total, terms = together(total, terms, self.ranks)
-        return Losses(total, terms, metrics)
+        return Losses(total, terms, {"kept": _mean(kept)} if kept else {})
 
     @property
     def _rules(self) -> Rules:
@@ -238,6 +239,11 @@ class Objective:
         on_labels = [term for term in self.labels if term.student == tower]
         found = [logit_term(term, made, step) for term in divergences]
         return found + [label_term(term, made, step) for term in on_labels]
+
+
+def _mean(shares: list[Tensor]) -> Tensor:
+    """The mean over students of the share of predictions that is kept."""
+    return shares[0] if len(shares) == 1 else torch.stack(shares).mean()
 
 
 def together(

@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
     Only the first two sizes of ``tokens`` and ``decoder_tokens`` are read. ``others`` has the
     models whose own inputs (``teacher_inputs``) are of other tokens. ``named`` are the weights that
-    ``Match(weights=...)`` asks for.
+    ``Match(weights=...)`` asks for, ``head_items`` the numbers of items of heads by name.
     """
 
     labels: Tensor | None = None
@@ -51,6 +51,7 @@ class Batch(NamedTuple):
     decoder_mask: Tensor | None = None
     others: Mapping[Tower, Grid] | None = None
     named: Mapping[str, Tensor] | None = None
+    head_items: Mapping[str, Tensor] | None = None
 
     def of(self, tower: Tower) -> "Batch":
         """The batch as ``tower`` sees it: with the tokens of its own inputs, if it has others.

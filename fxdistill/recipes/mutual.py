@@ -84,7 +84,8 @@ def mutual(
         feature_weight: As in ``wrap``.
         task: As in ``wrap``; the first student's is taken.
         vocab_size: As in ``wrap``.
-        importance: As in ``wrap``.
+        importance: As in ``wrap``. Each student's own scores weigh what it learns, also from
+            features.
         example_inputs: As in ``wrap``.
         compile: As in ``wrap``.
         outputs: As in ``wrap``; the logits are the first student's.

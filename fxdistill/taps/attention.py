@@ -2,8 +2,8 @@
 
 For the time of a step another function stands in its place, in ``torch.nn.functional``. It calls
 the original with the very same arguments, and then taps them for the modules that run and are to be
-tapped: hooks say which these are. A module that makes its map itself, and returns it as its second
-output, is tapped there.
+tapped: hooks say which these are. So it is with ``flex_attention`` (see ``flex.py``). A module that
+makes its map itself, and returns it as its second output, is tapped there.
 
 A hook alone would not see the call, and dynamo lets no code in a checkpointed region enter a
 ``TorchFunctionMode``. What is no tensor (the scale, whether it is causal) becomes one, so that
@@ -13,6 +13,7 @@ it reaches the terms as other values do.
 import functools
 import threading
 import types
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxdistill.base.attention import Attention, of_queries
+from fxdistill.base.saved import apart
 from fxdistill.base.tensors import wide
 from fxdistill.errors import PortError, TapError
 from fxdistill.models.tap import ATTENTION, Tap, Tower
+from fxdistill.taps import flex
 from fxdistill.taps.markers import check, tap, tapped
 from fxdistill.taps.table import TapTable, active
 
@@ -130,7 +133,8 @@ def _no_attention(tower: Tower, path: str, makes: str) -> str:
         f"{module} has no attention to tap: it does not call {calls}, and its second output is no "
         "map [B, heads, queries, keys]. Name the module that attends (fxdistill.module_names lists "
         "them); with Hugging Face load the model with attn_implementation='sdpa', or with 'eager', "
-        "whose attention returns its map. What flex_attention computes is not read."
+        "whose attention returns its map. A call of flex_attention is read where Hugging Face's "
+        "models make it, and in the file of the module's class, not in other files."
     )
 
 
@@ -181,6 +185,50 @@ def _tap_call(
             tap(x.transpose(1, 2).flatten(2), tower, path, f"{ATTENTION}.{name}")
 
 
+@functools.cache
+def _flexible(original: Any) -> Any:
+    """What stands in for ``flex_attention``, or for a function that takes the same arguments."""
+
+    @functools.wraps(original, updated=())  # dynamo goes by what torch.compile writes on a function
+    def standing_in(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        for tower, path, ports in _attending():
+            _tap_flex(tower, path, ports, output, *args, **kwargs)
+        return output
+
+    return standing_in
+
+
+def _tap_flex(
+    tower: Tower,
+    path: str,
+    ports: tuple[str, ...],
+    output: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Any = None,
+    block_mask: Any = None,
+    scale: float | None = None,
+    *_: Any,
+    **options: Any,
+) -> None:
+    """Tap a call of ``flex_attention``; its queries are always ``[B, heads, queries, width]``."""
+    score_mod, block_mask = (
+        options.get("score_mod", score_mod),
+        options.get("block_mask", block_mask),
+    )
+    output = output if isinstance(output, Tensor) else output[0]
+    of_parts, mask = ports, None
+    if ATTENTION in ports:
+        mask = flex.mask_of(block_mask, query, key)
+        if not flex.leaves_scores(score_mod, query):
+            made = flex.map_of if torch.compiler.is_compiling() else apart(flex.map_of)
+            tap(made(query, key, mask, scale, score_mod), tower, path, _MAP)
+            of_parts = tuple(port for port in ports if port != ATTENTION)
+    _tap_call(tower, path, of_parts, output, query, key, value, mask, scale=scale)
+
+
 @check
 def _reject_axes(tower: Tower, path: str, ports: tuple[str, ...], query: Tensor) -> None:
     if (table := active()) is not None and table.section == tower:
@@ -214,6 +262,25 @@ _seen_through.__kwdefaults__ = _multi_head.__kwdefaults__
 
 _lock = threading.Lock()
 _steps = [0]  # how many steps have it stand in, in all threads
+_flex: dict[tuple[int, str], tuple[int, flex.Place, Any]] = {}  # steps, where, and what stood there
+
+
+def _bend(place: flex.Place) -> flex.Place:
+    """Let what stands at ``place`` be tapped, once more."""
+    names, key = place
+    steps, _, before = _flex.get((id(names), key), (0, place, names[key]))
+    _flex[id(names), key] = steps + 1, place, before
+    names[key] = _flexible(before)
+    return place
+
+
+def _straighten(place: tuple[int, str]) -> None:
+    """Put back what stood there, unless another step still needs it."""
+    steps, (names, key), before = _flex.pop(place)
+    if steps > 1:
+        _flex[place] = steps - 1, (names, key), before
+    else:
+        names[key] = before
 
 
 class StandIn:
@@ -221,12 +288,13 @@ class StandIn:
 
     Threads whose step taps nothing go through to the original. ``nn.MultiheadAttention`` calls it
     too, unless it may take one operator for all that it does: frozen, in eval mode. That is
-    switched off.
+    switched off. ``modules`` are those whose attention is tapped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         global _original, _one_operator
         with _lock:
+            self._places = [(id(names), key) for names, key in map(_bend, flex.bound_to(modules))]
             if _steps[0] == 0:
                 _original = F.scaled_dot_product_attention
                 _one_operator = torch.backends.mha.get_fastpath_enabled()
@@ -239,6 +307,8 @@ class StandIn:
     def remove(self) -> None:
         """Put the original back, unless another step still needs it."""
         with _lock:
+            for place in self._places:
+                _straighten(place)
             _steps[0] -= 1
             if _steps[0] == 0:
                 F.scaled_dot_product_attention = _original

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
+from fxdistill.base.saved import apart
 from fxdistill.errors import TapError
 from fxdistill.models.tap import Reader, Tap, Tower
 from fxdistill.taps import attention
@@ -76,19 +76,6 @@ def _compute(
     reject(tower, path, port, text)
 
 
-def _apart(reads: Reader) -> Reader:
-    """Keep what a function saves for its backward out of a checkpoint that runs around it.
-
-    A checkpoint runs its body again in the backward, when hooks are gone, and would miss it.
-    """
-
-    def computed(*call: Any) -> Tensor:
-        with saved_tensors_hooks(lambda x: x, lambda x: x):
-            return reads(*call)
-
-    return computed
-
-
 def _no_port(value: Any, tower: Tower, path: str, port: str) -> str:
     side = "takes" if port.startswith("input") else "returns"
     if isinstance(value, Mapping):
@@ -125,7 +112,8 @@ def hooked(
         handles += _watch_styles(model) if styles else []
         wanted = tuple(dict.fromkeys((tap.path, tap.port, tap.reads) for tap in taps))
         if any(attention.is_of_attention(port) for _, port, _ in wanted):
-            handles.append(attention.StandIn())
+            paths = {path for path, port, _ in wanted if attention.is_of_attention(port)}
+            handles.append(attention.StandIn(map(model.get_submodule, paths)))
         if traced and plan is not None:
             plan = plan if plan.is_for(model, wanted) else plan.made(model, tower, wanted)
             handles.append(plan)
@@ -133,7 +121,7 @@ def hooked(
         else:
             for path, ports, computes in _by_module(wanted):
                 module, port = model.get_submodule(path), ports[0]
-                reads = computes if traced or computes is None else _apart(computes)
+                reads = computes if traced or computes is None else apart(computes)
                 if not traced:
                     _reject_compiled_parents(model, tower, path)
                 if traced or not compiles_itself(module):

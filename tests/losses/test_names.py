@@ -9,6 +9,8 @@ from fxdistill import losses
 from fxdistill.losses.fused.formulas import DIVERGENCES
 from fxdistill.losses.names import FEATURE_LOSSES, LABEL_LOSSES, LOGIT_LOSSES, OF_PLACES
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_every_loss_of_places_is_in_the_oracle_and_in_the_matrix_of_placements():
     of_places = {f.__name__ for f in OF_PLACES} - {"detection_box"}  # smooth_l1, of boxes
@@ -27,10 +29,37 @@ def test_every_loss_by_name_is_public():
     assert all(getattr(losses, name).__doc__ for name in names)
 
 
+def code_of(page: str, anchor: str) -> str:
+    """The Python that runs in one section of the guide (see ``tests/test_docs.py``)."""
+    found, inside, runs = [], False, False
+    for line in (ROOT / "docs" / page).read_text("utf-8").splitlines():
+        if line.startswith("## "):
+            title = re.sub(r"[^\w -]", "", line[3:]).lower()
+            inside = re.sub(r"[ -]+", "-", title) == anchor
+        elif line.startswith("```"):
+            runs = line == "```python"
+        elif inside and runs:
+            found.append(line)
+    return "\n".join(found)
+
+
+def test_every_row_of_methods_has_a_script_or_code_of_the_guide_that_names_it():
+    text = (ROOT / "docs" / "methods.md").read_text("utf-8")
+    rows = [line.split("|") for line in text.splitlines() if "`tests/" in line and line[0] == "|"]
+    assert len(rows) > 40
+    for _, _, said, _, _, example, _ in rows:
+        linked = re.findall(r"\]\(([\w-]+\.md)#([\w-]+)\)", example)
+        assert linked or ".py`" in example, said
+        names = re.findall(r'`(?:presets\.)?(\w+)`|Importance\("(\w+)"', said)
+        for page, anchor in linked:
+            code = code_of(page, anchor)
+            for name in filter(None, (a or b for a, b in names)):
+                assert re.search(rf"\b{name}\b", code), (name, page, anchor)
+
+
 def test_every_loss_stands_in_the_table_of_methods_with_a_test_and_a_place_in_the_guide():
     """Links are held by the build of the site; paths by this."""
-    root = Path(__file__).parents[2]
-    text = (root / "docs" / "methods.md").read_text("utf-8")
+    text = (ROOT / "docs" / "methods.md").read_text("utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
     for name in {**FEATURE_LOSSES, **LOGIT_LOSSES, **LABEL_LOSSES}:
         (row,) = (row for row in rows if f"`{name}`" in row and "`schedules." not in row)
@@ -39,10 +68,10 @@ def test_every_loss_stands_in_the_table_of_methods_with_a_test_and_a_place_in_th
         assert ".md#" in guide, name
         scripts = re.findall(r"`(\w+\.py)`", example)
         for script in scripts:
-            used = (root / "examples" / script).read_text("utf-8")
+            used = (ROOT / "examples" / script).read_text("utf-8")
             assert name in used or name in ("forward_kl", "cross_entropy"), (name, script)
     for path in re.findall(r"`(tests/[\w/]+\.py)`", text):
-        assert (root / path).is_file(), path
+        assert (ROOT / path).is_file(), path
     for script in re.findall(r"`(\w+\.py)`", text):
-        known = [*(root / "examples").glob(script), *(root / "tests").rglob(script)]
+        known = [*(ROOT / "examples").glob(script), *(ROOT / "tests").rglob(script)]
         assert known, script

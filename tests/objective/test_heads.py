@@ -10,6 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import fxdistill
 from fxdistill import Head, errors
+from mesh_steps import aot
 from toys import AOT, MODES, VOCABULARY, WIDTH, Toy, assert_same_gradients, gradients, tokens
 
 TAU = 2.0
@@ -68,36 +69,23 @@ def padded():
     return ids, mask, torch.where(mask == 1, ids, -100)
 
 
-@MODES
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "module"])
-def test_heads_that_predict_further(compile, tied):
-    """MTP: labels for every head, the teacher for the second by choice, of the same token."""
-    student, teacher = further(tied=tied)
-    plain, (ids, mask, labels) = copy.deepcopy(student), padded()
-    distiller = fxdistill.wrap(
-        student,
-        teacher,
-        heads={
-            "second": Head(":mtp_logits[0]", shift=2, logit_weight=0.3, label_weight=0.6),
-            "third": Head(":output.mtp_logits[1]", shift=3),
-            "paired": Head(
-                ":mtp_logits[1]",
-                shift=3,
-                teacher=":mtp_logits[1]",
-                logit_weight=0.1,
-                label_weight=0,
-            ),
-        },
-        logit_weight=0.5,
-        label_weight=0.8,
-        temperature=TAU,
-        task="causal_lm",
-        compile=compile,
-    )
-    out = distiller(ids, attention_mask=mask, labels=labels)
-    out.loss.backward()
+HEADS = {
+    "second": Head(":mtp_logits[0]", shift=2, logit_weight=0.3, label_weight=0.6),
+    "third": Head(":output.mtp_logits[1]", shift=3),
+    "paired": Head(
+        ":mtp_logits[1]", shift=3, teacher=":mtp_logits[1]", logit_weight=0.1, label_weight=0
+    ),
+}
 
-    s = plain(ids)
+
+def with_heads(student, teacher, compile):
+    options = {"logit_weight": 0.5, "label_weight": 0.8, "temperature": TAU, "task": "causal_lm"}
+    return fxdistill.wrap(student, teacher, heads=HEADS, compile=compile, **options)
+
+
+def expected(student, teacher, ids, mask):
+    """The terms of ``with_heads`` and the total, token by token."""
+    s = student(ids)
     with torch.no_grad():
         t = teacher(ids)
     second, third = s["mtp_logits"]
@@ -112,12 +100,64 @@ def test_heads_that_predict_further(compile, tied):
     }
     total = 0.5 * (want["logits"] + 0.3 * want["second:logits"] + 0.1 * want["paired:logits"])
     total = total + 0.8 * (want["labels"] + 0.6 * want["second:labels"] + want["third:labels"])
+    return want, total
+
+
+@MODES
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "module"])
+def test_heads_that_predict_further(compile, tied):
+    """MTP: labels for every head, the teacher for the second by choice, of the same token."""
+    student, teacher = further(tied=tied)
+    plain, (ids, mask, labels) = copy.deepcopy(student), padded()
+    distiller = with_heads(student, teacher, compile)
+    out = distiller(ids, attention_mask=mask, labels=labels)
+    out.loss.backward()
+    want, total = expected(plain, teacher, ids, mask)
     total.backward()
     assert set(out.losses) == set(want)
     for name, value in want.items():
         torch.testing.assert_close(out.losses[name], value.detach(), msg=name)
     torch.testing.assert_close(out.loss, total)
     assert_same_gradients(gradients(student), gradients(plain))
+
+
+@MODES
+@pytest.mark.parametrize("counted_apart", [True, False])
+def test_accumulation_equals_one_large_batch(compile, counted_apart):
+    """A head that looks k tokens ahead makes fewer predictions than ``num_items`` counts.
+
+    Rows of one length have as many of its predictions for each of the next token, others not: then
+    the call says how many there are.
+    """
+    student, teacher = further()
+    plain, (ids, mask, _) = copy.deepcopy(student), padded()
+    mask = mask if counted_apart else torch.ones_like(mask)
+    lengths = mask.sum(1)
+    items = {"num_items": (lengths - 1).sum()}
+    if counted_apart:
+        further_on = {name: (lengths - head.shift).sum() for name, head in HEADS.items()}
+        items["num_head_items"] = further_on
+    distiller = aot(with_heads(student, teacher, compile))
+    found = []
+    for rows, length in ((slice(0, 1), 7), (slice(1, 2), int(lengths[1])), (slice(2, 3), 7)):
+        part = ids[rows, :length]
+        found.append(distiller(part, labels=part, **items))
+        found[-1].loss.backward()
+    want, total = expected(plain, teacher, ids, mask)
+    total.backward()
+    for name, value in want.items():
+        got = sum(out.losses[name] for out in found)
+        torch.testing.assert_close(got, value.detach(), msg=name)
+    torch.testing.assert_close(sum(out.loss for out in found), total)
+    assert_same_gradients(gradients(student), gradients(plain))
+
+
+def test_items_of_no_head():
+    student, teacher = further()
+    distiller = with_heads(student, teacher, False)
+    for given, says in (({"fourth": 3}, "heads= has 'second', 'third'"), (3, "a dict of numbers")):
+        with pytest.raises(errors.BatchError, match=says):
+            distiller(tokens(), labels=tokens(), num_head_items=given)
 
 
 @pytest.mark.parametrize("compile", [False, AOT], ids=["eager", "graph"])

@@ -114,6 +114,40 @@ def test_one_ranks_columns_are_not_taken_for_the_vocabulary() -> None:
     run(2, local_logits)
 
 
+class InParts(torch.nn.Module):
+    """A linear layer whose inputs lie on two ranks: each rounds its part of the sum."""
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = zip(x.chunk(2, -1), self.linear.weight.chunk(2, -1), strict=True)
+        one, two = (part @ weight.T for part, weight in parts)
+        return one + two
+
+
+def low_precision(rank: int) -> None:
+    """What a teacher of low precision adds to the difference is the rounding of partial sums."""
+    mesh = init_device_mesh("cpu", (2,))
+    for kind in (torch.float16, torch.bfloat16):
+        student, teacher = towers(61)
+        teacher.to(kind)
+        for block in teacher.blocks:
+            block.down = InParts(block.down)
+        wanted = step(student, teacher, 8, False)
+        for compile in (False, AOT):
+            student, teacher = towers(61)
+            parallel(student, mesh, sequence=False)
+            parallel(teacher.to(kind), mesh, sequence=False)
+            compare(step(student, teacher, 8, compile), wanted, (kind, compile))
+
+
+@pytest.mark.slow
+def test_a_teacher_of_low_precision() -> None:
+    run(2, low_precision)
+
+
 def other_roles(rank: int) -> None:
     """Losses of sharded logits called by themselves: a teacher that learns, and float16."""
     mesh = init_device_mesh("cpu", (2,))

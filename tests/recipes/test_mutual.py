@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxdistill
-from fxdistill import Match, errors
-from toys import AOT, assert_same_gradients, gradients, tokens, toys, values
+from fxdistill import Importance, Match, errors
+from mesh_steps import aot
+from toys import AOT, MODES, assert_same_gradients, gradients, tokens, toys, values
 
 TAU, MLP = 2.0, "blocks.0.mlp"
 
@@ -71,6 +72,49 @@ def test_three_students(peers, compile):
     for name, value in want.items():
         torch.testing.assert_close(out.losses[name], value.detach(), msg=name)
     torch.testing.assert_close(out.loss, total)
+    for model, other in zip(students, plain, strict=True):
+        assert_same_gradients(gradients(model), gradients(other))
+
+
+@MODES
+def test_each_student_weighs_its_own_features(compile):
+    """Student i learns from every peer at the positions that its own scores keep."""
+    students = toys(2, 3, 1)
+    plain, ids = copy.deepcopy(students), tokens()
+    logits, features = zip(*(values(model, ids, MLP) for model in plain), strict=True)
+    scores = []
+    for z in logits:
+        log_q = F.log_softmax(z.detach()[:, :-1] / TAU, -1)
+        scores.append(-(log_q.exp() * log_q).sum(-1))
+    ordered = torch.stack(scores).flatten().sort().values
+    threshold = float(ordered[26:28].mean())  # between two scores, so that rounding moves none
+    kept = [(score > threshold).float() for score in scores]
+    shares = [float(k.mean()) for k in kept]
+    assert len(set(shares)) > 1
+
+    importance = Importance("student_entropy", threshold=threshold, features=True)
+    options = {"temperature": TAU, "label_loss": None, "task": "causal_lm", "compile": compile}
+    distiller = aot(fxdistill.mutual(students, {MLP: MLP}, importance=importance, **options))
+    out = distiller(ids, labels=ids)
+    out.loss.backward()
+
+    want, total = {}, 0.0
+    for i, z in enumerate(logits):
+        target = (sum(logits[:i] + logits[i + 1 :]) / 2 / TAU).softmax(-1).detach()[:, :-1]
+        log_q = F.log_softmax(z[:, :-1] / TAU, -1)
+        each = TAU**2 * F.kl_div(log_q, target, reduction="none").sum(-1)
+        want[f"{i}:logits"] = (each * kept[i]).sum() / kept[i].sum()
+        total = total + want[f"{i}:logits"]
+    for i, j in itertools.permutations(range(3), 2):
+        s, t = features[i][MLP][:, :-1], features[j][MLP][:, :-1].detach()
+        each = (s - t).square().mean(-1)
+        want[f"{i}<-{j}/{MLP}"] = (each * kept[i]).sum() / kept[i].sum()
+        total = total + want[f"{i}<-{j}/{MLP}"] / 6
+    total.backward()
+    for name, value in want.items():
+        torch.testing.assert_close(out.losses[name], value.detach(), msg=name)
+    torch.testing.assert_close(out.loss, total)
+    assert float(out.metrics["kept"]) == pytest.approx(sum(shares) / 3)
     for model, other in zip(students, plain, strict=True):
         assert_same_gradients(gradients(model), gradients(other))
 

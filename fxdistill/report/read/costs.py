@@ -105,7 +105,7 @@ def casts(halves: Halves) -> tuple[Cast, ...]:
     """The casts between floating point dtypes in the forward."""
     found: Counter[tuple[str, str, str]] = Counter()
     for node in halves.forward.graph.nodes:
-        if node.target in _CASTS:
+        if node.target in _CASTS and node.all_input_nodes:  # torch.vmap makes tensors of numbers so
             before, after = node.all_input_nodes[0].meta["val"].dtype, node.meta["val"].dtype
             if before != after and before.is_floating_point and after.is_floating_point:
                 old, new = (str(d).removeprefix("torch.") for d in (before, after))
