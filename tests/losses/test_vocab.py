@@ -216,7 +216,7 @@ def test_inside_a_compiled_function(backend: str) -> None:
 
 
 def test_bf16_is_as_good_as_logits_in_bf16() -> None:
-    """But for one rounding more: that of each chunk's part of a gradient, before these are added."""
+    """But for one rounding more: that of each chunk's part, before the parts are added."""
     x = operands(torch.bfloat16)
     wanted = oracle(x, {"forward_kl": (1.0, 0)}, label_weight=1.0)
     leaves = [x[name].detach().requires_grad_() for name in PARTS]
