@@ -184,3 +184,12 @@ def did_you_mean(asked: str, existing: Iterable[str], limit: int = 3) -> str:
     names = list(existing)
     close = difflib.get_close_matches(asked, names, n=limit, cutoff=0.4) or names[:limit]
     return ", ".join(repr(name) for name in close) if close else "none"
+
+
+def is_slip(asked: str, name: str) -> bool:
+    """Whether ``asked`` is ``name`` with one letter more, one fewer, or another one."""
+    short, long = sorted((asked, name), key=len)
+    if asked == name or len(long) - len(short) > 1:
+        return False
+    at = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
+    return short[at + (len(short) == len(long)) :] == long[at + 1 :]

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
@@ -10,20 +9,6 @@ from fxdistill.errors import FrozenStudentError, MatchWarning, OptionError
 from fxdistill.models.adapters import adapters_of, merged_in
 from fxdistill.models.landmarks import vocabulary_of
 from fxdistill.objective.vocabulary import require_padding_only
-
-
-def check_models(**models: Any) -> None:
-    """Raise OptionError where a model is none."""
-    for name, model in models.items():
-        if not isinstance(model, nn.Module):
-            raise OptionError(
-                f"{name} is a {type(model).__name__}{_shown(model)}, and an nn.Module is needed: a "
-                "model that from_pretrained(...) or a constructor of yours has made"
-            )
-
-
-def _shown(value: Any) -> str:
-    return f" {value!r}" if isinstance(value, str) else ""
 
 
 def check_trainable(student: nn.Module) -> None:

@@ -199,9 +199,10 @@ def _stream_of_value(term: Term, run: Seen) -> Stream | None:
     """Whose tokens index the student's value as the term compares it."""
     (ours, theirs), (s, t) = term.layouts, (run.values[end] for end in term.taps)
     shape = tuple(s.shape)
-    if term.of_attention or term.is_map:  # queries stand on the first axes, or behind the heads
+    if term.of_attention or term.is_map:  # behind the queries there may be keys
+        queries = 2 if term.is_map and s.ndim == 4 else 1
         sizes = run.streams[term.of[0]].items()
-        return next((n for n, (b, x) in sizes if shape[0] == b and x in shape[1:3]), None)
+        return next((n for n, size in sizes if (shape[0], shape[queries]) == size), None)
     if ours:
         shape = arranged_shape(s, ours, t, theirs)
     return _leading(run, term.taps[0], shape)

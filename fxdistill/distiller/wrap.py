@@ -20,7 +20,6 @@ from fxdistill.distiller.assemble import (
 from fxdistill.distiller.distiller import Distiller
 from fxdistill.distiller.options import CompileLike, read_options
 from fxdistill.distiller.pair import (
-    check_models,
     check_targets,
     check_trainable,
     check_vocabularies,
@@ -39,6 +38,7 @@ from fxdistill.mapping.matches import Mapped, Matches, parse_entries
 from fxdistill.mapping.resolve import resolve
 from fxdistill.mapping.teachers import Teachers, read_teachers
 from fxdistill.models.conventions import find_task
+from fxdistill.models.given import check_models
 from fxdistill.models.modes import modes_kept_on_error
 from fxdistill.objective.head import Head, head_terms_of
 from fxdistill.objective.importance import Importance, require_importance

@@ -8,6 +8,7 @@ from torch import nn
 from fxdistill.errors import CountError, OptionError, StructureError, did_you_mean
 from fxdistill.mapping.match import Match
 from fxdistill.mapping.matches import Matches
+from fxdistill.models.given import check_models
 from fxdistill.models.landmarks import embedding_of, logits_module_of, norms_of
 from fxdistill.models.structure import TOKEN_MLP, Block, Part, Stack, stacks_of
 from fxdistill.models.weights import output_width
@@ -51,8 +52,10 @@ def match(
         StructureError: No repeated blocks or nothing to match is found, or the models have
             different numbers of stacks.
         CountError: The strategy needs more teacher blocks than there are.
-        OptionError: A role, a strategy or a stack is unknown, or an index is out of range.
+        OptionError: A role, a strategy or a stack is unknown, an index is out of range, or a model
+            is none.
     """
+    check_models(student=student, teacher=teacher)
     wanted = _checked_roles(roles)
     s_stacks, t_stacks = _stacks(student, "student"), _stacks(teacher, "teacher")
     if len(s_stacks) != len(t_stacks):

@@ -112,6 +112,15 @@ def accepted_keywords(model: nn.Module) -> frozenset[str] | None:
     return None
 
 
+def named_keywords(model: nn.Module) -> frozenset[str]:
+    """The keywords that ``forward`` names, looking through wrappers; it may take others too."""
+    for m in (model, *_wrapped(model)):
+        named = frozenset(p.name for p in _parameters(m) if p.kind in _BY_NAME)
+        if named:
+            return named
+    return frozenset()
+
+
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 

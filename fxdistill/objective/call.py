@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fxdistill.base.tensors import scalar
-from fxdistill.errors import BatchError, MatchWarning, OptionError, did_you_mean
+from fxdistill.errors import BatchError, MatchWarning, OptionError, did_you_mean, is_slip
 from fxdistill.models.conventions import (
     accepted_keywords,
     decoder_inputs,
     frame_mask,
     input_names,
+    named_keywords,
 )
 from fxdistill.models.devices import device_of
 from fxdistill.models.tap import Tower
@@ -88,15 +89,15 @@ def sort_call(
 def _by_signature(models: Mapping[Tower, nn.Module], shared: Inputs) -> dict[Tower, Inputs]:
     """Give each model the keywords that its ``forward`` takes; BatchError for one of no model."""
     takes = {tower: accepted_keywords(model) for tower, model in models.items()}
-    lists = [names for names in takes.values() if names is not None]
-    if len(lists) == len(takes):
-        known = sorted({*CALL_KEYWORDS, *(f"{t}_inputs" for t in models)}.union(*lists))
-        for name in shared.kwargs:
-            if name not in known:
-                raise BatchError(
-                    f"no model takes {name!r}, and it is no keyword of the distiller's own. "
-                    f"Nearest: {did_you_mean(name, known)}."
-                )
+    named = [named_keywords(model) for model in models.values()]
+    known = {*CALL_KEYWORDS, *(f"{tower}_inputs" for tower in models)}.union(*named)
+    for name in (name for name in shared.kwargs if name not in known):
+        # A model of **kwargs may read any name; one letter from a known name, it is a slip.
+        if None not in takes.values() or any(is_slip(name, other) for other in known):
+            raise BatchError(
+                f"no model takes {name!r}, and it is no keyword of the distiller's own. "
+                f"Nearest: {did_you_mean(name, sorted(known))}."
+            )
     return {
         tower: Inputs(
             shared.args,

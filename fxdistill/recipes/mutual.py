@@ -19,7 +19,7 @@ from fxdistill.distiller.assemble import (
 )
 from fxdistill.distiller.distiller import Distiller
 from fxdistill.distiller.options import CompileLike, read_options
-from fxdistill.distiller.pair import check_models, check_trainable, check_vocabularies
+from fxdistill.distiller.pair import check_trainable, check_vocabularies
 from fxdistill.distiller.settings import warn_of_zero_weights
 from fxdistill.distiller.towers import Model
 from fxdistill.errors import FxDistillError, OptionError, gather, raise_together
@@ -29,6 +29,7 @@ from fxdistill.mapping.matches import Mapped, Matches, parse_entries
 from fxdistill.mapping.resolve import resolve
 from fxdistill.mapping.teachers import Teachers
 from fxdistill.models.conventions import Task, find_task
+from fxdistill.models.given import check_models
 from fxdistill.models.tap import Tower
 from fxdistill.objective.importance import Importance, require_importance
 from fxdistill.objective.make_terms import make_terms

@@ -93,6 +93,13 @@ def test_a_model_that_takes_any_keyword_gets_them_all():
     assert teacher.seen == {"domain"}
 
 
+@pytest.mark.parametrize("name", ["domains", "label", "los_mask", "num_itens", "teacher_input"])
+def test_a_slip_is_named_though_a_model_takes_any_keyword(name):
+    distiller = fxdistill.wrap(*towers(WithDomain, TakesAll), compile=False)
+    with pytest.raises(errors.BatchError, match=f"no model takes '{name}'"):
+        distiller(x=X, domain=DOMAIN, **{name: DOMAIN})
+
+
 @pytest.mark.parametrize("wrapper", [Wrapper, DataParallel])
 def test_a_wrapper_takes_what_its_model_takes(wrapper):
     student, teacher = towers()

@@ -224,6 +224,37 @@ def test_keys_of_cross_attention_go_by_the_encoders_mask(make, given_decoder):
     same_step(student, out.loss, sum(wanted) / 2)
 
 
+@pytest.mark.parametrize("keys", [6, 7])
+@pytest.mark.parametrize("make", [bart, t5])
+def test_maps_of_cross_attention_go_by_the_decoders_mask(make, keys):
+    """A model that makes its map itself: behind its queries are the encoder's keys."""
+    torch.manual_seed(0)
+    student, teacher = make(1), make(2).eval()
+    for model in (student, teacher):
+        model.set_attn_implementation("eager")
+    path = SEQ2SEQ[make][0]
+    mask, after = torch.ones(2, keys).long(), torch.ones(2, 6).long()
+    mask[1, 2:], after[0, 3:] = 0, 0
+    given = {
+        "input_ids": torch.randint(3, 30, (2, keys)),
+        "attention_mask": mask,
+        "decoder_input_ids": torch.randint(3, 30, (2, 6)),
+        "decoder_attention_mask": after,
+    }
+    ports = {"student_port": "attention", "teacher_port": "attention"}
+    match = Match(path, path, loss="attention_kl", **ports)
+    distiller = fxdistill.wrap(student, teacher, [match], **OPTIONS, compile=False)
+    out = distiller(**given)
+    maps = [
+        model(**given, output_attentions=True).cross_attentions[0] for model in (teacher, student)
+    ]
+    t, s = maps[0].detach().clamp_min(1e-30), maps[1].clamp_min(1e-30)
+    each = (t * (t / s).log()).sum(-1).mean(1)
+    wanted = (each * after).sum() / after.sum()
+    torch.testing.assert_close(out.loss, wanted)
+    same_step(student, out.loss, wanted)
+
+
 # ------------------------------------------------------------------ maps whose channels are last
 
 
