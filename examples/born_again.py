@@ -7,7 +7,7 @@ et al. 2018, arXiv 1805.04770). At last, all generations vote.
 What one learns here: a student that has been trained is a teacher like any other; nothing has to be
 unwrapped, because nothing was changed in it.
 
-    python examples/born_again.py            # a minute on a CPU
+    python examples/born_again.py            # four minutes on a CPU
     python examples/born_again.py --quick    # seconds; nothing is learned
 """
 

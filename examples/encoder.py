@@ -11,7 +11,7 @@ layer of its teacher; here all start from random weights, so that only the losse
 What one learns here: a masked language model as ``distiller(input_ids=..., labels=...)``, maps of
 attention that no model makes, and a recipe of two stages.
 
-    python examples/encoder.py            # five minutes on a CPU
+    python examples/encoder.py            # five minutes on a free CPU
     python examples/encoder.py --quick    # seconds; nothing is learned
 """
 

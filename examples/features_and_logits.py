@@ -8,7 +8,7 @@ layer lifts the student's 32 numbers to the teacher's 256); and from all of thes
 What one learns here: a loss is a sum of terms, of which any may be missing; projections are made by
 ``wrap``, train with the student, and are no part of it.
 
-    python examples/features_and_logits.py            # a minute on a CPU
+    python examples/features_and_logits.py            # three minutes on a CPU
     python examples/features_and_logits.py --quick    # seconds; nothing is learned
 """
 

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._library import custom_ops
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 import fxdistill
 from fxdistill import parallel, passes
@@ -123,7 +126,7 @@ def caching_of(gm: fx.GraphModule, every: Sequence[Pass], *, wanted: bool = True
     try:
         if not _PACKAGE:
             raise _Unreadable("the source of fxdistill cannot be read")
-        parts = [*map(_pass_key, every), *_operator_keys(nodes), _place()]
+        parts = [*map(_pass_key, every), *_operator_keys(nodes), *_subclass_keys(nodes), _place()]
         why_not = "" if wanted else "every pass is to run"
     except _Unreadable as error:
         parts, why_not = [*map(repr, every)], str(error)
@@ -186,6 +189,26 @@ def _operator_keys(nodes: Sequence[fx.Node]) -> list[str]:
         elif (getattr(target, "__module__", None) or "builtins").split(".")[0] not in _KNOWN:
             raise _Unreadable(f"the graph calls {target}, through which nothing looks")
     return list(keys.values())
+
+
+def _subclass_keys(nodes: Sequence[fx.Node]) -> list[str]:
+    """The classes of tensors that bring operators of their own, which tracing looks into.
+
+    Those of quantized weights, say. The key of torch has what such a tensor holds, not its class.
+    """
+    leaves = (leaf for node in nodes for leaf in tree_leaves(node.meta.get("example_value")))
+    kinds = {type(leaf) for leaf in leaves if is_traceable_wrapper_subclass(leaf)}
+    return [
+        f"{kind.__module__}.{kind.__qualname__} {_source(kind)} {_version(kind)}"
+        for kind in sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__))
+        if kind.__module__.split(".")[0] != "torch"
+    ]
+
+
+def _version(kind: type) -> str:
+    """The version of the package that a class is from, whose other files it may use."""
+    package = kind.__module__.split(".")[0]
+    return str(getattr(sys.modules.get(package), "__version__", ""))
 
 
 def _operator_source(name: str) -> str:

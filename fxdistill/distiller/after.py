@@ -13,6 +13,12 @@ from fxdistill.losses.reduce import IGNORE
 from fxdistill.objective.term import LOGITS
 
 
+def raise_label_error(error: Exception, request: Request, steps: Steps) -> None:
+    """Raise the error that ``label_error`` finds, if it finds one."""
+    if (ours := label_error(error, request, steps)) is not None:
+        raise ours from error
+
+
 def label_error(error: Exception, request: Request, steps: Steps) -> BatchError | None:
     """The error that says which label is of no class, if that is what torch failed of.
 

@@ -198,8 +198,7 @@ class Distiller(StudentFace, Saved, Looking):
                 raise
             losses, logits = self._fall_back(error, request)
         except Exception as error:
-            if (ours := after.label_error(error, request, self._steps)) is not None:
-                raise ours from error
+            after.raise_label_error(error, request, self._steps)
             raise
         if self._untold:
             self._steps.told = True

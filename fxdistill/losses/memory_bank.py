@@ -129,7 +129,7 @@ class CRD(nn.Module):
         return weighted_mean(surprise, weights)
 
     def _write(self, rows: Tensor, weights: Tensor | None) -> None:
-        """Write the samples that count behind the pointer, and go round at the end.
+        """Write the samples that count and are finite behind the pointer, and go round at the end.
 
         Every entry asks for the latest sample that falls on it: sizes depend on no values.
         """
@@ -137,7 +137,7 @@ class CRD(nn.Module):
         if len(rows) == 0:
             return
         counts = rows.new_ones(len(rows)) if weights is None else weights
-        counts = counts != 0
+        counts = (counts != 0) & rows.isfinite().all(-1)  # a NaN would stay for a whole round
         count = counts.sum()
         behind = (torch.arange(size, device=rows.device) - self.pointer) % size
         latest = behind + size * ((count - 1 - behind).clamp_min(0) // size)

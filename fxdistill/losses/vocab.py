@@ -103,7 +103,7 @@ def vocab_loss(
         student_bias: ``[V]``.
         teacher_bias: ``[V_T]``; gets no gradient.
         chunk_tokens: The number of tokens in a chunk; ``None``: as many as fit 52 MiB of logits
-            (768 MiB on a GPU), and 144 at least.
+            (768 MiB on a GPU), and 160 at least.
         num_items: The denominator of both terms in place of Σ w.
         logit_weights: ``[...]``, the weights of the tokens in the divergence, where these are
             others than ``weights``.

@@ -2,7 +2,8 @@
 
 transformers leaves a mask of padding out where all of it is ones, which is a branch on data, and
 compiles the making of a block mask by itself. Neither can be in one graph. While a step is captured
-and run, the mask stays and its making is traced with all else: the masks are the same.
+the mask stays and its making is traced with all else: the masks are the same. What runs eagerly
+meanwhile, in another thread say, gets what transformers does.
 
 Private to transformers and used here only: ``masking_utils.fast_all`` and its name
 ``create_block_mask``. If they move, a model with ``attn_implementation="flex_attention"`` cannot be
@@ -15,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 _MODULE = "transformers.masking_utils"
@@ -42,15 +44,15 @@ def traceable_masks() -> Iterator[None]:
             _steps[0] -= 1
             if _steps[0] == 0:
                 vars(library).update(_before)
-                _before.clear()
 
 
-def _never(mask: Any) -> bool:
-    return False
+def _never(mask: Any) -> Any:
+    return False if torch.compiler.is_compiling() else _before["fast_all"](mask)
 
 
 def _uncompiled(*args: Any, _compile: bool = False, **kwargs: Any) -> Any:
-    return create_block_mask(*args, **kwargs)
+    compile = _compile and not torch.compiler.is_compiling()
+    return create_block_mask(*args, _compile=compile, **kwargs)
 
 
 _OTHERS = {"fast_all": _never, "create_block_mask": _uncompiled}

@@ -86,6 +86,9 @@ def tap_of_text(text: Any, model: nn.Module, what: str) -> Tap:
     return Tap(path, port or "output", int(call or 0))
 
 
+_OWN_LOGITS = Tap("", "output.logits")  # ":logits", the logits of the model itself
+
+
 def head_terms_of(
     heads: Mapping[str, Head] | None,
     student: nn.Module,
@@ -154,7 +157,8 @@ def _targets(name: str, head: Head, teachers: Teachers) -> tuple[tuple[Tower, ..
     if head.teacher == "logits":
         return tuple(teachers.models), LOGITS
     first, model = next(iter(teachers.models.items()))
-    return (first,), tap_of_text(head.teacher, model, f"heads[{name!r}].teacher")
+    tap = tap_of_text(head.teacher, model, f"heads[{name!r}].teacher")
+    return (first,), LOGITS if tap == _OWN_LOGITS else tap
 
 
 def _check(name: Any, head: Any, student: nn.Module, task: Task | None) -> None:

@@ -187,7 +187,8 @@ def _divergence(
     factors = None
     targets = list(teachers) if term.target == "each" else [_one_target(term, teachers, step)]
     if importance is not None:
-        scores = scores_of(importance, term.loss, s, targets[0], tau, made.weights)
+        each = [scores_of(importance, term.loss, s, t, tau, made.weights) for t in targets]
+        scores = each[0] if len(each) == 1 else torch.stack(each).mean(0)
         factors = factors_of(importance, scores, made.weights, rules.ranks)
         made = made.by(factors, rules.ranks)
     loss_of = step.beside.loss_of(term, rules.ranks)

@@ -294,7 +294,8 @@ class StandIn:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         global _original, _one_operator
         with _lock:
-            self._places = [(id(names), key) for names, key in map(_bend, flex.bound_to(modules))]
+            places = list(flex.bound_to(modules))  # all of them, before any is changed
+            self._places = [(id(names), key) for names, key in map(_bend, places)]
             if _steps[0] == 0:
                 _original = F.scaled_dot_product_attention
                 _one_operator = torch.backends.mha.get_fastpath_enabled()

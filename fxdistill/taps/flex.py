@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from fxdistill.base.tensors import wide
 
 _TRANSFORMERS = "transformers.integrations.flex_attention"
+_OF_TRANSFORMERS = "compile_friendly_flex_attention"
 Place = tuple[dict[str, Any], str]  # names of a module, and one of these
 
 
@@ -32,8 +33,9 @@ def bound_to(modules: Iterable[nn.Module]) -> Iterator[Place]:
     """
     original = inspect.unwrap(torchs.flex_attention)
     yield vars(torchs), "flex_attention"
-    if (of_hf := sys.modules.get(_TRANSFORMERS)) is not None:
-        yield vars(of_hf), "compile_friendly_flex_attention"
+    of_hf = sys.modules.get(_TRANSFORMERS)
+    if of_hf is not None and _OF_TRANSFORMERS in vars(of_hf):
+        yield vars(of_hf), _OF_TRANSFORMERS
     files = {type(m).__module__ for module in modules for m in module.modules()}
     for name in files - {torchs.__name__, _TRANSFORMERS}:
         if (file := sys.modules.get(name)) is not None:

@@ -1,5 +1,6 @@
 """AOTAutograd's cache holds our graphs, and its key follows what decides about their code."""
 
+import importlib
 import json
 import os
 import shutil
@@ -124,6 +125,28 @@ def test_an_operator_of_the_user_is_known_by_its_source(tmp_path):
     assert caching_of(graph(target), ()).key != first.key
     del custom_ops.OPDEFS["fxdistill_test::mine"]  # as if it came from a library in C++
     assert "fxdistill_test::mine" in caching_of(graph(target), ()).why_not
+
+
+def test_a_tensor_of_a_class_of_its_own_is_known_by_its_source(tmp_path, monkeypatch):
+    """Tracing looks into such a class, as into that of quantized weights."""
+    file = tmp_path / "quantized_for_test.py"
+    file.write_text(
+        "from torch.testing._internal.two_tensor import TwoTensor\n\n"
+        "class Quantized(TwoTensor):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    kind = importlib.import_module("quantized_for_test").Quantized
+
+    def key():
+        made = graph()
+        (x,) = made.graph.find_nodes(op="placeholder")
+        x.meta["example_value"] = kind(torch.ones(2), torch.ones(2))
+        return caching_of(made, ()).key
+
+    first = key()
+    assert first == key() != caching_of(graph(), ()).key
+    file.write_text(file.read_text() + "# changed\n")
+    assert key() != first
 
 
 def test_whoever_writes_programs_to_a_folder_gets_all_of_them(monkeypatch, tmp_path):

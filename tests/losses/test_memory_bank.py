@@ -62,6 +62,19 @@ def test_samples_that_do_not_count_are_not_written_and_have_no_part():
     assert (int(bank.pointer), int(bank.filled)) == (3, 3)
 
 
+def test_a_sample_that_is_not_finite_is_not_written():
+    """It would be in the loss of all batches until the queue has gone round."""
+    bank = losses.CRD(width=3, size=8)
+    s, t = batches([5])[0]
+    bank.embedding.build(6, 4, torch.device("cpu"))
+    good = bank.embedding.of_teacher(t[3:]).detach()
+    t[:2], t[2, 1] = torch.inf, torch.nan
+    assert not bank(s, t).isfinite()
+    assert (int(bank.pointer), int(bank.filled)) == (2, 2)
+    torch.testing.assert_close(bank.queue[:2], F.normalize(good, dim=-1))
+    assert bank(*batches([5])[0]).isfinite()
+
+
 def test_only_a_training_step_with_gradients_writes():
     bank = losses.CRD(width=3, size=8)
     s, t = batches([5])[0]

@@ -160,12 +160,15 @@ def test_items_of_no_head():
             distiller(tokens(), labels=tokens(), num_head_items=given)
 
 
-@pytest.mark.parametrize("compile", [False, AOT], ids=["eager", "graph"])
-def test_without_labels(compile):
+@pytest.mark.parametrize(
+    ("compile", "compared"),
+    [(False, "logits"), (AOT, "logits"), (False, ":logits"), (False, ":output.logits")],
+)
+def test_without_labels(compile, compared):
     """The last predictions of a head ahead have no counterpart of the teacher's in the batch."""
     student, teacher = further()
     ids = tokens()
-    head = Head(":mtp_logits[0]", shift=2, logit_weight=1.0)
+    head = Head(":mtp_logits[0]", shift=2, teacher=compared, logit_weight=1.0)
     distiller = fxdistill.wrap(
         student, teacher, heads={"second": head}, temperature=TAU, task="causal_lm", compile=compile
     )

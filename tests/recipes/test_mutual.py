@@ -119,6 +119,23 @@ def test_each_student_weighs_its_own_features(compile):
         assert_same_gradients(gradients(model), gradients(other))
 
 
+def test_a_score_against_each_peer_is_their_mean():
+    """As the term is the mean of the divergences, so is the score of a token."""
+    students, ids = toys(2, 3, 1), tokens()
+    importance = Importance("divergence")
+    distiller = fxdistill.mutual(
+        students, peers="each", importance=importance, task="causal_lm", compile=False
+    )
+    out = distiller(ids)
+    logits = [model(ids)["logits"].detach() for model in students]
+    for i, z in enumerate(logits):
+        log_q = z.log_softmax(-1)
+        others = [other.softmax(-1) for j, other in enumerate(logits) if j != i]
+        each = sum((p * (p.log() - log_q)).sum(-1) for p in others) / 2
+        wanted = (each * each).sum() / each.sum()  # the weights are the values themselves
+        torch.testing.assert_close(out.losses[f"{i}:logits"], wanted)
+
+
 def test_students_are_trained_saved_and_moved():
     students = toys(1, 2)
     distiller = fxdistill.mutual(students, task="causal_lm", compile=AOT)

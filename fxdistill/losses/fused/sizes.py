@@ -15,9 +15,9 @@ class Sizes(NamedTuple):
 
 # The body waits for all threads some ten times, which takes long when other work has the cores: so
 # it takes no fewer tokens than its intermediates allow, of which two have the size of its logits.
-ON_CPU = Sizes(52 * 2**20, 36)
+ON_CPU = Sizes(52 * 2**20, 32)
 ELSEWHERE = Sizes(768 * 2**20, 256)  # estimated from the sizes of weights on GPUs; not measured
-LEAST = 144  # tokens of a chunk
+LEAST = 160  # tokens of a chunk
 
 
 def sizes_on(device: torch.device) -> Sizes:
