@@ -51,8 +51,8 @@ def _never(mask: Any) -> Any:
 
 
 def _uncompiled(*args: Any, _compile: bool = False, **kwargs: Any) -> Any:
-    compile = _compile and not torch.compiler.is_compiling()
-    return create_block_mask(*args, _compile=compile, **kwargs)
+    kwargs["_compile"] = _compile and not torch.compiler.is_compiling()
+    return create_block_mask(*args, **kwargs)
 
 
 _OTHERS = {"fast_all": _never, "create_block_mask": _uncompiled}
