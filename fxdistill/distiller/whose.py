@@ -91,7 +91,8 @@ def told(request: Request, steps: Steps) -> tuple[tuple[Term, ...], str]:
     if is_open and _has_grid(request.call.batch):
         terms, why = _with_tokens(terms, request, steps)
     if _asks_for_channels(request.objective, request.call):
-        terms = _with_channels(terms, request, steps)
+        terms, untold = _with_channels(terms, request, steps)
+        why = " ".join(filter(None, (why, untold)))
     return terms, why
 
 
@@ -118,11 +119,16 @@ def _with_tokens(
         if isinstance(seen, StepError):
             break
     names = ", ".join(term.name for term in terms if term.has_tokens and not term.said_tokens)
-    why = f"{type(found[0]).__name__}: {str(found[0]).strip().partition(chr(10))[0]}"
+    why = _said(found[0])
     return terms, (
         f"whose tokens index {names} is taken from their sizes, because the models cannot be run "
         f"on inputs of another length ({why}). Match(tokens=...) says it."
     )
+
+
+def _said(error: Exception) -> str:
+    """The kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _tried(
@@ -221,20 +227,44 @@ def _leading(run: Seen, end: End, shape: Sequence[int]) -> Stream | None:
 # ---- channels
 
 
-def _with_channels(terms: tuple[Term, ...], request: Request, steps: Steps) -> tuple[Term, ...]:
+def _with_channels(
+    terms: tuple[Term, ...], request: Request, steps: Steps
+) -> tuple[tuple[Term, ...], str]:
     """The terms, with the maps whose channels are last: the other axes follow the image's size.
 
-    Models that take images of one size alone leave them on axis 1.
+    Models that take images of one size alone leave them on axis 1; then also why, for a note.
     """
+    small: Mapping[End, Tensor] = {}
     try:
-        small, large = (_values(request, steps, change) for change in (_same, resized.larger))
-    except Exception:  # of the models' own code
-        return terms
-    return tuple(
+        small = _values(request, steps, _same)
+        large = _values(request, steps, resized.larger)
+    except Exception as error:  # of the models' own code
+        return terms, _untold_channels(terms, small, error)
+    told = tuple(
         replace(term, channels_last=_are_last(term, small, large))
         if _reads_channels(term)
         else term
         for term in terms
+    )
+    return told, ""
+
+
+def _untold_channels(terms: Sequence[Term], values: Mapping[End, Tensor], error: Exception) -> str:
+    """The note that channels are taken to be on axis 1; empty where no value is known as a map."""
+    names = [
+        term.name
+        for term in terms
+        if _reads_channels(term)
+        and any(
+            not known and end in values and values[end].ndim >= resized.IMAGE_AXES
+            for end, known in zip(term.taps, term.channels_last, strict=True)
+        )
+    ]
+    if not names:
+        return ""
+    return (
+        f"the channels of {', '.join(names)} are taken to be on axis 1, because the models cannot "
+        f"be run on images of another size ({_said(error)}). rearrange= brings them there."
     )
 
 

@@ -54,7 +54,8 @@ class Head:
             the student's own logits, without gradient; or a path of the teacher with a port (of
             several teachers, of the first).
         shift: How many places ahead a causal head predicts: the labels are shifted by that, and it
-            is compared with what the teacher predicts for the same token. Default 1.
+            is compared with what the teacher's own logits predict for the same token; a value of
+            the teacher's at another path is taken place by place. Default 1.
         logit_weight: The weight of its logit loss; 0: there is none.
         label_weight: The weight of its label loss; 0: there is none.
     """

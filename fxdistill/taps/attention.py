@@ -211,13 +211,9 @@ def _tap_flex(
     block_mask: Any = None,
     scale: float | None = None,
     *_: Any,
-    **options: Any,
+    **__: Any,
 ) -> None:
     """Tap a call of ``flex_attention``; its queries are always ``[B, heads, queries, width]``."""
-    score_mod, block_mask = (
-        options.get("score_mod", score_mod),
-        options.get("block_mask", block_mask),
-    )
     output = output if isinstance(output, Tensor) else output[0]
     of_parts, mask = ports, None
     if ATTENTION in ports:

@@ -215,8 +215,7 @@ def test_inside_a_compiled_function(backend: str) -> None:
         compare(x, wanted, call, divergence="jsd", **weights, **compiled)
 
 
-def test_bf16_is_as_good_as_logits_in_bf16() -> None:
-    """But for one rounding more: that of each chunk's part, before the parts are added."""
+def test_bf16_is_no_worse_than_logits_in_bf16() -> None:
     x = operands(torch.bfloat16)
     wanted = oracle(x, {"forward_kl": (1.0, 0)}, label_weight=1.0)
     leaves = [x[name].detach().requires_grad_() for name in PARTS]
@@ -230,7 +229,7 @@ def test_bf16_is_as_good_as_logits_in_bf16() -> None:
     given = {**x, **dict(zip(PARTS, mine, strict=True))}
     got = vocab_loss(**given, label_weight=1.0, chunk_tokens=16, compile=False)
     for g, u, want in zip(torch.autograd.grad(got.loss, mine), unfused, wanted[3], strict=True):
-        assert (g.double() - want).norm() <= 1.2 * (u.double() - want).norm()
+        assert (g.double() - want).norm() <= 1.1 * (u.double() - want).norm()
     assert got.loss.dtype == torch.float32
 
 

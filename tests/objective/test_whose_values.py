@@ -133,9 +133,10 @@ def test_hooks_of_the_user_see_no_fake_values():
 # ------------------------------------------------------------------ encoder-decoders
 
 
-def bart(layers):
+def bart(layers, config=BartConfig, model=BartForConditionalGeneration):
     sizes = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_attention_heads": 2}
-    config = BartConfig(
+    ends = {"pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 2}
+    made = config(
         vocab_size=30,
         d_model=16,
         encoder_layers=1,
@@ -144,26 +145,13 @@ def bart(layers):
         dropout=0.0,
         use_cache=False,
         **sizes,
+        **ends,
     )
-    return BartForConditionalGeneration(config)
+    return model(made)
 
 
 def marian(layers):
-    sizes = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_attention_heads": 2}
-    config = MarianConfig(
-        vocab_size=30,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=layers,
-        decoder_attention_heads=2,
-        dropout=0.0,
-        use_cache=False,
-        pad_token_id=0,
-        decoder_start_token_id=0,
-        eos_token_id=2,
-        **sizes,
-    )
-    return MarianMTModel(config)
+    return bart(layers, MarianConfig, MarianMTModel)
 
 
 def t5(layers):
@@ -316,3 +304,27 @@ def test_channels_are_the_axis_that_does_not_follow_the_image(ours, theirs, loss
     else:
         wanted = fxdistill.losses.gram(s.mean((1, 2)), t.mean((1, 2)))
     same_step(student, distiller(pixel_values=pixels).loss, wanted)
+
+
+class OfOneSize(Windows):
+    """Takes images of one size alone, so that nothing can be asked of it."""
+
+    def forward(self, pixel_values):
+        if pixel_values.shape[-1] != 12:
+            raise ValueError("images of 12 × 12")
+        return super().forward(pixel_values)
+
+
+def test_where_the_models_cannot_tell_a_note_says_so():
+    """Maps are then taken to have their channels on axis 1."""
+    torch.manual_seed(0)
+    student, teacher = OfOneSize(), OfOneSize()
+    pixels = torch.randn(3, 3, 12, 12)
+    match = {"stage": Match(teacher="stage", loss="l2")}
+    options = {**OPTIONS, "task": "classification", "compile": False}
+    distiller = fxdistill.wrap(student, teacher, match, **options)
+    s, t = student.value(pixels), teacher.value(pixels).detach()
+    same_step(student, distiller(pixel_values=pixels).loss, (s - t).norm(dim=1).mean())
+    said = " ".join(str(distiller.summary()).split())
+    assert "the channels of stage are taken to be on axis 1" in said
+    assert "ValueError: images of 12 × 12" in said

@@ -13,7 +13,7 @@ class Sizes(NamedTuple):
     rows: int  # tokens that the body takes at a time; chunks are multiples of it
 
 
-# The body waits for all threads some ten times, which takes long when other work has the cores: so
+# The body waits for all threads at eight places, which takes long when other work has the cores. So
 # it takes no fewer tokens than its intermediates allow, of which two have the size of its logits.
 ON_CPU = Sizes(52 * 2**20, 32)
 ELSEWHERE = Sizes(768 * 2**20, 256)  # estimated from the sizes of weights on GPUs; not measured
