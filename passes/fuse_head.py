@@ -1,24 +1,36 @@
 """Fuse heads with their losses, so that logits which only losses read are never made."""
 
 import functools
-import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxdistill import losses
-from fxdistill.base.figures import size
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import ShapeError, VocabularyError
 from fxdistill.graph.effects import Effects, effects_of
 from fxdistill.graph.program import Level, P, fork_module
-from fxdistill.graph.sections import SECTION
 from fxdistill.heads.curve import Unreadable
-from fxdistill.heads.read_head import Head, is_cut, read_head, target_name, value_of
+from fxdistill.heads.peer_fusion import PeerFusion, read_peers
+from fxdistill.heads.read_head import Head, is_cut, read_head, value_of
 from fxdistill.heads.read_total import ON_LOGITS, Scored, Summand, read_total
+from fxdistill.heads.readers import (
+    read_as,
+    require_learns,
+    require_readers,
+    require_vocabulary,
+)
+from fxdistill.heads.replace import (
+    erase_dead,
+    item,
+    mark_as_objective,
+    remark_on,
+    replace_summands,
+)
+from fxdistill.heads.summands import by_student
 from fxdistill.heads.surroundings import require_same_surroundings
 from fxdistill.losses import fused
 from fxdistill.losses.fused.call import HeadSide
@@ -30,7 +42,7 @@ from fxdistill.losses.scores import vocab_scores
 if TYPE_CHECKING:
     from fxdistill.losses.fused.sharded_heads import ShardedHeads
 
-MANY_CLASSES = 4096  # logits [B, C] with as many are worth fusing
+_FUSED = {losses.vocab_loss, losses.vocab_loss_of_peers}
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,7 @@ class FuseHead:
     7. Scores of the logits, from which the weights of a divergence follow, become a
        ``vocab_scores`` node. Without a label loss on the same logits, ``vocab_loss`` multiplies
        weights by a score itself, or leaves out the tokens that have none.
+    8. Students that learn from each other become one ``vocab_loss_of_peers`` node.
 
     ``compiled`` says whether the body of a chunk is compiled; ``made`` says why the models made
     their logits before this graph, for the remark.
@@ -64,7 +77,7 @@ class FuseHead:
         """Fuse the heads; a program without losses on logits is returned as it is."""
         targets = {node.target for node in program.gm.graph.nodes}
         expected = targets.intersection(ON_LOGITS) or {"logits", "labels"} & set(program.outputs)
-        if losses.vocab_loss in targets or not expected:
+        if targets & _FUSED or not expected:
             return program
         gm = fork_module(program.gm)
         try:
@@ -75,32 +88,22 @@ class FuseHead:
         return replace(program, gm=gm, remarks=(*program.remarks, *said))
 
 
-def _fusions(gm: fx.GraphModule) -> "list[_Fusion]":
+def _fusions(gm: fx.GraphModule) -> "list[_Fusion] | list[PeerFusion]":
     """Read every fusion of the graph, before any of them is written."""
     effects = effects_of(gm)
-    _erase_dead(gm.graph, effects)
+    erase_dead(gm.graph, effects)
     stack, summands = read_total(gm.graph)
     if not summands:
         raise Unreadable("no loss of this library reads them")
+    groups = by_student(summands)
+    if (peers := read_peers(gm.graph, effects, stack, groups)) is not None:
+        return [peers]
     readers = {loss for summand in summands for loss in summand.losses}
     readers |= {scored.scores for summand in summands if (scored := summand.scored) is not None}
     rolled = (s.argument(1) for s in summands if s.is_divergence)
     readers |= {node for node in rolled if node.target is torch.roll}
-    pairs = [pair for group in _by_student(summands) for pair in _pairs(group)]
+    pairs = [pair for group in groups for pair in _pairs(group)]
     return [_Fusion.read(gm.graph, effects, stack, pair, readers) for pair in pairs]
-
-
-def _by_student(summands: tuple[Summand, ...]) -> list[list[Summand]]:
-    """Group summands by the student logits that they read, with or without padding columns."""
-    groups: dict[fx.Node, list[Summand]] = {}
-    for summand in summands:
-        _require_constants(summand)
-        logits = summand.argument(0)
-        source = logits.args[0] if logits.args else None
-        if isinstance(source, fx.Node) and is_cut(logits, source):
-            logits = source
-        groups.setdefault(logits, []).append(summand)
-    return list(groups.values())
 
 
 def _pairs(group: list[Summand]) -> list[tuple[Summand | None, Summand | None]]:
@@ -169,22 +172,21 @@ class _Fusion:
         if len(self.teachers) > 1:
             columns += columns_of_mean(int(value_of(self._compared).shape[-1]), size)
         chunk = chunk_tokens_for(columns, size, made[0].device)
-        old = set(self.graph.nodes)
+        old = list(self.graph.nodes)
         if self.scored is not None and not self.score:
             self._write_scores(self.scored.scores, chunk, compiled)
         with self.graph.inserting_before(self.stack):
             args, kwargs = self._arguments()
             kwargs |= {"chunk_tokens": chunk, "compile": compiled}
             node = self.graph.call_function(losses.vocab_loss, tuple(args), kwargs)
-            out = [self.graph.call_function(operator.getitem, (node, i)) for i in range(3)]
-        scalar = value_of(self.summands[0].product)
-        node.meta["example_value"] = losses.VocabLoss(scalar, scalar, scalar)
-        for new in [n for n in self.graph.nodes if n not in old]:
-            new.meta["custom"] = {SECTION: "objective"}
-        for each in out:
-            each.meta["example_value"] = scalar
-        self._rewire(out)
-        said = _remark(made, chunk, columns * size)
+            scalar = value_of(self.summands[0].product)
+            node.meta["example_value"] = losses.VocabLoss(scalar, scalar, scalar)
+            total, *values = (item(self.graph, node, i, scalar) for i in range(3))
+        mark_as_objective(self.graph, old)
+        told = [(s, values[0 if s.is_divergence else 1]) for s in self.summands]
+        read = self.scored.nodes if self.score and self.scored is not None else ()
+        replace_summands(self.stack, total, told, self.heads, read)
+        said = remark_on(made, chunk, columns * size)
         if self.score:
             said += "; tokens are scored in the same pass"
         elif self.scored is not None:
@@ -272,41 +274,6 @@ class _Fusion:
         pooled = mean.kwargs.get("pooled", "probabilities")
         return {"other_teachers": others, "teacher_shares": mean.args[1], "pooled": pooled}
 
-    def _rewire(self, out: list[fx.Node]) -> None:
-        """Replace the summands by the fused total, and erase the nodes that nothing reads now."""
-        products = [summand.product for summand in self.summands]
-        kept = [node for node in self.stack.args[0] if node not in products]  # type: ignore[union-attr]
-        self.stack.args = ([out[0], *kept],)
-        for summand in self.summands:
-            for told in summand.told:
-                told.replace_all_uses_with(out[1 if summand.is_divergence else 2])
-        dead = {node for s in self.summands for node in (*s.nodes, *s.told, *s.losses)}
-        dead |= {node for loss in dead if loss.target in ON_LOGITS for node in loss.all_input_nodes}
-        dead |= {node for head in self.heads for node in head.nodes}
-        dead.update(self.scored.nodes if self.score and self.scored is not None else ())
-        dead |= {head.gathered for head in self.heads if head.gathered is not None}
-        for node in reversed(list(self.graph.nodes)):
-            if node in dead and not node.users and node.op != "placeholder":
-                self.graph.erase_node(node)
-
-
-def _remark(made: list[Tensor], chunk: int, bytes_of_token: int) -> str:
-    """The remark, which says how many logits exist at a time."""
-    shapes = " and ".join(str([*value.shape]) for value in made)
-    tokens = made[0].numel() // made[0].shape[-1]
-    if isinstance(tokens, int) and tokens <= chunk:
-        return f"logits fused with their losses; {shapes} are one chunk"
-    held = size(chunk * bytes_of_token)
-    return f"logits fused with their losses, {chunk} tokens at a time: {held}, not {shapes}"
-
-
-def _require_constants(summand: Summand) -> None:
-    """Raise Unreadable if weights or temperature need a gradient, which ``vocab_loss`` lacks."""
-    for name in ("weights", "temperature"):
-        node = summand.option(name)
-        if isinstance(node, fx.Node) and value_of(node).requires_grad:
-            raise Unreadable(f"the {name} of a loss on them learns")
-
 
 def _heads(
     divergence: Summand | None, labelled: Summand | None, losses: Collection[fx.Node]
@@ -318,24 +285,20 @@ def _heads(
     if compared is not logits:  # the divergence reads no padding columns, the label loss does
         if not is_cut(compared, logits):
             raise Unreadable("divergence and label loss read different logits")
-        _require_readers("student", compared, readers)
+        require_readers("student", compared, readers)
     for cut in [user for user in logits.users if is_cut(user, logits)]:
-        _require_readers("student", cut, losses)
+        require_readers("student", cut, losses)
         readers.add(cut)
-    _require_readers("student", logits, readers)
-    if value_of(logits).ndim < 3 and value_of(logits).shape[-1] < MANY_CLASSES:
-        raise Unreadable(f"{[*value_of(logits).shape]} is classes, not a vocabulary")
-    student = _of("student", read_head, logits)
-    if value_of(student.linear).dtype == torch.float16:
-        raise Unreadable("in float16, gradients need a loss scale before they are formed")
-    if student.detached:
-        raise Unreadable("the student's logits are detached")
+    require_readers("student", logits, readers)
+    require_vocabulary(logits)
+    student = read_as("student", read_head, logits)
+    require_learns(student)
     if divergence is None:
         return student, ()
     theirs = divergence.argument(1)
     if value_of(theirs).shape != value_of(compared).shape:
         raise Unreadable("the logits that are compared differ in shape")
-    _require_readers("teacher", theirs, readers)
+    require_readers("teacher", theirs, readers)
     found = [theirs]
     if theirs.target is mean_of_teachers:
         found = list(theirs.args[0])  # type: ignore[arg-type]
@@ -347,26 +310,11 @@ def _heads(
 
 
 def _teacher(logits: fx.Node, readers: Collection[fx.Node]) -> Head:
-    _require_readers("teacher", logits, readers)
-    head = _of("teacher", functools.partial(read_head, readers=readers), logits)
+    require_readers("teacher", logits, readers)
+    head = read_as("teacher", functools.partial(read_head, readers=readers), logits)
     if not head.detached:
         raise Unreadable("the teacher learns too, and the fused form gives it no gradient")
     return head
-
-
-def _of(tower: str, read: Callable[[fx.Node], Head], logits: fx.Node) -> Head:
-    try:
-        return read(logits)
-    except Unreadable as why:
-        raise Unreadable(f"the {tower}'s {why}") from None
-
-
-def _require_readers(tower: str, logits: fx.Node, allowed: Collection[fx.Node]) -> None:
-    for reader in logits.users:
-        if reader not in allowed:
-            while reader.target == "detach" and len(reader.users) == 1:  # name the reader behind it
-                reader = next(iter(reader.users))
-            raise Unreadable(f"the {tower}'s logits are also read by {target_name(reader)}")
 
 
 def _layout(student: Head, teachers: Sequence[Head]) -> "ShardedHeads | None":
@@ -388,11 +336,3 @@ def _layout(student: Head, teachers: Sequence[Head]) -> "ShardedHeads | None":
     except (ShapeError, VocabularyError) as error:
         raise Unreadable(str(error)) from None
     return layout
-
-
-def _erase_dead(graph: fx.Graph, effects: Effects) -> None:
-    """Remove dead code: a dead reader of the logits must not keep them from being fused."""
-    live = effects.live(graph)
-    for node in reversed(list(graph.nodes)):
-        if node not in live:
-            graph.erase_node(node)

@@ -231,10 +231,14 @@ def terms_of(
     anchor: Tensor,
 ) -> Result:
     """Compute the objective on collected values. Regional mode compiles this function."""
+    # Each once, so that the graph shows which terms read the same logits.
+    made = {
+        end: logits_from(*value) if isinstance(value, HeadInputs) else value
+        for end, value in values.items()
+    }
 
     def collected(tower: Tower, tap: Tap) -> Any:
-        value = values[tower, tap]
-        return logits_from(*value) if isinstance(value, HeadInputs) else value
+        return made[tower, tap]
 
     losses = objective(collected, batch, settings, beside, anchor)
     returns = objective.returns

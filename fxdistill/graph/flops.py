@@ -30,6 +30,7 @@ from fxdistill.losses.angles import angle_flops
 from fxdistill.losses.attention_blocks import block_flops
 from fxdistill.losses.fused.call import HeadCall
 from fxdistill.losses.fused.operator import HEAD
+from fxdistill.losses.fused.peer_operator import peer_flops
 from fxdistill.losses.fused.score_operator import SCORES, score_flops
 
 aten = torch.ops.aten
@@ -154,6 +155,7 @@ LACKING: dict[Any, Callable[..., int]] = {
     aten._transformer_encoder_layer_fwd: _encoder_layer,
     torch.ops.fxdistill.attention_blocks: block_flops,
     torch.ops.fxdistill.angle_wise: angle_flops,
+    torch.ops.fxdistill.peer_vocab_loss: peer_flops,
 }
 
 

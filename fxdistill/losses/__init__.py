@@ -35,10 +35,13 @@ from fxdistill.losses.relational import (
     similarity_preserving,
 )
 from fxdistill.losses.vocab import VocabLoss, vocab_loss, vocab_loss_topk
+from fxdistill.losses.vocab_peers import Peer, PeerLosses, vocab_loss_of_peers
 
 __all__ = [
     "CRD",
     "Attention",
+    "Peer",
+    "PeerLosses",
     "VocabLoss",
     "angle_wise",
     "attention_kl",
@@ -70,5 +73,6 @@ __all__ = [
     "total_variation",
     "transfer_matrix",
     "vocab_loss",
+    "vocab_loss_of_peers",
     "vocab_loss_topk",
 ]

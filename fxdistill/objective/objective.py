@@ -116,12 +116,19 @@ class Objective:
 
     @property
     def can_fuse(self) -> bool:
-        """Whether the fused head has these losses, and every teacher of logits is frozen."""
+        """Whether the fused head has these losses, and nothing learns from being a target."""
         if any(aligns_labels(term.loss) for term in self.labels):
             return False
         if self.importance is not None and not self.importance.names:
             return False
-        return self.own_losses and all(self.frozen.issuperset(t.teachers) for t in self.logits)
+        return self.own_losses and all(self._is_constant(term) for term in self.logits)
+
+    def _is_constant(self, term: LogitTerm) -> bool:
+        """Whether a term's target gets no gradient, as the fused head has it."""
+        if self.frozen.issuperset(term.teachers):
+            return True
+        apart = term.target == "each" and len(term.teachers) > 1  # a loss from each is not fused
+        return term.constant and not apart and self.importance is None
 
     @property
     def unchanging(self) -> bool:

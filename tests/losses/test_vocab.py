@@ -11,7 +11,7 @@ from torch import Tensor
 import fxdistill
 from fxdistill import errors
 from fxdistill.losses import vocab_loss, vocab_loss_topk
-from fxdistill.losses.fused import operator
+from fxdistill.losses.fused import head_gradients, operator
 from fxdistill.losses.fused.call import HeadSide
 from fxdistill.losses.fused.chunk import ChunkSpec
 from fxdistill.losses.fused.teachers import MixSpec, packed
@@ -236,8 +236,8 @@ def test_bf16_is_no_worse_than_logits_in_bf16() -> None:
 def test_a_gradient_in_low_precision_is_added_some_columns_at_a_time(monkeypatch: Any) -> None:
     x = operands(torch.bfloat16)
     found = []
-    for size in (operator.ADDEND, 7 * D * 2):
-        monkeypatch.setattr(operator, "ADDEND", size)
+    for size in (head_gradients.ADDEND, 7 * D * 2):
+        monkeypatch.setattr(head_gradients, "ADDEND", size)
         x["student_weight"].requires_grad_().grad = None
         vocab_loss(**x, chunk_tokens=16, compile=False).loss.backward()
         found.append(x["student_weight"].grad)

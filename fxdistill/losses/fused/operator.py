@@ -21,14 +21,14 @@ from torch import Tensor
 from fxdistill.base.nodes import own_code
 from fxdistill.losses import fused
 from fxdistill.losses.fused import teachers
-from fxdistill.losses.fused.call import HeadCall
+from fxdistill.losses.fused.call import HeadCall, HeadSide
 from fxdistill.losses.fused.chunk import Chunk, ChunkSpec, chunk_terms
 from fxdistill.losses.fused.gradients import require_first_order, require_indices, scaled
+from fxdistill.losses.fused.head_gradients import HeadGradients
 from fxdistill.losses.fused.shard import ColumnRange
 from fxdistill.losses.fused.sizes import size_of_chunks, sizes_on
 
 Body = Callable[[Chunk], Tensor]
-ADDEND = 64 * 2**20  # bytes of a low-precision product that is added to the weight's gradient
 
 
 @functools.cache
@@ -103,8 +103,8 @@ class _Loop:
         self.call, self.size = call, size
         self.rows = rows  # tokens that the body takes at a time
         self.scored = bool(ChunkSpec.read(call.spec).score)
-        self.h, self.w, self.needs = call.h, call.w, call.needs
-        h, w, needs = call.h, call.w, call.needs
+        h, w = call.h, call.w
+        self.formed = HeadGradients(HeadSide(h, w, call.bias), call.needs)
         self.teacher = None if call.t_weight is None else (call.t, call.t_weight, call.t_bias)
         self.stored = None if call.ids is None else (call.t, call.ids)
         self.z = h.new_empty(size, w.shape[0])
@@ -116,11 +116,6 @@ class _Loop:
             spec = teachers.MixSpec.read(call.mixed)
             some = teachers.Rows(rows, columns, call.compiled)
             self.mixing = teachers.Mixing(sides, spec, size, some)
-        # Sums over many chunks are kept in float32 at least.
-        kind = torch.float64 if h.dtype == torch.float64 else torch.float32
-        self.dh = h.new_empty(h.shape) if "h" in needs else h.new_empty(0)
-        self.dw = w.new_zeros(w.shape, dtype=kind) if "w" in needs else h.new_empty(0)
-        self.db = w.new_zeros(w.shape[0], dtype=kind) if "b" in needs else h.new_empty(0)
 
     def run(self, body: Body) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Run all chunks; return total, terms and gradients."""
@@ -129,25 +124,25 @@ class _Loop:
         # Dynamo guards on these keys: the second step would compile the body of a chunk again.
         with torch.no_grad(), torch._C._AutoDispatchBelowADInplaceOrView():
             terms = settings.new_zeros(2)
-            for start in range(0, self.h.shape[0], self.size):
+            for start in range(0, self.call.h.shape[0], self.size):
                 terms += self._step(body, start)
             if self.scored:
                 terms = self._over_shares(terms)
             total = (settings[:2] * terms).sum()
-            return total, terms, *self.gradients()
+            return total, terms, *self.formed.all()
 
     def _step(self, body: Body, start: int) -> Tensor:
         """Run one chunk (both projections, the body, the gradients) and return its terms."""
         call = self.call
-        count = min(self.size, self.h.shape[0] - start)
+        count = min(self.size, call.h.shape[0] - start)
         filled = -(-count // self.rows) * self.rows
         shares = [
             taken(share, start, count, filled) for share in (call.logit_share, call.label_share)
         ]
         own = None if call.labels is None else taken(call.labels, start, count, filled)
-        hidden = taken(self.h, start, count, filled)
+        hidden = taken(call.h, start, count, filled)
         z, y, ids = self.z[:filled], None, None
-        project(hidden, self.w, call.bias, z)
+        project(hidden, call.w, call.bias, z)
         if self.teacher is not None and self.y is not None:
             t, t_weight, t_bias = self.teacher
             y = self.y[:filled]
@@ -160,35 +155,15 @@ class _Loop:
         chunk = Chunk(z, y, ids, own, shares[0], shares[1], call.settings)
         starts = range(0, filled, self.rows)
         each = [body(chunk.rows(some, some + self.rows)) for some in starts]
-        if "h" in self.needs:
-            torch.mm(z[:count], self.w, out=self.dh[start : start + count])
-        if "w" in self.needs:
-            # A token without share adds no gradient, even if its hidden state is NaN.
-            self._add_weight(z, torch.where(chunk.live, hidden, 0))
-        if "b" in self.needs:
-            self.db += z.sum(0, dtype=self.db.dtype)
+        self.formed.add(z, hidden, chunk.live, start, count)
         return torch.cat(each, -1).sum(-1)
 
     def _over_shares(self, terms: Tensor) -> Tensor:
         """Divide value and gradients by the sum of the shares, which the scores have changed."""
         value, shares = terms.unbind()
         scale = torch.where(shares == 0, 0.0, 1 / shares)
-        for gradient in (self.dh, self.dw, self.db):
-            gradient *= scale
+        self.formed.scale(scale)
         return torch.stack([value * scale, torch.zeros_like(value)])
-
-    def _add_weight(self, z: Tensor, hidden: Tensor) -> None:
-        if z.dtype == self.dw.dtype:
-            self.dw.addmm_(z.T, hidden)
-            return
-        # The product in lower precision is a tensor of its own: add some columns at a time.
-        count = max(1, ADDEND // (hidden.shape[1] * z.element_size()))
-        for some in range(0, z.shape[1], count):
-            self.dw[some : some + count] += z[:, some : some + count].T @ hidden
-
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients by hidden state, weight and bias, in their dtypes."""
-        return self.dh, self.dw.to(self.w.dtype), self.db.to(self.w.dtype)
 
 
 def taken(x: Tensor, start: int, count: int, filled: int) -> Tensor:

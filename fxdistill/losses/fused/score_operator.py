@@ -18,7 +18,7 @@ from fxdistill.base.nodes import own_code
 from fxdistill.losses import fused
 from fxdistill.losses.fused.call import HeadSide, Shard
 from fxdistill.losses.fused.chunk import ChunkSpec
-from fxdistill.losses.fused.operator import HEAD, project, taken
+from fxdistill.losses.fused.operator import project, taken
 from fxdistill.losses.fused.scores import Names, Sides, scored, sides_of
 from fxdistill.losses.fused.sizes import chunk_tokens_for, size_of_chunks, sizes_on
 
@@ -141,9 +141,8 @@ def _(*args: Any) -> Tensor:
     return found
 
 
-# The operator as the target of graph nodes, and both operators of heads.
+# The operator as the target of graph nodes.
 SCORES = torch.ops.fxdistill.vocab_scores.default
-OF_HEADS = (HEAD, SCORES)
 
 
 def score_flops(*args: Any) -> int:

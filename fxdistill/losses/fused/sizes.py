@@ -18,6 +18,7 @@ class Sizes(NamedTuple):
 ON_CPU = Sizes(52 * 2**20, 32)
 ELSEWHERE = Sizes(768 * 2**20, 256)  # estimated from the sizes of weights on GPUs; not measured
 LEAST = 160  # tokens of a chunk
+BODY = 7  # values that an uncompiled body keeps alive for each token and vocabulary entry
 
 
 def sizes_on(device: torch.device) -> Sizes:

@@ -1,6 +1,6 @@
 """The memory that a step holds at each moment, by owner, and its worst moment."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,12 +12,14 @@ from fxdistill.graph.program import output_values
 from fxdistill.graph.sections import OBJECTIVE, Paths, holding, module_of, part_of
 from fxdistill.losses.fused.call import HeadCall
 from fxdistill.losses.fused.operator import HEAD
-from fxdistill.losses.fused.score_operator import OF_HEADS, SCORES, score_bytes
-from fxdistill.losses.fused.sizes import size_of_chunks, sizes_on
+from fxdistill.losses.fused.peer_operator import PEERS, peer_bytes
+from fxdistill.losses.fused.score_operator import SCORES, score_bytes
+from fxdistill.losses.fused.sizes import BODY, size_of_chunks, sizes_on
 from fxdistill.report.data import Memory, Moment
-from fxdistill.report.read.owners import Heads, owners
+from fxdistill.report.read.owners import OF_HEADS, Heads, owners
 
 MOMENTS = 200  # about how many a timeline keeps
+_BYTES: dict[Any, Callable[..., int]] = {SCORES: score_bytes, PEERS: peer_bytes}
 
 
 def memory(
@@ -56,9 +58,9 @@ def _of_head(instant: Instant) -> int:
 
 def own_bytes(node: fx.Node) -> int:
     """Bytes that the fused head allocates within: a chunk's logits, and values of some tokens."""
-    if node.target is SCORES:
+    if node.target in _BYTES:
         given: Any = fx.node.map_arg(node.args, lambda n: n.meta.get("val"))
-        return score_bytes(*given)
+        return _BYTES[node.target](*given)
     if node.target is not HEAD:
         return 0
     call = HeadCall.of(node)
@@ -69,13 +71,9 @@ def own_bytes(node: fx.Node) -> int:
     mean = w.shape[0] * kind if call.others else 0  # of all teachers
     token = (columns + of_others) * h.element_size() + mean
     chunk = size_of_chunks(call.chunk, h) * token
-    # Uncompiled, the body's operators keep BODY values alive for each token and vocabulary entry.
     body = 0 if call.compiled else BODY * sizes_on(h.device).rows * w.shape[0] * kind
     wide = w.numel() * kind if "w" in call.needs and kind != w.element_size() else 0
     return int(chunk + body + wide)
-
-
-BODY = 7
 
 
 def _saved(halves: Halves) -> int:

@@ -8,8 +8,11 @@ from fxdistill.graph.halves import Halves
 from fxdistill.graph.kernels import is_view
 from fxdistill.graph.liveness import Label, Storage, storages
 from fxdistill.graph.sections import OBJECTIVE, holding, module_of, part_of
-from fxdistill.losses.fused.score_operator import OF_HEADS
+from fxdistill.losses.fused.operator import HEAD
+from fxdistill.losses.fused.peer_operator import PEERS
+from fxdistill.losses.fused.score_operator import SCORES
 
+OF_HEADS = (HEAD, SCORES, PEERS)  # the operators of fused heads
 Heads = Mapping[str, tuple[str, int]]  # by tower: the path of the head, and the width of its logits
 
 
