@@ -1,6 +1,6 @@
 """Students whose targets are each other's logits: read their heads and losses, and fuse them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -18,6 +18,7 @@ from fxdistill.heads.readers import (
 )
 from fxdistill.heads.replace import item, mark_as_objective, remark_on, replace_summands
 from fxdistill.heads.surroundings import require_same_surroundings
+from fxdistill.losses.fused.formulas import Divergence
 from fxdistill.losses.fused.sizes import chunk_tokens_for
 from fxdistill.losses.mixture import mean_of_teachers
 from fxdistill.losses.vocab_peers import Peer, PeerLosses, vocab_loss_of_peers
@@ -25,15 +26,18 @@ from fxdistill.losses.vocab_peers import Peer, PeerLosses, vocab_loss_of_peers
 
 @dataclass(frozen=True)
 class _Target:
-    """What a divergence compares with: the logits it is made of, and the nodes between."""
+    """What a divergence compares with: the logits that it is made of, and the nodes between."""
 
+    made: fx.Node
     sources: tuple[fx.Node, ...]
     mean: fx.Node | None
     between: tuple[fx.Node, ...]
     detached: bool  # all sources are
+    mix: tuple[Divergence, ...]
 
     @classmethod
     def read(cls, divergence: Summand) -> "_Target":
+        """Read the one target of these losses."""
         made = divergence.argument(1)
         mean = made if made.target is mean_of_teachers else None
         ends: Any = [made] if mean is None else mean.args[0]
@@ -46,7 +50,19 @@ class _Target:
                 node = node.args[0]
             sources.append(node)
             detached = detached and constant
-        return cls(tuple(sources), mean, tuple(between), detached)
+        return cls(made, tuple(sources), mean, tuple(between), detached, divergence.mix)
+
+    @classmethod
+    def all_of(cls, divergence: Summand) -> "tuple[_Target, ...]":
+        """Read the targets, where the term is the mean over several."""
+        parts: dict[fx.Node, list[tuple[float, fx.Node]]] = {}
+        for part in divergence.parts:
+            parts.setdefault(replace(divergence, parts=(part,)).argument(1), []).append(part)
+        of_each = [replace(divergence, parts=tuple(some)) for some in parts.values()]
+        found = tuple(cls.read(each) for each in of_each)
+        if len({target.mix for target in found}) > 1:
+            raise Unreadable("the losses from single peers differ")
+        return found
 
 
 def _is_passed_on(node: fx.Node) -> bool:
@@ -61,7 +77,7 @@ class _Student:
     head: Head
     divergence: Summand | None
     labelled: Summand | None
-    target: _Target | None
+    targets: tuple[_Target, ...]
 
     @property
     def summands(self) -> tuple[Summand, ...]:
@@ -77,19 +93,20 @@ def read_peers(
     cannot be fused.
     """
     logits = [_logits(group) for group in groups]
-    targets = [_target(group) for group in groups]
-    if not any(s in logits for target in targets if target for s in target.sources):
+    targets = [_targets(group) for group in groups]
+    every = [target for some in targets for target in some]
+    if not any(source in logits for target in every for source in target.sources):
         return None
     allowed = {loss for group in groups for summand in group for loss in summand.losses}
-    for target in filter(None, targets):
+    for target in every:
         if not set(target.sources) <= set(logits):
             raise Unreadable("students learn from each other and from another teacher")
         if not target.detached:
             raise Unreadable("what a student learns from another is no constant")
         allowed.update(target.between)
     students = [
-        _student(group, node, target, allowed)
-        for group, node, target in zip(groups, logits, targets, strict=True)
+        _student(group, node, some, allowed)
+        for group, node, some in zip(groups, logits, targets, strict=True)
     ]
     if len({value_of(s.head.linear).dtype for s in students}) > 1:
         raise Unreadable("the students' logits differ in dtype")
@@ -108,13 +125,13 @@ def _logits(group: list[Summand]) -> fx.Node:
     return node
 
 
-def _target(group: list[Summand]) -> _Target | None:
-    found = [_Target.read(summand) for summand in group if summand.is_divergence]
-    return found[0] if found else None
+def _targets(group: list[Summand]) -> tuple[_Target, ...]:
+    found = [_Target.all_of(summand) for summand in group if summand.is_divergence]
+    return found[0] if found else ()
 
 
 def _student(
-    group: list[Summand], logits: fx.Node, target: _Target | None, allowed: set[fx.Node]
+    group: list[Summand], logits: fx.Node, targets: tuple[_Target, ...], allowed: set[fx.Node]
 ) -> _Student:
     divergences = [s for s in group if s.is_divergence]
     labelled = [s for s in group if not s.is_divergence]
@@ -122,21 +139,23 @@ def _student(
         raise Unreadable("a student that learns from others has several losses of one kind")
     divergence = (*divergences, None)[0]
     compared = [s.argument(0) for s in group if s.argument(0) is not logits]
-    for node in (logits, *compared, *(() if target is None else target.between)):
+    between = [node for target in targets for node in target.between]
+    for node in (logits, *compared, *between):
         require_readers("student", node, allowed | set(compared))
     require_vocabulary(logits)
     head = read_as("student", lambda node: read_head(node, allowed), logits)
     require_learns(head)
     if any(is_placed(value_of(node)) for node in head.inputs):
         raise Unreadable("heads of students that learn from each other are sharded")
-    if divergence is not None and target is not None:
-        _require_one_scale(divergence, target)
-    return _Student(head, divergence, (*labelled, None)[0], target)
+    if divergence is not None:
+        for target in targets:
+            _require_one_scale(divergence, target)
+    return _Student(head, divergence, (*labelled, None)[0], targets)
 
 
 def _require_one_scale(divergence: Summand, target: _Target) -> None:
     """Raise Unreadable unless target and logits are of one shape and one temperature."""
-    if value_of(divergence.argument(1)).shape != value_of(divergence.argument(0)).shape:
+    if value_of(target.made).shape != value_of(divergence.argument(0)).shape:
         raise Unreadable("the logits that are compared differ in shape")
     if target.mean is None or target.mean.kwargs["pooled"] == "logits":
         return
@@ -180,7 +199,7 @@ class PeerFusion:
                 for summand in student.summands
             ]
         mark_as_objective(self.graph, old)
-        between = [n for s in self.students if s.target is not None for n in s.target.between]
+        between = [n for s in self.students for target in s.targets for n in target.between]
         heads = [student.head for student in self.students]
         replace_summands(self.stack, total, values, heads, between)
         said = remark_on(made, chunk, columns * bytes_each)
@@ -188,8 +207,11 @@ class PeerFusion:
 
     def _pooled(self) -> str:
         """What targets are the mean of; the same for all students."""
-        means = [s.target.mean for s in self.students if s.target is not None]
-        found = {str(mean.kwargs["pooled"]) for mean in means if mean is not None}
+        found = set()
+        for targets in (student.targets for student in self.students):
+            means = [target.mean for target in targets if target.mean is not None]
+            found |= {str(mean.kwargs["pooled"]) for mean in means}
+            found |= {"each"} if len(targets) > 1 else set()
         if len(found) > 1:
             raise Unreadable("students average their peers in different ways")
         return (*found, "logits")[0]
@@ -199,10 +221,14 @@ class PeerFusion:
         given: dict[str, Any] = {"divergence": None}
         given["hidden"], given["weight"], given["bias"] = student.head.emit(self.graph)
         given["scale"], given["softcap"] = student.head.curve.scale, student.head.curve.softcap
-        if (divergence := student.divergence) is not None and student.target is not None:
-            mean = student.target.mean
-            given["divergence"] = divergence.mix
-            given["peers"] = tuple(map(self.logits.index, student.target.sources))
+        if (divergence := student.divergence) is not None:
+            targets = student.targets
+            sources = [source for target in targets for source in target.sources]
+            mean = targets[0].mean
+            # The fused form takes the mean over targets itself.
+            mix = [(name, factor * len(targets), beta) for name, factor, beta in targets[0].mix]
+            given["divergence"] = tuple(mix)
+            given["peers"] = tuple(map(self.logits.index, sources))
             given["shares"] = None if mean is None else mean.args[1]
             given["logit_weight"] = divergence.weight
             given["logit_weights"] = divergence.option("weights")

@@ -15,7 +15,7 @@ from fxdistill.losses.fused.call import HeadSide
 from fxdistill.losses.fused.cast import cast_learning
 from fxdistill.losses.fused.chunk import ChunkSpec
 from fxdistill.losses.fused.mix import DivergenceLike, divergences
-from fxdistill.losses.fused.peer_chunk import PeerSpec
+from fxdistill.losses.fused.peer_chunk import PeerSpec, PooledPeers
 from fxdistill.losses.fused.peer_operator import PeerCall, peer_operator
 from fxdistill.losses.fused.request import (
     HeadRequest,
@@ -26,7 +26,6 @@ from fxdistill.losses.fused.request import (
     terms_of,
 )
 from fxdistill.losses.fused.sizes import chunk_tokens_for
-from fxdistill.losses.mixture import Pooled
 
 
 class Peer(NamedTuple):
@@ -70,7 +69,7 @@ class PeerLosses(NamedTuple):
 def vocab_loss_of_peers(
     students: Sequence[Peer],
     *,
-    pooled: Pooled = "logits",
+    pooled: PooledPeers = "logits",
     chunk_tokens: int | None = None,
     compile: bool = True,
 ) -> PeerLosses:
@@ -78,11 +77,13 @@ def vocab_loss_of_peers(
 
     The divergence compares a student's logits with those of the mean of its peers
     (``mean_of_teachers``), to which it gives no gradient: Zhang et al., "Deep mutual learning"
-    (2018). Equal to the plain losses of logits, value and gradient.
+    (2018), whose form ``pooled="each"`` is. Equal to the plain losses of logits, value and
+    gradient.
 
     Args:
         students: Two or more, on the same tokens: hidden states ``[..., D_i]`` of one grid.
-        pooled: What a target is the mean of, as in ``mean_of_teachers``.
+        pooled: What a target is the mean of, as in ``mean_of_teachers``; with ``"each"``, the term
+            is the mean of the divergences from each peer.
         chunk_tokens: As in ``vocab_loss``.
         compile: As in ``vocab_loss``.
 

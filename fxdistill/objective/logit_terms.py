@@ -194,8 +194,18 @@ def _divergence(
     loss_of = step.beside.loss_of(term, rules.ranks)
     losses = [loss_of(s, t, temperature=tau, weights=made.weights) for t in targets]
     losses = [ordinary(loss, term.name) for loss in losses]
-    loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
-    return rescaled(loss, made.weights, 0, made.items), factors
+    return rescaled(_mean(losses), made.weights, 0, made.items), factors
+
+
+def _mean(losses: list[Tensor]) -> Tensor:
+    """The mean, as a sum with constant coefficients, which ``heads/read_total.py`` reads."""
+    if len(losses) == 1:
+        return losses[0]
+    share = 1 / len(losses)
+    total = losses[0] * share
+    for loss in losses[1:]:
+        total = total + loss * share
+    return total
 
 
 def _one_target(term: LogitTerm, teachers: tuple[Tensor, ...], step: LogitStep) -> Tensor:

@@ -127,8 +127,7 @@ class Objective:
         """Whether a term's target gets no gradient, as the fused head has it."""
         if self.frozen.issuperset(term.teachers):
             return True
-        apart = term.target == "each" and len(term.teachers) > 1  # a loss from each is not fused
-        return term.constant and not apart and self.importance is None
+        return term.constant and self.importance is None
 
     @property
     def unchanging(self) -> bool:

@@ -82,6 +82,13 @@ def weighted(values: Tensor, weights: Tensor, items: float | None) -> Tensor:
     return (values * weights).sum() / (weights.sum() if items is None else items)
 
 
+def divergence_of(name: str, log_q: Tensor, p: Tensor) -> Tensor:
+    if name == "forward_kl":
+        return F.kl_div(log_q, p, reduction="none").sum(-1)
+    log_m = ((p + log_q.exp()) / 2).log()
+    return sum(F.kl_div(log_m, x, reduction="none").sum(-1) for x in (p, log_q.exp())) / 2  # type: ignore[return-value]
+
+
 def oracle(peers: list[Peer], pooled: str) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Total and terms, by torch's own functions."""
     logits = []
@@ -91,15 +98,11 @@ def oracle(peers: list[Peer], pooled: str) -> tuple[Tensor, list[Tensor], list[T
     of_logits, of_labels, total = [], [], torch.zeros(())
     for peer, z in zip(peers, logits, strict=True):
         others = [logits[j].detach()[:, :V] for j in peer.peers]
-        p, log_q = mean_probabilities(others, peer.shares, pooled), (z[:, :V] / TAU).log_softmax(-1)
-        if peer.divergence == "jsd":
-            log_m = ((p + log_q.exp()) / 2).log()
-            each = F.kl_div(log_m, p, reduction="none") + F.kl_div(
-                log_m, log_q.exp(), reduction="none"
-            )
-            each = each.sum(-1) / 2
-        else:
-            each = F.kl_div(log_q, p, reduction="none").sum(-1)
+        log_q = (z[:, :V] / TAU).log_softmax(-1)
+        targets = [(other / TAU).softmax(-1) for other in others]
+        if pooled != "each":
+            targets = [mean_probabilities(others, peer.shares, pooled)]
+        each = sum(divergence_of(str(peer.divergence), log_q, p) for p in targets) / len(targets)
         of_logits.append(weighted(TAU**2 * each, peer.logit_weights, None))
         counts = peer.weights * (peer.labels != -100)
         ce = F.cross_entropy(z, peer.labels, reduction="none", label_smoothing=peer.label_smoothing)
@@ -114,6 +117,7 @@ def oracle(peers: list[Peer], pooled: str) -> tuple[Tensor, list[Tensor], list[T
         (2, "logits", False),
         (3, "logits", False),
         (3, "probabilities", False),
+        (3, "each", False),
         pytest.param(
             3, "logits", True, marks=pytest.mark.slow
         ),  # Inductor's body overwrites logits

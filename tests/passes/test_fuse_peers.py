@@ -62,7 +62,7 @@ def test_two_students(first: str, second: str) -> None:
     assert_fused(agree(models(first, second), AOT, peers="each"), {61})
 
 
-@pytest.mark.parametrize("peers", ["logits", "probabilities"])
+@pytest.mark.parametrize("peers", ["logits", "probabilities", "each"])
 @pytest.mark.parametrize("compile", ["regional", AOT], ids=["regional", "graph"])
 def test_three_students_of_padded_vocabularies(peers: str, compile: Any) -> None:
     students = [*models("linear", "linear"), *models("linear", vocabulary=64)]
@@ -87,14 +87,13 @@ def test_without_labels() -> None:
 @pytest.mark.parametrize(
     ("students", "options", "says"),
     [
-        (models("linear", "linear", "linear"), {"peers": "each"}, "also read by forward_kl"),
         (models("linear", "linear"), {"outputs": ("logits",)}, "also read by the output"),
         (models("linear", "linear"), {"mapping": {"lm_head": "lm_head"}}, "also read by mse"),
         ([*models("linear"), Adapted(1)], {}, "come from add"),
         (models("linear", "linear"), {"importance": Importance("student_entropy")}, "also read by"),
         ([*models("linear"), *models("linear")[0:1]], {"dtypes": True}, "differ in dtype"),
     ],
-    ids=["each", "output", "matched", "LoRA", "importance", "dtypes"],
+    ids=["output", "matched", "LoRA", "importance", "dtypes"],
 )
 def test_left_alone(students: list[Model], options: dict[str, Any], says: str) -> None:
     """Logits are made, the numbers are right, and the remark says why."""

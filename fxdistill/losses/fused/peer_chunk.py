@@ -3,13 +3,17 @@
 import ast
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fxdistill.base.tensors import wide
 from fxdistill.losses.fused.chunk import Chunk, ChunkSpec, chunk_terms, through_head
 from fxdistill.losses.mixture import Pooled, mean_of_teachers
+
+PooledPeers = Pooled | Literal["each"]
 
 
 @dataclass(frozen=True)
@@ -17,12 +21,13 @@ class PeerSpec:
     """The constants of a compiled chunk.
 
     ``each`` are the constants of each student's terms, ``peers`` the numbers of the students that
-    it learns from, ``pooled`` what of these the mean is of.
+    it learns from. ``pooled`` says what of these the target is the mean of; with ``"each"`` the
+    term is the mean of the divergences from each of them.
     """
 
     each: tuple[ChunkSpec, ...]
     peers: tuple[tuple[int, ...], ...]
-    pooled: Pooled
+    pooled: PooledPeers
 
     @property
     def text(self) -> str:
@@ -52,15 +57,39 @@ def peer_terms(
     ]
     found = []
     for i, (chunk, of) in enumerate(zip(chunks, spec.each, strict=True)):
-        if of.divergences:
-            chunk = chunk._replace(teacher=_target(logits, shares[i], chunk, i, spec))
-        found.append(chunk_terms(chunk, of, want_gradient))
+        targets = _targets(logits, shares[i], chunk, i, spec) if of.divergences else []
+        if len(targets) > 1:
+            found.append(_from_each(chunk, targets, of, want_gradient))
+        else:
+            chunk = chunk._replace(teacher=targets[0] if targets else None)
+            found.append(chunk_terms(chunk, of, want_gradient))
     return torch.stack(found)
 
 
-def _target(logits: list[Tensor], share: Tensor, chunk: Chunk, i: int, spec: PeerSpec) -> Tensor:
-    """The logits of student ``i``'s target, of the columns that are compared."""
+def _targets(
+    logits: list[Tensor], share: Tensor, chunk: Chunk, i: int, spec: PeerSpec
+) -> list[Tensor]:
+    """The logits of student ``i``'s targets, of the columns that are compared."""
     some = [logits[j][:, : spec.each[i].columns] for j in spec.peers[i]]
-    if len(some) == 1:
-        return some[0]
-    return mean_of_teachers(some, share, temperature=chunk.settings[2], pooled=spec.pooled)
+    if len(some) == 1 or spec.pooled == "each":
+        return some
+    return [mean_of_teachers(some, share, temperature=chunk.settings[2], pooled=spec.pooled)]
+
+
+def _from_each(
+    chunk: Chunk, targets: Sequence[Tensor], of: ChunkSpec, want_gradient: bool
+) -> Tensor:
+    """The terms ``[2, c]`` of one student, whose divergence is the mean over ``targets``."""
+    share = chunk.logit_share / len(targets)
+    terms = torch.zeros_like(torch.stack([share, share]))
+    gradient = torch.zeros_like(wide(chunk.student))
+    for target in targets:
+        part = chunk._replace(student=chunk.student.clone(), teacher=target, logit_share=share)
+        terms = terms + chunk_terms(part, of, want_gradient)
+        gradient = gradient + part.student
+        # Labels count once.
+        chunk = chunk._replace(labels=None, label_share=torch.zeros_like(chunk.label_share))
+        of = replace(of, labelled=False)
+    if want_gradient:
+        chunk.student.copy_(gradient)
+    return terms
