@@ -8,8 +8,8 @@ PYTEST = .venv/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: test check demo docs lint types format clean
 
-test: lint types docs  ## everything, what .ci/run calls
-	$(PYTEST)
+test: lint types docs  ## everything, what .ci/run calls; names the tests that take longest
+	$(PYTEST) --durations=80 --durations-min=5
 
 check: lint types  ## the quick part
 	$(PYTEST) -m "not slow"
