@@ -40,7 +40,7 @@ from fxdistill.objective.head import Head
 from fxdistill.objective.make_heads import make_heads
 from fxdistill.objective.make_terms import Shapes, asks_for_width, with_projections
 from fxdistill.objective.objective import Objective
-from fxdistill.objective.term import PAIRS
+from fxdistill.objective.term import PAIRS, THRESHOLD
 
 FeatureLoss = str | Callable[..., Tensor]
 LossLike = str | Callable[..., Tensor] | None
@@ -217,5 +217,7 @@ def settings_of(
             settings[term.logits.name] = head.logit_weight
         if term.labels is not None:
             settings[term.labels.name] = head.label_weight
+    if (importance := objective.names.importance) is not None and importance.threshold is not None:
+        settings[THRESHOLD] = importance.threshold
     check_settings(settings)
     return settings

@@ -303,10 +303,10 @@ class Distiller(StudentFace, Saved, Looking):
     ) -> None:
         """Change weights or the temperature; nothing recompiles.
 
-        The keywords are ``logit_weight``, ``feature_weight``, ``label_weight`` and ``temperature``;
-        ``weights={term name: weight}`` sets the weights of single matches, and of the terms of
-        heads; ``teacher_weights`` those of several teachers, in order or by name. Values are
-        numbers or 0-d tensors. A pending backward keeps the values of its own step.
+        The keywords are ``logit_weight``, ``feature_weight``, ``label_weight``, ``temperature``,
+        and ``threshold`` of an importance that has one; ``weights={term name: weight}`` sets those
+        of matches and of the terms of heads, ``teacher_weights`` those of several teachers. Values
+        are numbers or 0-d tensors. A pending backward keeps the values of its own step.
 
         Raises:
             OptionError: A name is unknown, or a value is not a finite number. Nothing is changed.

@@ -12,7 +12,7 @@ from fxdistill.base.tensors import scalar
 from fxdistill.errors import MatchWarning, OptionError, did_you_mean
 from fxdistill.mapping.teachers import tower_at
 from fxdistill.objective.step_weights import Names
-from fxdistill.objective.term import GLOBAL_SETTINGS, Term
+from fxdistill.objective.term import GLOBAL_SETTINGS, THRESHOLD, Term
 
 Setting = float | Tensor
 TeacherWeights = Sequence[Setting] | Mapping[str, Setting] | Mapping[int, Setting] | Tensor
@@ -29,7 +29,9 @@ class Settings:
         self.values = dict(values)
         self.terms = (*names.matches, *names.heads)
         self.teachers = names.teachers
-        self.names = (*GLOBAL_SETTINGS, *self.terms, *map(of_teacher, names.teachers))
+        self.importance = names.importance
+        last = () if names.importance is None else (THRESHOLD,)
+        self.names = (*GLOBAL_SETTINGS, *self.terms, *map(of_teacher, names.teachers), *last)
         self._vector: Tensor | None = None
 
     def set(
@@ -44,7 +46,9 @@ class Settings:
         number.
         """
         for name in values:
-            if name not in GLOBAL_SETTINGS:
+            if name == THRESHOLD:
+                self._require_threshold(values[name])
+            elif name not in GLOBAL_SETTINGS:
                 near = did_you_mean(name, GLOBAL_SETTINGS)
                 raise OptionError(f"set() knows no {name!r}. Nearest: {near}.")
         for name in weights or {}:
@@ -57,6 +61,16 @@ class Settings:
         check_settings(new)
         self.values = {**self.values, **new}
         self.forget()
+
+    def _require_threshold(self, value: Setting) -> None:
+        if self.importance is None:
+            raise OptionError(
+                f"set(threshold={value!r}): there is no importance= with a threshold, such as "
+                'Importance("divergence", threshold=0.1)'
+            )
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise OptionError(f"threshold={value!r}: one number")
+        self.importance.at(value)
 
     def saved(self) -> dict[str, float]:
         """The values by name, as numbers, for a state dict."""

@@ -105,7 +105,7 @@ class Summand:
             return None
         if scores.args != (self.argument(0), self.argument(1)):
             return None
-        keep, _, proportional = ast.literal_eval(found.args[2])
+        keep, proportional = ast.literal_eval(found.args[2])
         names = Asked.read(scores.kwargs["asked"]).names
         alone = proportional and len(names) == 1 and self.items is None
         alone = alone and set(weights.users) <= set(self.losses)

@@ -7,7 +7,7 @@ result are those of the term's mean, Σ w·value / Σ w.
 import ast
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from numbers import Real
 from typing import Any
@@ -53,8 +53,9 @@ class Importance:
         score: A name or a callable.
         keep: The share of counted predictions, ⌈keep·n⌉ of n, whose weight stays: those of the
             highest score, and of equal ones the earlier. All others have weight 0.
-        threshold: Predictions whose score is not above it have weight 0. Given both, ``keep``
-            counts those above the threshold. Given neither, weights are multiplied by the score
+        threshold: Predictions whose score is not above it have weight 0; a setting, which
+            ``distiller.set(threshold=...)`` and ``Schedule`` change. Given both, ``keep`` counts
+            those above the threshold. Given neither, weights are multiplied by the score
             over its mean; a negative score counts as 0, and nothing counts where all are 0.
         features: Whether the positions that predict weigh as much in the terms of matches.
 
@@ -94,6 +95,11 @@ class Importance:
                     f"is 0 or more{above}"
                 )
 
+    def at(self, threshold: Any) -> "Importance":
+        """The same with another threshold; OptionError where it is outside of its range."""
+        number = float(threshold) if isinstance(threshold, Tensor) else threshold
+        return replace(self, threshold=number)
+
     @property
     def names(self) -> tuple[str, ...]:
         """The named scores that this one is made of; none for a callable."""
@@ -121,8 +127,11 @@ class Importance:
 
     @property
     def rule(self) -> str:
-        """How weights follow from scores, as text: dynamo would make numbers symbolic."""
-        return repr((self.part, self.threshold, self.proportional))
+        """How weights follow from scores, as text: dynamo would make numbers symbolic.
+
+        The threshold is not in it: it is a setting, which may change from step to step.
+        """
+        return repr((self.part, self.proportional))
 
     def __str__(self) -> str:
         given = {"keep": self.keep, "threshold": self.threshold}
@@ -175,7 +184,11 @@ def require_scores(scores: Tensor, weights: Tensor) -> None:
 
 
 def factors_of(
-    importance: Importance, scores: Tensor, weights: Tensor, ranks: Ranks | None
+    importance: Importance,
+    scores: Tensor,
+    weights: Tensor,
+    ranks: Ranks | None,
+    threshold: Tensor | None,
 ) -> Tensor:
     """The factor of each prediction's weight, shaped like ``weights``; 0 where nothing counts.
 
@@ -184,7 +197,7 @@ def factors_of(
     sums = None
     if importance.proportional and ranks is not None:
         sums = over_ranks(score_sums(scores, weights), ranks.groups)
-    return factors(scores, weights, importance.rule, sums)
+    return factors(scores, weights, importance.rule, sums, threshold)
 
 
 @one_node
@@ -195,9 +208,15 @@ def score_sums(scores: Tensor, weights: Tensor) -> Tensor:
 
 
 @one_node
-def factors(scores: Tensor, weights: Tensor, rule: str, sums: Tensor | None = None) -> Tensor:
+def factors(
+    scores: Tensor,
+    weights: Tensor,
+    rule: str,
+    sums: Tensor | None = None,
+    threshold: Tensor | None = None,
+) -> Tensor:
     """The factors of ``Importance.rule``; ``sums`` are ``score_sums`` of all ranks."""
-    part, threshold, proportional = ast.literal_eval(rule)
+    part, proportional = ast.literal_eval(rule)
     counted = weights != 0
     score = _score(scores, counted)
     if proportional:

@@ -189,7 +189,8 @@ def _divergence(
     if importance is not None:
         each = [scores_of(importance, term.loss, s, t, tau, made.weights) for t in targets]
         scores = each[0] if len(each) == 1 else torch.stack(each).mean(0)
-        factors = factors_of(importance, scores, made.weights, rules.ranks)
+        threshold = step.weights.threshold
+        factors = factors_of(importance, scores, made.weights, rules.ranks, threshold)
         made = made.by(factors, rules.ranks)
     loss_of = step.beside.loss_of(term, rules.ranks)
     losses = [loss_of(s, t, temperature=tau, weights=made.weights) for t in targets]

@@ -38,9 +38,9 @@ from fxdistill.models.adapters import plain
 from fxdistill.models.conventions import Stream, Task, stream_of
 from fxdistill.models.tap import ATTENTION, Tap, Tower
 from fxdistill.objective.arrange import arranged_shape
-from fxdistill.objective.term import GLOBAL_SETTINGS, PAIRS, Term
+from fxdistill.objective.term import GLOBAL_SETTINGS, PAIRS, THRESHOLD, Term
 
-RESERVED = ("loss", "logits", "labels", "features", PAIRS, *GLOBAL_SETTINGS)
+RESERVED = ("loss", "logits", "labels", "features", PAIRS, THRESHOLD, *GLOBAL_SETTINGS)
 Shapes = Mapping[tuple[Tower, Tap], Tensor]  # meta tensors with the shapes seen at the taps
 
 

@@ -76,7 +76,13 @@ class Objective:
         """The names of the settings behind the global ones."""
         of_heads = tuple(term.name for head in self.heads for term in head.terms)
         mixed = (*self.logits, *(h.logits for h in self.heads if h.logits is not None))
-        return Names(self.weighed, of_heads, next((t.teachers for t in mixed if t.weighs), ()))
+        teachers = next((t.teachers for t in mixed if t.weighs), ())
+        return Names(self.weighed, of_heads, teachers, self._with_threshold)
+
+    @property
+    def _with_threshold(self) -> Importance | None:
+        found = self.importance
+        return None if found is None or found.threshold is None else found
 
     @property
     def compared(self) -> frozenset[Tower]:

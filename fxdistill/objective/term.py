@@ -14,6 +14,7 @@ from fxdistill.models.tap import ATTENTION, Tap, Tower
 PAIRS = "pairs"  # the name of the term of a loss that takes all pairs
 LOGITS = Tap("", "logits")  # the logits that a model returns
 GLOBAL_SETTINGS = ("logit_weight", "feature_weight", "label_weight", "temperature")
+THRESHOLD = "threshold"  # the setting of an importance that has one
 
 
 @dataclass(frozen=True)

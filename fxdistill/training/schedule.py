@@ -25,9 +25,9 @@ class Schedule:
         distiller: What ``fxdistill.wrap`` has returned.
         weights: ``{term name: schedule}``, the weights of single matches.
         settings: A schedule for any other keyword of ``distiller.set``: ``temperature``,
-            ``logit_weight``, ``feature_weight``, ``label_weight``. A schedule is one of
-            ``fxdistill.schedules``, a callable step → value of your own, a number that stays, or a
-            tuple or dict of these where ``set`` takes a tuple or dict.
+            ``logit_weight``, ``feature_weight``, ``label_weight``, ``threshold``. A schedule is one
+            of ``fxdistill.schedules``, a callable step → value of your own, a number that stays,
+            or a tuple or dict of these where ``set`` takes a tuple or dict.
 
     Raises:
         OptionError: A name is unknown, a weight names no term, there is nothing to change, or a

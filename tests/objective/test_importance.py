@@ -13,7 +13,7 @@ from torch.distributions import Categorical, kl_divergence
 
 import fxdistill
 from fxdistill import Importance, errors
-from fxdistill.objective.importance import NAMES, factors
+from fxdistill.objective.importance import NAMES, factors_of
 from heads import Model, batch, remarks
 from mesh_steps import AOT, aot
 from processes import run
@@ -339,7 +339,9 @@ def of(scores: Any, weights: Any = None, name: str = "student_entropy", **rule: 
     scores = torch.tensor(scores)
     scores = scores if name == "tip" else scores[..., None]
     weights = torch.ones(scores.shape[:-1]) if weights is None else torch.tensor(weights)
-    return factors(scores, weights, Importance(name, **rule).rule).flatten().tolist()
+    importance, limit = Importance(name, **rule), rule.get("threshold")
+    limit = None if limit is None else torch.tensor(limit)
+    return factors_of(importance, scores, weights, None, limit).flatten().tolist()
 
 
 def test_of_equal_scores_the_earlier_is_kept() -> None:
@@ -404,6 +406,19 @@ def test_tip_is_high_for_uncertain_and_for_certain_and_wrong() -> None:
 def test_mistakes_are_named(given: dict[str, Any], said: str) -> None:
     with pytest.raises(errors.OptionError, match=said):
         Importance(given.pop("score"), **given)
+
+
+def test_another_threshold_is_checked_like_the_first() -> None:
+    student, teacher = pair()
+    importance = Importance("teacher_margin", threshold=0.5)
+    distiller = fxdistill.wrap(student, teacher, task="causal_lm", importance=importance)
+    for limit, said in ((1.0, "at most 1"), (torch.zeros(2), "one number"), ("high", "finite")):
+        with pytest.raises(errors.OptionError, match=said):
+            distiller.set(threshold=limit)
+    assert distiller.settings["threshold"] == 0.5
+    distiller.set(threshold=torch.tensor(0.25))
+    assert distiller.state_dict()  # it is saved as a number
+    assert float(distiller.settings["threshold"]) == 0.25
 
 
 def test_a_callable_may_have_any_threshold() -> None:

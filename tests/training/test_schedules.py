@@ -85,9 +85,10 @@ def test_wrong_arguments_say_what_is_right(wrong, text):
 MAPPING = {"blocks.0": "blocks.1", "blocks.1": "blocks.3"}
 
 
-def toy(mapping=MAPPING, **options):
+def toy(mapping=MAPPING, models=None, **options):
     options = {"compile": False, "label_loss": None, **options}
-    return fxdistill.wrap(Toy(2), Toy(4), mapping, task="causal_lm", **options)
+    models = models or (Toy(2), Toy(4))
+    return fxdistill.wrap(*models, mapping, task="causal_lm", **options)
 
 
 def test_step_0_is_applied_at_once_and_each_step_after_it():
@@ -147,10 +148,35 @@ def test_nothing_recompiles():
     assert graphs[0] > 0
 
 
+def test_a_threshold_of_importance_is_scheduled_and_nothing_recompiles():
+    """Each step keeps what a distiller keeps whose threshold it is."""
+    rule = fxdistill.Importance("student_entropy", threshold=0.0)
+    distiller = toy(compile={"backend": "aot_eager"}, importance=rule)
+    models = [distiller._towers.modules[t] for t in ("student", "teacher")]
+    ids, kept, graphs = torch.randint(50, (2, 6)), [], []
+    log_q = models[0](ids)["logits"].log_softmax(-1)
+    ordered = (-(log_q.exp() * log_q).sum(-1)).detach().flatten().sort().values
+    limits = [0.0, *(float(ordered[i : i + 2].mean()) for i in (3, 8))]
+    schedule = Schedule(distiller, threshold=schedules.stages(limits, every=1))
+    for limit in limits:
+        rule = fxdistill.Importance("student_entropy", threshold=limit)
+        fixed = toy(models=models, importance=rule)(ids)
+        out = distiller(ids)
+        torch.testing.assert_close(out.loss, fixed.loss)
+        assert distiller.settings["threshold"] == limit
+        kept.append(float(out.metrics["kept"]))
+        out.loss.backward()
+        schedule.step()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert kept == pytest.approx([1.0, 8 / 12, 3 / 12])
+    assert len(set(graphs)) == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
         ({}, "changes nothing"),
+        ({"threshold": 0.5}, "there is no importance= with a threshold"),
         ({"temprature": 2.0}, "temperature"),
         ({"weights": {"blocks.7": 2.0}}, "no term 'blocks.7'. Nearest: 'blocks.1'"),
         ({"weights": {}}, "term name: schedule"),
