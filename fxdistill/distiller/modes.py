@@ -244,4 +244,5 @@ def terms_of(
     returns = objective.returns
     logits = None if returns is None else collected(returns, LOGITS).detach()
     terms = {name: named(value, name) for name, value in losses.terms.items()}
-    return losses._replace(terms=terms), logits
+    # torch 2.11 does not return a tuple that _replace has made in a compiled function.
+    return Losses(losses.total, terms, losses.metrics), logits

@@ -7,6 +7,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from fxdistill.base.autocast import has_autocast
+
 # From sums over this rank's shard of the width to sums over the whole width; one device has all.
 Whole = Callable[[Tensor], Tensor]
 # From student, teacher, weights, axes of the width, its size and a Whole to each token's value.
@@ -48,7 +50,7 @@ def in_full_precision(loss: F) -> F:
     @functools.wraps(loss)
     def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
         kind = first.device.type
-        if not torch.amp.is_autocast_available(kind):
+        if not has_autocast(kind):
             return loss(first, *args, **kwargs)
         with torch.autocast(kind, enabled=False):
             return loss(first, *args, **kwargs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxdistill.base.attention import each, of_queries, tensors_of
+from fxdistill.base.autocast import autocast_dtype
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import (
     DeviceError,
@@ -231,9 +232,7 @@ def _shapes(
 
 def _dtype_problem(name: str, value: Tensor, projection: nn.Module) -> DtypeError | None:
     first = next(projection.parameters(), None)
-    kind = value.device.type
-    # "meta" has no autocast: asking torch whether it is enabled there would raise.
-    casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    casts = autocast_dtype(value.device.type) is not None
     if first is None or first.dtype == value.dtype or casts:
         return None
     return DtypeError(

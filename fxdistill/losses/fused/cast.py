@@ -2,6 +2,7 @@
 
 import torch
 
+from fxdistill.base.autocast import autocast_dtype
 from fxdistill.errors import OptionError
 from fxdistill.losses.fused.call import HeadSide
 
@@ -9,13 +10,10 @@ from fxdistill.losses.fused.call import HeadSide
 def cast_side(side: HeadSide) -> HeadSide:
     """Cast operands as a linear layer does under autocast."""
     hidden, weight, bias = side
-    kind = hidden.device.type
-    # Some devices, "meta" among them, have no autocast, and is_autocast_enabled raises for them.
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        if hidden.dtype != torch.float64:
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+    dtype = autocast_dtype(hidden.device.type)
+    if dtype is not None and hidden.dtype != torch.float64:
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     return HeadSide(hidden, weight, bias)
 
 

@@ -9,7 +9,7 @@ q₁ (1 + 2c·lse) - (1-ε)·onehot - ε/V, with q₁ = softmax(z).
 import ast
 import functools
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -49,7 +49,7 @@ class ChunkSpec:
     @property
     def text(self) -> str:
         """The spec as text, which an operator can take as an argument."""
-        return repr(astuple(self))
+        return repr(tuple(getattr(self, field.name) for field in fields(self)))
 
     @classmethod
     @functools.cache
