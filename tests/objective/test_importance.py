@@ -190,8 +190,10 @@ def test_eager(name: str, rule: str) -> None:
     agrees(name, rule_of(name, rule), False, labels=True)
 
 
-@pytest.mark.parametrize("labels", [True, False], ids=["with labels", "alone"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("rule", "labels"),
+    [*itertools.product(RULES, [False]), ("neither", True), ("both", True)],
+)
 @pytest.mark.parametrize("name", SCORES)
 def test_one_graph(name: str, rule: str, labels: bool) -> None:
     """Named scores are formed by the fused head; without labels, only what is kept is computed."""
@@ -256,11 +258,15 @@ def test_kept_is_always_there() -> None:
             assert stepped(importance, compile)[0].metrics["kept"] == 1
 
 
-@pytest.mark.parametrize("compile", [False, AOT], ids=str)
+@pytest.mark.parametrize(
+    ("compile", "names"),
+    [(False, SCORES), (AOT, ("divergence", "tip"))],  # a graph of one score, and of two
+    ids=["eager", "graph"],
+)
 @pytest.mark.parametrize("rule", RULES)
-def test_nothing_counted_gives_zero(rule: str, compile: Any) -> None:
+def test_nothing_counted_gives_zero(rule: str, compile: Any, names: tuple[str, ...]) -> None:
     ids = batch()[0]
-    for name in SCORES:
+    for name in names:
         call = {"loss_mask": torch.zeros_like(ids)}
         importance = Importance(own if name == "own" else name, **rule_of(name, rule))
         out, student, _ = stepped(importance, compile, call=call, label_loss=None)
