@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.measure import Measurement
 
-NARROW, WIDE = 80, 160
+NARROW, WIDE = 80, 200
 
 
 def text(renderable: Any, width: int) -> str:
@@ -21,7 +21,7 @@ def text(renderable: Any, width: int) -> str:
 
 
 def fitting(renderable: Any, parts: Iterable[Any]) -> str:
-    """Plain text in which none of these ``parts`` has to fold: in 80 columns, or up to 160.
+    """Plain text in which none of these ``parts`` has to fold: in 80 columns, or up to 200.
 
     Where the text goes to a terminal, or ``COLUMNS`` is set, there are no more than these.
     """
