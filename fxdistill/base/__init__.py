@@ -1,4 +1,4 @@
-"""Helpers that every other folder uses: tensors, ranks, graph nodes, figures, files, text."""
+"""Helpers that every other folder uses: tensors, ranks, nodes, figures, files, text, warnings."""
 
 from fxdistill.base.later import later
 

@@ -1,7 +1,8 @@
 """Numbers formatted for people."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _DECIMAL = ("", "k", "M", "G", "T", "P", "E")
@@ -55,3 +56,14 @@ def _scaled(count: int, base: int, units: Sequence[str]) -> str:
         return f"{count} {units[0]}"
     digits = 2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0
     return f"{number:.{digits}f} {units[unit]}"
+
+
+def shown(shape: Iterable[Any]) -> list[Any]:
+    """A shape for a message: the numbers of the call where a trace has symbols for them."""
+    return [number(size) for size in shape]
+
+
+def number(size: Any) -> Any:
+    """A size as the number that it is in this call; what only the data decides keeps its symbol."""
+    known = getattr(getattr(size, "node", None), "hint", None)
+    return size if known is None else known

@@ -60,7 +60,7 @@ def report(args: argparse.Namespace, out: TextIO) -> int:
     if args.json is not None:
         _write(found.to_json() + "\n", args.json, out)
     if args.json != "-":
-        _show(found, out)
+        _show(found, out, plain=str(found))
     if found.stopped is None:
         return FINE if args.memory is None else _fits(found, args.memory)
     print(f"fxdistill report: partial: {found.stopped.splitlines()[0]}", file=sys.stderr)
@@ -120,7 +120,7 @@ def match(args: argparse.Namespace, out: TextIO) -> int:
     if args.json is not None:
         _write(text_of(found, found.notes, "json"), args.json, out)
     if args.json != "-":
-        _show(found, out, wide=True)
+        _show(found, out)
     return FINE
 
 
@@ -138,7 +138,7 @@ def modules(args: argparse.Namespace, out: TextIO) -> int:
         data = {"schema": MODULES_SCHEMA, "model": name, "modules": rows}
         _write(json.dumps(data, indent=2, ensure_ascii=False) + "\n", args.json, out)
     if args.json != "-":
-        _show(_table(rows), out, wide=True)
+        _show(_table(rows), out)
     return FINE
 
 
@@ -229,13 +229,13 @@ def _is_no_file(path: Path, asked: str) -> bool:
         raise CommandError(f"{asked}: cannot be written: {error.strerror}") from error
 
 
-def _show(what: Any, out: TextIO, *, wide: bool = False) -> None:
-    """Print to a terminal; to a pipe or a file, write plain text, whose lines may be ``wide``."""
+def _show(what: Any, out: TextIO, *, plain: str | None = None) -> None:
+    """Print to a terminal; to a pipe or a file, write ``plain`` text, or lines of any width."""
     console = Console(file=out)
     if console.is_terminal:
         console.print(what)
     else:
-        out.write(text(what, _WIDE if wide else console.width) + "\n")
+        out.write((text(what, _WIDE) if plain is None else plain) + "\n")
 
 
 def _write_page(found: Report, target: str) -> None:

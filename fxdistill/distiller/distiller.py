@@ -1,7 +1,6 @@
 """The Distiller: models, projections and objective behind one call."""
 
 import dataclasses
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fxdistill import parallel
+from fxdistill.base.warn import warn
 from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.journal import Journal
 from fxdistill.distiller import after, whose
@@ -277,7 +277,7 @@ class Distiller(StudentFace, Saved, Looking):
             raise
         self.journal.fell_back(str(error))
         lost = ", without your passes" if before.passes else ""
-        warnings.warn(f'falling back to compile="regional"{lost}: {error}', stacklevel=5)
+        warn(f'falling back to compile="regional"{lost}: {error}')
         return result
 
     # Dynamo cannot trace a weak reference: make the recipe outside any surrounding compile.
@@ -292,7 +292,7 @@ class Distiller(StudentFace, Saved, Looking):
         """Give each warning of the checks that has not been given yet."""
         for text in [text for text, given in self._warnings.items() if not given]:
             self._warnings[text] = True
-            warnings.warn(text, MatchWarning, stacklevel=4)
+            warn(text, MatchWarning)
 
     def set(
         self,

@@ -1,6 +1,5 @@
 """Looking at a step without running it: check, report, summary."""
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,7 @@ from torch import nn
 
 from fxdistill import parallel
 from fxdistill.base.ranks import Ranks
+from fxdistill.base.warn import warn
 from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.journal import Journal
 from fxdistill.distiller import dry
@@ -78,7 +78,7 @@ class Looking(nn.Module):
         except CaptureError as error:
             if self.options.mode == "one_graph" and not self.options.fallback:
                 raise
-            warnings.warn(f"these inputs could not be checked: {error}", stacklevel=2)
+            warn(f"these inputs could not be checked: {error}")
             return None
         self._note_warnings(request)
         self._announce()

@@ -1,6 +1,6 @@
 """How a distiller runs, as ``wrap`` reads it from ``compile``, ``passes`` and ``outputs``."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -48,12 +48,12 @@ class Options:
 
 
 def read_options(
-    compile: CompileLike, outputs: tuple[str, ...] | None, passes: tuple[Pass, ...]
+    compile: CompileLike, outputs: str | Iterable[str] | None, passes: tuple[Pass, ...]
 ) -> Options:
     """Read the options of ``wrap``; raises OptionError for one that does not exist."""
-    for name in outputs or ():
-        if name != "logits":
-            raise OptionError(f"outputs={outputs!r}: only 'logits' can be asked for")
+    wanted = None if outputs is None else _names(outputs)
+    if wanted is not None and any(name != "logits" for name in wanted):
+        raise OptionError(f"outputs={outputs!r}: only 'logits' can be asked for")
     options: Mapping[str, Any] = compile if isinstance(compile, Mapping) else {}
     for key in options:
         if key not in _COMPILE_KEYS:
@@ -80,13 +80,19 @@ def read_options(
         passes=passes,
         fuse_head=bool(options.get("fuse_head", True)),
         disabled=_disabled(options.get("disable", ())),
-        outputs=outputs,
+        outputs=wanted,
     )
+
+
+def _names(given: Any) -> tuple[Any, ...]:
+    """Names, one or several: a text is one name, and no sequence of letters."""
+    single = isinstance(given, str) or not isinstance(given, Iterable)
+    return (given,) if single else tuple(given)
 
 
 def _disabled(names: Any) -> tuple[str, ...]:
     """The passes to leave out; OptionError for a name that is none, or that a step needs."""
-    given = (names,) if isinstance(names, str) else tuple(names)
+    given = _names(names)
     for name in given:
         if name == "ExposeOutputs":
             raise OptionError("ExposeOutputs cannot be disabled: the terms read what it exposes")

@@ -10,6 +10,13 @@ from torch.utils._pytree import register_pytree_node
 from fxdistill.objective.objective import Losses
 
 
+class _NoOutput(KeyError):
+    """A key that is not there; its message is plain text, where KeyError's own is quoted."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class DistillOutput(OrderedDict[str, Any]):
     """An ordered mapping with attribute access: ``out.loss``, ``out["loss"]``, ``out[0]``.
 
@@ -30,11 +37,8 @@ class DistillOutput(OrderedDict[str, Any]):
     def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
-        except KeyError:
-            there = f"no output {name!r}; there are {', '.join(self)}"
-            if name == "logits":
-                there += '. wrap(..., outputs=("logits",)) adds the student\'s logits'
-            raise AttributeError(there) from None
+        except KeyError as error:
+            raise AttributeError(*error.args) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
@@ -43,6 +47,12 @@ class DistillOutput(OrderedDict[str, Any]):
         if isinstance(key, (int, slice)):
             return self.to_tuple()[key]
         return super().__getitem__(key)
+
+    def __missing__(self, key: str) -> Any:
+        there = f"no output {key!r}; there are {', '.join(self)}"
+        if key == "logits":
+            there += '. wrap(..., outputs=("logits",)) adds the student\'s logits'
+        raise _NoOutput(there)
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The values in order."""

@@ -1,10 +1,10 @@
 """What ``wrap`` asks of a student and its teacher before anything else."""
 
-import warnings
 from collections.abc import Iterable
 
 from torch import nn
 
+from fxdistill.base.warn import warn
 from fxdistill.errors import FrozenStudentError, MatchWarning, OptionError
 from fxdistill.models.adapters import adapters_of, merged_in
 from fxdistill.models.landmarks import vocabulary_of
@@ -45,11 +45,10 @@ def check_targets(student: nn.Module, teacher: nn.Module) -> None:
             "itself from other inputs, pass the student as the teacher too."
         )
     if shared:
-        warnings.warn(
+        warn(
             f"the frozen teacher holds {len(shared)} parameters that the student learns "
             f"({shared[0]}, ...): its targets change with every step. Give it a copy.",
             MatchWarning,
-            stacklevel=3,
         )
 
 

@@ -24,6 +24,10 @@ class Resize(NamedTuple):
     decoder: Size | None
     decoder_length: int
 
+    def as_it_is(self) -> "Resize":
+        """The same of the decoder, and the tokens left as they are."""
+        return self._replace(length=0 if self.tokens is None else self.tokens[1])
+
 
 def near(batch: Batch, fixed: Collection[int]) -> tuple[Resize, Resize]:
     """Two resizes to lengths nearby that no model has fixed, the decoder's unlike the encoder's."""
@@ -85,9 +89,42 @@ def texts(inputs: Inputs, batch: Batch) -> set[str]:
 
 
 def reads_more(inputs: Inputs, batch: Batch) -> bool:
-    """Whether something but a text is read: numbers that are neither embeddings nor masks."""
-    reads = texts(inputs, batch)
+    """Whether more is read than a text or sound: numbers that are no embeddings and no masks."""
+    reads, heard = texts(inputs, batch), sound(inputs, batch)
+    if not reads and heard is not None:
+        reads = {heard.name}
     return any(_is_more(n, value) and n not in reads for n, value in named(inputs).items())
+
+
+class Sound(NamedTuple):
+    """An input whose frames are the tokens: samples ``[B, T]``, or a spectrum, on either side."""
+
+    name: str
+    size: Size  # of samples, or of the spectrum's own frames
+    axis: int
+
+    def resized(self, before: int, length: int) -> int:
+        """How many samples make about ``length`` frames, where those there are make ``before``."""
+        return self.size[1] + (length - before) * (self.size[1] // before)
+
+
+def sound(inputs: Inputs, batch: Batch) -> Sound | None:
+    """The sound that the tokens are frames of; ``None`` where a text is read, or no sound.
+
+    Labels alone do not say that: those of a transcript are fewer than the frames.
+    """
+    size = size_of(batch.tokens)
+    if size is None or batch.tokens is batch.labels:
+        return None
+    if any(not name.startswith("decoder") for name in texts(inputs, batch)):
+        return None
+    for name, value in named(inputs).items():
+        if not _is_more(name, value) or value.ndim > 3 or value.shape[0] != size[0]:
+            continue
+        axis = 1 if value.ndim == 2 or value.shape[1] > value.shape[2] else 2
+        if value.shape[axis] >= max(1, size[1]) and not name.startswith("decoder"):
+            return Sound(name, (size[0], int(value.shape[axis])), axis)
+    return None
 
 
 def _is_more(name: str, value: Any) -> bool:
@@ -107,14 +144,17 @@ def images(inputs: Inputs) -> set[str]:
 
 def of_length(inputs: Inputs, batch: Batch, resize: Resize) -> Inputs:
     """Inputs whose tokens have another length."""
-    reads = texts(inputs, batch)
-    sound = _sound(inputs, resize)
+    reads, heard = texts(inputs, batch), sound(inputs, batch)
 
     def change(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        if sound is not None and tuple(value.shape[:2]) == sound[0]:
-            return _empty(name, value, (sound[0][0], sound[1]))
+        if heard is not None and resize.tokens is not None:
+            samples = heard.resized(resize.tokens[1], resize.length)
+            if name == heard.name:
+                return _empty(name, value, _with(value, heard.axis, samples))
+            if tuple(value.shape[:2]) == heard.size:  # the mask of its samples
+                return _empty(name, value, _with(value, 1, samples))
         size, length = resize.tokens, resize.length
         if name.startswith("decoder"):
             size, length = resize.decoder, resize.decoder_length
@@ -125,15 +165,11 @@ def of_length(inputs: Inputs, batch: Batch, resize: Resize) -> Inputs:
     return _each(inputs, change)
 
 
-def _sound(inputs: Inputs, resize: Resize) -> tuple[Size, int] | None:
-    """The size of sound whose frames are the tokens, and the number of samples it gets."""
-    sound = inputs.kwargs.get("input_values", inputs.args[0] if inputs.args else None)
-    if not isinstance(sound, Tensor) or not sound.is_floating_point() or resize.tokens is None:
-        return None
-    size = size_of(sound)
-    if size is None or sound.ndim > 2 or size[1] <= resize.tokens[1]:
-        return None
-    return size, size[1] + (resize.length - resize.tokens[1]) * (size[1] // resize.tokens[1])
+def _with(value: Tensor, axis: int, size: int) -> tuple[int, ...]:
+    """The shape of ``value`` with another size of one axis."""
+    shape = [int(n) for n in value.shape]
+    shape[axis] = size
+    return tuple(shape)
 
 
 def _shape(value: Tensor, size: Size, length: int) -> tuple[int, ...]:

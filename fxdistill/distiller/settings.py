@@ -1,7 +1,6 @@
 """Weights and temperature: a tensor that enters the graph, so a change recompiles nothing."""
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxdistill.base.tensors import scalar
+from fxdistill.base.warn import warn
 from fxdistill.errors import MatchWarning, OptionError, did_you_mean
 from fxdistill.mapping.teachers import tower_at
 from fxdistill.objective.step_weights import Names
@@ -151,10 +151,9 @@ def warn_of_zero_weights(terms: Iterable[Term]) -> None:
     """Warn about matches of weight 0: they are computed and train nothing."""
     for term in terms:
         if not isinstance(term.weight, Tensor) and term.weight == 0:
-            warnings.warn(
+            warn(
                 f"the match of student {term.name!r} has weight 0: it is computed and teaches "
                 "nothing until distiller.set(weights={...}) raises it. Drop it if that is not "
                 "meant.",
                 MatchWarning,
-                stacklevel=3,
             )

@@ -63,11 +63,11 @@ def _run(towers: Towers, tower: Tower, inputs: Inputs, *, logits: bool) -> None:
 
 
 def _tap_logits(output: Any, tower: Tower) -> None:
-    logits = logits_of(output)
-    if fields := further_fields(output):
+    logits, fields = logits_of(output), further_fields(output)
+    if fields:
         further_logits(tower, fields)
     if logits is None:
-        no_logits(tower)
+        no_logits(tower, fields)
     elif isinstance(logits, UnmadeLogits):
         keep(logits, LOGITS.path, LOGITS.port)
     else:
@@ -82,10 +82,21 @@ def further_fields(output: Any) -> str:
 
 
 @check
-def no_logits(tower: Tower) -> None:
-    """Raise LogitsError: a term needs the logits of a model that returns none."""
+def no_logits(tower: Tower, fields: str) -> None:
+    """Raise LogitsError: a term needs the logits of a model that returns none.
+
+    ``fields`` are those of its output that are logits by another name, as those of two towers are.
+    """
+    advice = "Wrap the model with its head, or use logit_loss=None and pass no labels."
+    if fields:
+        advice = (
+            f"Its output has {fields}. To distil one of these, wrap modules of your own around "
+            "both models: each keeps its model as self.model, and its forward(self, **inputs) "
+            f"returns self.model(**inputs).{fields.partition(',')[0]}. A head (heads=) cannot "
+            "take the place of a model's own logits: it is beside them. For matches alone, use "
+            "logit_loss=None and pass no labels."
+        )
     raise LogitsError(
         f"the {tower} returns no logits. A model's logits are its tensor output, or its "
-        "'logits' field or key. Wrap the model with its head, or use logit_loss=None and pass no "
-        "labels."
+        f"'logits' field or key. {advice}"
     )

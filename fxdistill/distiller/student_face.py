@@ -156,14 +156,16 @@ _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_O
 
 
 def config_of(student: nn.Module) -> Any:
-    """The student's config, which also names ``losses`` as no prediction.
+    """The student's config, which also names losses and metrics as no prediction.
 
+    Trainer leaves out ``loss`` itself where a batch has labels, and without labels a distiller has
+    one too: that of its logits and matches.
     It shares all its values with the student's: what a trainer sets there is set in the student.
     Raises AttributeError where the student has none.
     """
     config: Any = student.config
     kind: Any = type(config)
-    if not hasattr(kind, "keys_to_ignore_at_inference"):
+    if not (hasattr(kind, "model_type") and hasattr(kind, "to_diff_dict")):
         return config  # not one of transformers'
     view: Any = object.__new__(_without_losses(kind))
     object.__setattr__(view, "__dict__", config.__dict__)
@@ -172,7 +174,10 @@ def config_of(student: nn.Module) -> Any:
 
 @functools.cache
 def _without_losses(kind: Any) -> type:
-    keys: Any = kind.keys_to_ignore_at_inference
+    # Many configs, such as BERT's, name none; this is what Trainer ignores then.
+    keys: Any = getattr(kind, "keys_to_ignore_at_inference", ["past_key_values"])
     return type(
-        kind.__name__, (kind,), {"keys_to_ignore_at_inference": [*keys, "losses", "metrics"]}
+        kind.__name__,
+        (kind,),
+        {"keys_to_ignore_at_inference": [*keys, "loss", "losses", "metrics"]},
     )

@@ -3,11 +3,12 @@
 The sizes of a value may agree with those of the tokens by chance: latent vectors as many as the
 words of a text, an image of 16 patches beside 16 tokens. So the models are run on fake tensors,
 which compute nothing, with texts of two other lengths, an encoder's and a decoder's unlike each
-other; what follows a length in both is of these tokens. A map's channels are told likewise, from
-images of twice the size: they are the axis that stays.
+other; what follows a length in both is of these tokens. Of sound they are its frames, which change
+with its samples. A map's channels are told likewise, from images of twice the size: they are the
+axis that stays.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -31,17 +32,21 @@ from fxdistill.objective.tokens import Batch
 End = tuple[Tower, Tap]
 
 
+Sizes = frozenset[Size]  # those that tokens may have, where it is not known how many frames are
+
+
 class Seen(NamedTuple):
     """The values of one run on fake tensors, and the sizes of each model's tokens in it."""
 
     values: Mapping[End, Tensor]
-    streams: Mapping[Tower, Mapping[Stream, Size]]
+    streams: Mapping[Tower, Mapping[Stream, Sizes]]
 
 
 def asks(objective: Objective, call: Call, towers: Towers, steps: Steps) -> bool:
     """Whether a term leaves open what indexes its values, and sizes cannot tell.
 
-    Sizes tell where only a text is read, and its length is none that a model has fixed.
+    Sizes tell where only a text is read, or only sound, and its length is none that a model has
+    fixed.
     """
     if _asks_for_channels(objective, call):
         return True
@@ -51,9 +56,10 @@ def asks(objective: Objective, call: Call, towers: Towers, steps: Steps) -> bool
         return False
     if objective.task == "seq2seq":
         return True
-    if not any(resized.texts(given, batch.of(tower)) for tower, given in call.inputs.items()):
+    reading = [(given, batch.of(tower)) for tower, given in call.inputs.items()]
+    if not any(resized.texts(*each) or resized.sound(*each) for each in reading):
         return False
-    if any(resized.reads_more(given, batch.of(tower)) for tower, given in call.inputs.items()):
+    if any(resized.reads_more(*each) for each in reading):
         return True
     fixed = steps.fixed_sizes(towers)
     grids = {grid for tower in call.inputs for grid in batch.of(tower).grids}
@@ -114,15 +120,29 @@ def _with_tokens(
     for resizes in _attempts(request, steps):
         seen = _tried(request, steps, resizes)
         if not isinstance(seen, Exception):
-            return tuple(_told(term, seen) for term in terms), ""
+            told = tuple(_told(term, seen) for term in terms)
+            of_sound = [t for t in told if t.stream == "encoder" and _stayed(resizes[0], t.of[0])]
+            return told, _untold(of_sound, found)
         found.append(seen)
         if isinstance(seen, StepError):
             break
-    names = ", ".join(term.name for term in terms if term.has_tokens and not term.said_tokens)
-    why = _said(found[0])
-    return terms, (
-        f"whose tokens index {names} is taken from their sizes, because the models cannot be run "
-        f"on inputs of another length ({why}). Match(tokens=...) says it."
+    return terms, _untold(terms, found)
+
+
+def _stayed(resizes: Mapping[Tower, Resize], tower: Tower) -> bool:
+    """Whether a model was asked with as many tokens as there are."""
+    tokens = resizes[tower].tokens
+    return tokens is not None and resizes[tower].length == tokens[1]
+
+
+def _untold(terms: Iterable[Term], found: Sequence[Exception]) -> str:
+    """The note on terms whose tokens are taken from their sizes; empty where there are none."""
+    names = [term.name for term in terms if term.has_tokens and not term.said_tokens]
+    if not names:
+        return ""
+    return (
+        f"whose tokens index {', '.join(names)} is taken from their sizes, because the models "
+        f"cannot be run on inputs of another length ({_said(found[0])}). Match(tokens=...) says it."
     )
 
 
@@ -142,13 +162,20 @@ def _tried(
 
 
 def _attempts(request: Request, steps: Steps) -> Iterator[list[dict[Tower, Resize]]]:
-    """What to try: near lengths that no model has fixed, then multiples; two of each."""
+    """What to try: near lengths that no model has fixed, then multiples; two of each.
+
+    A model that hears sound of one length alone may still be asked for its decoder's tokens.
+    """
     batch, towers = request.call.batch, request.towers.modules
     fixed = steps.fixed_sizes(request.towers)
     near = {tower: resized.near(batch.of(tower), fixed) for tower in towers}
     yield [{tower: pair[i] for tower, pair in near.items()} for i in range(2)]
     multiples = {tower: resized.multiples(batch.of(tower)) for tower in towers}
     yield [{tower: pair[i] for tower, pair in multiples.items()} for i in range(2)]
+    if request.objective.task == "seq2seq" and any(
+        resized.sound(given, batch.of(tower)) for tower, given in request.call.inputs.items()
+    ):
+        yield [{tower: pair[i].as_it_is() for tower, pair in near.items()} for i in range(2)]
 
 
 def _seen(request: Request, steps: Steps, resizes: Mapping[Tower, Resize]) -> Seen:
@@ -162,20 +189,29 @@ def _seen(request: Request, steps: Steps, resizes: Mapping[Tower, Resize]) -> Se
     for tower, given in inputs.items():
         grid, resize = grid_of(request.towers.modules[tower], given, task), resizes[tower]
         first: Stream = "encoder" if task == "seq2seq" else "tokens"
-        sizes: dict[Stream, Size | None] = {
-            first: _size(grid.tokens, resize.tokens, resize.length),
-            "decoder": resized.size_of(grid.decoder_tokens),
+        decoder = resized.size_of(grid.decoder_tokens)
+        heard = resized.sound(call.inputs[tower], call.batch.of(tower)) is not None
+        sizes: dict[Stream, Sizes] = {
+            first: _sizes(grid.tokens, resize, heard=heard),
+            "decoder": frozenset(() if decoder is None else (decoder,)),
         }
-        streams[tower] = {name: size for name, size in sizes.items() if size is not None}
+        streams[tower] = {name: each for name, each in sizes.items() if each}
     shown = replace(request, call=replace(call, inputs=inputs))
     return Seen(dry.fake_values(shown, steps), streams)
 
 
-def _size(tokens: Tensor | None, before: Size | None, length: int) -> Size | None:
-    """The size of tokens; where the inputs do not have them, that of labels, with ``length``."""
-    if before is None:
-        return None
-    return resized.size_of(tokens) or (before[0], length)
+def _sizes(tokens: Tensor | None, resize: Resize, *, heard: bool) -> Sizes:
+    """The size of tokens; where the inputs do not have them, that of labels, with the new length.
+
+    Of ``heard`` sound the inputs may not tell how many frames it has: about as many.
+    """
+    if resize.tokens is None:
+        return frozenset()
+    if (size := resized.size_of(tokens)) is not None:
+        return frozenset((size,))
+    (batch, before), length = resize.tokens, resize.length
+    about = 1 + abs(length - before) // 16 if heard and length != before else 0
+    return frozenset((batch, n) for n in range(length - about, length + about + 1) if n > 0)
 
 
 def _told(term: Term, seen: Sequence[Seen]) -> Term:
@@ -207,8 +243,8 @@ def _stream_of_value(term: Term, run: Seen) -> Stream | None:
     shape = tuple(s.shape)
     if term.of_attention or term.is_map:  # behind the queries there may be keys
         queries = 2 if term.is_map and s.ndim == 4 else 1
-        sizes = run.streams[term.of[0]].items()
-        return next((n for n, size in sizes if (shape[0], shape[queries]) == size), None)
+        streams = run.streams[term.of[0]].items()
+        return next((n for n, sizes in streams if (shape[0], shape[queries]) in sizes), None)
     if ours:
         shape = arranged_shape(s, ours, t, theirs)
     return _leading(run, term.taps[0], shape)
@@ -216,10 +252,10 @@ def _stream_of_value(term: Term, run: Seen) -> Stream | None:
 
 def _leading(run: Seen, end: End, shape: Sequence[int]) -> Stream | None:
     """Whose tokens are the first axes of a value: ``[B, L, ...]``, or flattened ``[B·L, ...]``."""
-    for name, (batch, length) in run.streams[end[0]].items():
-        if tuple(shape[:2]) == (batch, length) and len(shape) > 2:
+    for name, sizes in run.streams[end[0]].items():
+        if tuple(shape[:2]) in sizes and len(shape) > 2:
             return name
-        if len(shape) == 2 and shape[0] == batch * length:
+        if len(shape) == 2 and shape[0] in (batch * length for batch, length in sizes):
             return name
     return None
 

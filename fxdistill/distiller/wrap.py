@@ -68,7 +68,7 @@ def wrap(
     freeze_teacher: bool = True,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     compile: CompileLike = True,
-    outputs: Iterable[str] | None = (),
+    outputs: str | Iterable[str] | None = (),
     passes: Iterable[Pass] = (),
     mesh: Any = None,
     student_plan: Mapping[str, Any] | None = None,
@@ -131,7 +131,7 @@ def wrap(
             ``torch.compile``; ``fallback="regional"`` switches to that mode, with a warning, when
             the models cannot be captured; ``fuse_head=False`` makes the logits even if only losses
             read them; ``disable=("FormGradients",)`` leaves passes out by name.
-        outputs: ``("logits",)`` adds the student's logits, detached, to the output. In eval mode
+        outputs: ``"logits"`` adds the student's logits, detached, to the output. In eval mode
             under ``no_grad`` they are there unasked, where a term reads them; ``None`` leaves them
             out there too.
         passes: Your own passes; they run on the joint program, after compose.
@@ -152,7 +152,7 @@ def wrap(
     check_models(student=student)
     teachers = read_teachers(teacher)
     check_trainable(student)
-    options = read_options(compile, None if outputs is None else tuple(outputs), tuple(passes))
+    options = read_options(compile, outputs, tuple(passes))
     examples = as_inputs(example_inputs)
     matches = _resolved(student, teacher, teachers, mapping, feature_loss)
     found_task = find_task(student, task)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fxdistill.base.attention import Attention
+from fxdistill.base.figures import number, shown
 from fxdistill.base.nodes import one_node
 from fxdistill.base.tensors import on_every_rank, wide
 from fxdistill.errors import OptionError, ShapeError
@@ -118,13 +119,13 @@ def _hidden(x: Tensor | Attention, of: str) -> Tensor:
     """Hidden states ``[B, L, D]``: those given, or the joined heads of queries, keys or values."""
     if isinstance(x, Tensor):
         if x.ndim != 3:
-            raise ShapeError(f"relation_kl compares hidden states [B, L, D], not {list(x.shape)}")
+            raise ShapeError(f"relation_kl compares hidden states [B, L, D], not {shown(x.shape)}")
         return on_every_rank(x)
     value = {"q": x.query, "k": x.key, "v": x.value}[of]
     if x.query.shape[2] != x.key.shape[2]:
         raise ShapeError(
-            f"relation_kl is of tokens that attend each other, and {x.query.shape[2]} queries "
-            f"attend {x.key.shape[2]} keys: use attention_kl for cross-attention"
+            f"relation_kl is of tokens that attend each other, and {number(x.query.shape[2])} "
+            f"queries attend {number(x.key.shape[2])} keys: use attention_kl for cross-attention"
         )
     heads, few = x.query.shape[1], value.shape[1]
     if few != heads:
@@ -180,7 +181,7 @@ def map_shape(x: Tensor | Attention) -> tuple[int, int, int, int]:
     if isinstance(x, Attention):
         return (*x.query.shape[:3], x.key.shape[2])
     if x.ndim != 4:
-        raise ShapeError(f"a map of attention is [B, heads, queries, keys], not {list(x.shape)}")
+        raise ShapeError(f"a map of attention is [B, heads, queries, keys], not {shown(x.shape)}")
     batch, heads, queries, keys = x.shape
     return batch, heads, queries, keys
 
@@ -188,14 +189,13 @@ def map_shape(x: Tensor | Attention) -> tuple[int, int, int, int]:
 def shapes_problem(student: Sequence[int], teacher: Sequence[int]) -> ShapeError | None:
     """The error for maps of other samples, queries or keys."""
     names = ("samples", 0), ("queries", 2), ("keys", 3)
-    wrong = [
-        f"{name} {student[i]} and {teacher[i]}" for name, i in names if student[i] != teacher[i]
-    ]
+    apart = [(name, student[i], teacher[i]) for name, i in names if student[i] != teacher[i]]
+    wrong = [f"{name} {number(ours)} and {number(theirs)}" for name, ours, theirs in apart]
     if not wrong:
         return None
     return ShapeError(
-        f"the student's attention is {list(student)} and the teacher's {list(teacher)} ([B, heads, "
-        f"queries, keys]): {', '.join(wrong)} must be equal"
+        f"the student's attention is {shown(student)} and the teacher's {shown(teacher)} "
+        f"([B, heads, queries, keys]): {', '.join(wrong)} must be equal"
     )
 
 
@@ -239,8 +239,8 @@ def _of_queries(weights: Tensor | None, like: Tensor) -> Tensor:
         return like.new_ones(grid, dtype=wide(like.new_empty(())).dtype)
     if tuple(weights.shape) not in (grid, grid[:1]):
         raise ShapeError(
-            f"weights {list(weights.shape)} of maps with {grid[1]} queries in {grid[0]} samples: "
-            "they are [B, Q] or [B]"
+            f"weights {shown(weights.shape)} of maps with {number(grid[1])} queries in "
+            f"{number(grid[0])} samples: they are [B, Q] or [B]"
         )
     return weights if weights.ndim == 2 else weights.unsqueeze(1).expand(grid)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from fxdistill.base.figures import shown
 from fxdistill.base.nodes import one_node
 from fxdistill.base.tensors import wide
 from fxdistill.errors import ShapeError
@@ -59,6 +60,6 @@ def detection_box(
     The source is Girshick (Fast R-CNN, 2015). Raises ShapeError where the last axis is not 4.
     """
     if student.shape[-1] != 4:
-        raise ShapeError(f"boxes are [B, N, 4], not {list(student.shape)}")
+        raise ShapeError(f"boxes are [B, N, 4], not {shown(student.shape)}")
     loss: Tensor = smooth_l1(student, teacher, weights, beta=beta)
     return loss

@@ -8,6 +8,7 @@ do not count. On a mesh both values are gathered.
 import torch
 from torch import Tensor
 
+from fxdistill.base.figures import shown
 from fxdistill.base.nodes import one_node
 from fxdistill.base.tensors import on_every_rank, wide
 from fxdistill.errors import ShapeError
@@ -26,7 +27,7 @@ def _places(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The value as ``[B, N, C]``, with 0 where nothing counts, and the weights ``[B, N]``."""
     x = on_every_rank(x)
     if x.ndim < 3:
-        raise ShapeError(f"a value {list(x.shape)} has no places: [B, C, *places] or [B, L, D]")
+        raise ShapeError(f"a value {shown(x.shape)} has no places: [B, C, *places] or [B, L, D]")
     x = channels_last(x) if is_map(x, weights) else x
     if weights is not None and weights.ndim == 1:
         weights = spread(weights, tuple(x.shape[:-1]))
@@ -45,8 +46,9 @@ def _same_places(
     t, _ = _places(teacher, weights)
     if s.shape[:2] != t.shape[:2]:
         raise ShapeError(
-            f"the student's map is {list(student.shape)} and the teacher's {list(teacher.shape)}: "
-            "bring them to the same places, Match(..., reduce=(pattern, 'mean'))"
+            f"the student's map is {shown(student.shape)} and the teacher's "
+            f"{shown(teacher.shape)}: bring them to the same places, Match(..., "
+            "reduce=(pattern, 'mean'))"
         )
     return s, t, w
 
@@ -74,8 +76,9 @@ def fpn(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tens
     """
     if student.shape != teacher.shape:
         raise ShapeError(
-            f"the student's map is {list(student.shape)} and the teacher's {list(teacher.shape)}: "
-            "Match(..., project='auto') maps the channels, reduce= the places"
+            f"the student's map is {shown(student.shape)} and the teacher's "
+            f"{shown(teacher.shape)}: Match(..., project='auto') maps the channels, "
+            "reduce= the places"
         )
     s, t, w = _same_places(student, teacher, weights)
     strength = t.detach().abs().mean(-1)

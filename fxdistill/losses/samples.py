@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fxdistill.base.figures import number, shown
 from fxdistill.base.tensors import on_every_rank, wide
 from fxdistill.errors import ShapeError
 from fxdistill.losses.reduce import channels_last, counted, is_map
@@ -27,20 +28,20 @@ def samples(value: Tensor, weights: Tensor | None) -> Samples:
     """
     value = on_every_rank(value)
     if value.ndim < 2:
-        raise ShapeError(f"a value {list(value.shape)} has no samples with a width: [B, ..., D]")
+        raise ShapeError(f"a value {shown(value.shape)} has no samples with a width: [B, ..., D]")
     if is_map(value, weights):
         value = channels_last(value)
     if weights is not None and weights.shape != value.shape[: weights.ndim]:
         raise ShapeError(
-            f"weights {list(weights.shape)} are not those of the leading axes of "
-            f"{list(value.shape)}"
+            f"weights {shown(weights.shape)} are not those of the leading axes of "
+            f"{shown(value.shape)}"
         )
     vectors = counted(wide(value), weights)
     if weights is None or weights.ndim == 1:
         places = tuple(range(1, vectors.ndim - 1))
         return Samples(vectors.mean(places) if places else vectors, _in(vectors, weights))
     if weights.ndim >= value.ndim:
-        raise ShapeError(f"weights {list(weights.shape)} leave no width of {list(value.shape)}")
+        raise ShapeError(f"weights {shown(weights.shape)} leave no width of {shown(value.shape)}")
     return _pooled(vectors, weights.to(vectors.dtype))
 
 
@@ -75,7 +76,7 @@ def both(
     t, _ = samples(teacher, weights)
     if s.shape[0] != t.shape[0]:
         raise ShapeError(
-            f"the student has {s.shape[0]} samples and the teacher {t.shape[0]}: a loss between "
-            "samples compares the same ones of both models"
+            f"the student has {number(s.shape[0])} samples and the teacher {number(t.shape[0])}: a "
+            "loss between samples compares the same ones of both models"
         )
     return s, t, w

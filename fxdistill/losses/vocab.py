@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxdistill import base
+from fxdistill.base.figures import shown
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import OptionError, ShapeError, VocabularyError
 from fxdistill.losses import fused
@@ -288,8 +289,8 @@ def vocab_loss_topk(
     check_shapes(student_hidden, student_weight, teacher_ids, None, labels, weights)
     if teacher_ids.shape != teacher_logprobs.shape:
         raise ShapeError(
-            f"teacher_ids is {list(teacher_ids.shape)}, teacher_logprobs "
-            f"{list(teacher_logprobs.shape)}: both [..., k]"
+            f"teacher_ids is {shown(teacher_ids.shape)}, teacher_logprobs "
+            f"{shown(teacher_logprobs.shape)}: both [..., k]"
         )
     chosen = divergences(divergence)
     require_no_logits(chosen)

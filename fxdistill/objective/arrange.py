@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxdistill import base
+from fxdistill.base.figures import number, shown
 from fxdistill.base.nodes import one_node
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import LayoutError
@@ -29,7 +30,7 @@ def _axes(step: Step, shape: Sequence[Any]) -> list[tuple[int, Group]]:
     fits = len(shape) == count if where is None else len(shape) >= count - 1
     if not fits:
         raise LayoutError(
-            f"{step.text!r} describes {count} axes, but the value has {len(shape)}: {list(shape)}"
+            f"{step.text!r} describes {count} axes, but the value has {len(shape)}: {shown(shape)}"
         )
     return [
         (i if where is None or i < where else i - count + len(shape), group)
@@ -77,23 +78,24 @@ def _require_fit(step: Step, shape: Sequence[Any], lengths: Mapping[str, Any]) -
         term, total = kept(group), shape[axis] - sum(_dropped(group))
         if total < 1:
             raise LayoutError(
-                f"{step.text!r} drops {sum(_dropped(group))} of the {shape[axis]} entries of axis "
-                f"{axis} of {list(shape)}: none is left"
+                f"{step.text!r} drops {sum(_dropped(group))} of the {number(shape[axis])} entries "
+                f"of axis {axis} of {shown(shape)}: none is left"
             )
         if unknown := [n for n in term if not n.isdigit() and n not in lengths]:
             raise LayoutError(
-                f"{step.text!r}: axis {axis} of {list(shape)} is {total} = {' × '.join(term)}, and "
-                f"nothing says how large {' and '.join(unknown)} are. Use the same names in the "
-                "other side's pattern, where they are axes of their own, or write numbers."
+                f"{step.text!r}: axis {axis} of {shown(shape)} is {number(total)} = "
+                f"{' × '.join(term)}, and nothing says how large {' and '.join(unknown)} are. "
+                "Use the same names in the other side's pattern, where they are axes of their own, "
+                "or write numbers."
             )
         product = 1
         for name in term:
             product = product * (int(name) if name.isdigit() else lengths[name])
         if product != total:
-            named = ", ".join(f"{n} = {lengths[n]}" for n in term if not n.isdigit())
+            named = ", ".join(f"{n} = {number(lengths[n])}" for n in term if not n.isdigit())
             raise LayoutError(
-                f"{step.text!r}: axis {axis} of {list(shape)} has {total} entries, which is not "
-                f"{' × '.join(term)} with {named}"
+                f"{step.text!r}: axis {axis} of {shown(shape)} has {number(total)} entries, which "
+                f"is not {' × '.join(term)} with {named}"
             )
 
 

@@ -1,6 +1,5 @@
 """Sort the arguments of a call: inputs of the models, and arguments of the objective."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -8,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fxdistill.base.figures import shown
 from fxdistill.base.tensors import scalar
+from fxdistill.base.warn import warn
 from fxdistill.errors import BatchError, MatchWarning, OptionError, did_you_mean, is_slip
 from fxdistill.models.conventions import (
     accepted_keywords,
@@ -198,7 +199,7 @@ def _require_tensors(own: Mapping[str, Any]) -> None:
     for name, value in numbers.items():
         if isinstance(value, Tensor) and value.numel() != 1:
             raise BatchError(
-                f"{name} has shape {list(value.shape)}: one number, the count of all items "
+                f"{name} has shape {shown(value.shape)}: one number, the count of all items "
                 "that one optimizer step is averaged over"
             )
 
@@ -232,11 +233,10 @@ def _by_name(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
     """All inputs by name; a positional input that ``forward`` does not name is left out."""
     names = input_names(model) if inputs.args else ()
     if sum(isinstance(arg, Tensor) for arg in inputs.args[len(names) :]) > 1:
-        warnings.warn(
+        warn(
             f"{type(model).__name__}.forward names no positional inputs, so that an attention mask "
             "among them cannot be seen: pass inputs by keyword",
             MatchWarning,
-            stacklevel=2,
         )
     # A user's model may take the whole batch as one mapping.
     whole = {k: v for arg in inputs.args if isinstance(arg, Mapping) for k, v in arg.items()}
@@ -278,7 +278,8 @@ def _token_grid(
     if isinstance(first, Tensor) and first.ndim == 2 and not first.is_floating_point():
         return first
     if task in ("causal_lm", "masked_lm"):
-        candidates = (own.get(name) for name in ("labels", "loss_mask", "token_weights"))
+        # Labels come last: those of a transcript are fewer than the frames that the others weigh.
+        candidates = (own.get(name) for name in ("loss_mask", "token_weights", "labels"))
         return next((t for t in candidates if isinstance(t, Tensor)), None)
     return None
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxdistill.base.attention import each, of_queries, tensors_of
 from fxdistill.base.autocast import autocast_dtype
+from fxdistill.base.figures import number, shown
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import (
     DeviceError,
@@ -104,7 +105,7 @@ def _too_few(term: Term, student: Tensor) -> list[str]:
         return []
     return [
         f"{term.name}: {term.kind.name} compares at least {least} samples with each other, and the "
-        f"batch has {count}: the term is 0 and teaches nothing"
+        f"batch has {number(count)}: the term is 0 and teaches nothing"
     ]
 
 
@@ -161,7 +162,7 @@ def _parts(table: TapTable, tower: Tower, tap: Tap, value: Tensor) -> list[FxDis
         return []
     return [
         MeshError(
-            f"{tower} {str(tap)!r} is a plain tensor {list(value.shape)}: this rank's part, as it "
+            f"{tower} {str(tap)!r} is a plain tensor {shown(value.shape)}: this rank's part, as it "
             f"seems, of a sequence of {sharded[0]}. Give the parallel styles around it "
             "use_local_output=False, so that it says where it belongs, or match a module whose "
             "style does."
@@ -253,9 +254,10 @@ def projected_shape(
         return None
     axis = 1 if isinstance(projection, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else len(shape) - 1
     if shape[axis] != weight.fan_in:
+        shape = shown(shape)
         return ProjectionError(
             f"the projection of {name} takes {weight.fan_in} features, and axis {axis} of the "
-            f"student's value {list(shape)} has {shape[axis]}: make it {type(projection).__name__}"
+            f"student's value {shape} has {shape[axis]}: make it {type(projection).__name__}"
             f"({shape[axis]}, {weight.fan_out}, ...), or let project='auto' make it."
         )
     return (*shape[:axis], weight.fan_out, *shape[axis + 1 :])
@@ -284,7 +286,8 @@ def comparison_problem(
     if not what:
         return None
     return ShapeError(
-        f"student {s_name!r} is {s} and teacher {t_name!r} is {t}: {loss} compares {what}"
+        f"student {s_name!r} is {shown(s)} and teacher {t_name!r} is {shown(t)}: {loss} compares "
+        f"{what}"
     )
 
 
@@ -301,6 +304,7 @@ def shape_problem(
     s, t = list(student), list(teacher)
     if s == t:
         return None
+    s, t = shown(s), shown(t)
     if len(s) != len(t):
         advice = "bring them to the same axes: Match(..., rearrange=(...), reduce=(...))"
     elif s[:-1] == t[:-1]:

@@ -16,7 +16,7 @@ from fxdistill.objective.arrange import arrange
 from fxdistill.objective.beside import Beside
 from fxdistill.objective.between_samples import compared_on_ranks, sampled
 from fxdistill.objective.denominators import denominator, of_features, over_all, rescaled
-from fxdistill.objective.named_weights import named_of, times_named
+from fxdistill.objective.named_weights import named_of, require_named, times_named
 from fxdistill.objective.term import PAIRS, Term
 from fxdistill.objective.tokens import Batch, chosen_weights, feature_weights, lies_over
 from fxdistill.objective.values import ordinary, projected, require_comparable
@@ -111,6 +111,7 @@ def compared(term: Term, lookup: Lookup, step: Step) -> Compared:
         s, t, weights = _by_sample(term, s, t, weights, step.batch)
     names = (term.student.name, term.teacher.name, term.kind.name)
     require_comparable(s, t, term.compares, *names)
+    require_named(term, (s, t), step.batch)
     if term.kind.sees != "samples together":
         weights = times_named(weights, term, s, step.batch)
     return Compared(s, t, weights)
@@ -137,8 +138,9 @@ def _by_sample(
     """Flattened tokens ``[B·L, D]`` as ``[B, L, D]``, for a loss that looks at a whole sample."""
     seen = batch.of(term.of[1]) if term.by_teacher else batch
     tokens = seen.decoder_tokens if term.stream == "decoder" else seen.tokens
-    flat = tokens is not None and s.ndim == 2 and term.has_tokens and term.keeps_tokens
-    if not flat or tokens is None or not lies_over(s, tokens, term.said_tokens):
+    keeps = term.has_tokens and (term.keeps_tokens or term.said_arranged)
+    flat = tokens is not None and s.ndim == 2 and keeps
+    if not flat or tokens is None or not lies_over(s, tokens, term.said_arranged):
         return s, t, weights
     grid = (int(tokens.shape[0]), -1)
     s, t = (x.reshape(*grid, x.shape[-1]) for x in (s, t))
@@ -189,8 +191,9 @@ def _weights(term: Term, value: Tensor, batch: Batch, task: Task | None) -> Tens
         return feature_weights(batch, task, "tokens", value)
     if term.by_teacher:
         batch = batch.of(term.of[1])
-    if task == "classification" or term.keeps_tokens:
-        return feature_weights(batch, task, term.stream, value, said=term.said_tokens)
+    said = term.said_arranged
+    if task == "classification" or term.keeps_tokens or said:
+        return feature_weights(batch, task, term.stream, value, said=said)
     return None
 
 

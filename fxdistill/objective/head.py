@@ -129,7 +129,8 @@ def _term(
         if not of_logits:
             raise OptionError(
                 f"heads[{name!r}] has logit_weight={head.logit_weight}, and logit_loss=None: name "
-                "a logit_loss (logit_weight=0 turns off that of the student's own logits)"
+                "a logit_loss, which is that of the student's own logits too. Of a student that "
+                "has none of its own, wrap a module around it that returns these as its logits."
             )
         constant = compared == ("student",)
         logits = LogitTerm(of_logits[0], f"{name}:logits", teachers=compared, constant=constant)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxdistill.base.figures import shown
 from fxdistill.base.nodes import one_node
 from fxdistill.base.ranks import Ranks, over_ranks
 from fxdistill.base.tensors import on_every_rank
@@ -178,7 +179,7 @@ def require_scores(scores: Tensor, weights: Tensor) -> None:
     if not isinstance(scores, Tensor) or scores.shape != weights.shape:
         what = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ShapeError(
-            f"the score of importance= returned {what}, and there are {list(weights.shape)} "
+            f"the score of importance= returned {what}, and there are {shown(weights.shape)} "
             "predictions: one number for each"
         )
 

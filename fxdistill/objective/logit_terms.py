@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxdistill.base.figures import shown
 from fxdistill.base.ranks import Ranks
 from fxdistill.base.tensors import on_every_rank
 from fxdistill.errors import ShapeError
@@ -258,8 +259,8 @@ def require_head(logits: Any, name: str, own: Tensor | None, classes: bool) -> N
         return
     if logits.shape[:-1] != own.shape[:-1] or (classes and logits.shape[-1] != own.shape[-1]):
         raise ShapeError(
-            f"head {name!r} gives {list(logits.shape)}, and the student's own logits are "
-            f"{list(own.shape)}: name a value with these axes, or give the head a module that "
+            f"head {name!r} gives {shown(logits.shape)}, and the student's own logits are "
+            f"{shown(own.shape)}: name a value with these axes, or give the head a module that "
             'makes such logits (module="auto" pools and adds a linear layer)'
         )
 

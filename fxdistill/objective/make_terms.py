@@ -74,6 +74,7 @@ def make_terms(
         name = base if seen[base] == 1 else f"{base}#{seen[base]}"
         in_pairs = pairs_loss is not None and match.loss is None
         loss, both = check_options(match, name, student, pairs_loss or default, problems)
+        gather(problems, _check_token_axis, match, student, tap)
         if in_pairs:
             gather(problems, _check_pair, match)
         if loss is not None and both is not None:
@@ -204,6 +205,18 @@ def _check_tokens(match: Match) -> None:
         raise OptionError(
             f"tokens={match.tokens!r} for {match.student!r}: 'auto', 'input', 'encoder', "
             "'decoder', 'teacher' (its own inputs), or None for a value without tokens"
+        )
+
+
+def _check_token_axis(match: Match, student: nn.Module, tap: Tap) -> None:
+    """Raise OptionError where ``tokens`` speaks of a value that is known to have them last."""
+    as_it_is = match.rearrange is None and match.reduce is None and tap.port == "output"
+    if match.tokens in ("auto", None) or not as_it_is or tap.reads is not None:
+        return
+    if isinstance(student.get_submodule(tap.path), nn.Conv1d):
+        raise OptionError(
+            f"tokens={match.tokens!r} for {match.student!r}: a 1-D convolution returns [B, C, L], "
+            "with its tokens last. rearrange='b c l -> b l c' brings them to the second axis."
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fxdistill.base.figures import shown
 from fxdistill.errors import BatchError, did_you_mean
 from fxdistill.objective.term import Term
 from fxdistill.objective.tokens import Batch
@@ -61,6 +62,17 @@ def times_named(weights: Tensor | None, term: Term, value: Tensor, batch: Batch)
     return long * short.reshape(*short.shape, *(1,) * (axes - short.ndim))
 
 
+def require_named(term: Term, values: Sequence[Tensor], batch: Batch) -> None:
+    """Raise BatchError where the weights that a call brings fit one of two values, or none.
+
+    Values that are compared as maps or by their samples may have other channels.
+    """
+    if term.weights is None or batch.named is None or term.compares == "anything":
+        return
+    for value in values:
+        require_axes(term.weights, batch.named[term.weights], value)
+
+
 @check
 def require_axes(name: str, named: Tensor, value: Tensor) -> None:
     """Raise BatchError where weights are neither of the samples nor of places of the value."""
@@ -71,7 +83,7 @@ def require_axes(name: str, named: Tensor, value: Tensor) -> None:
     flat |= axes == len(shape) == 2 and named.numel() == shape[0]
     if axes == 0 or not (leading or places or flat):
         raise BatchError(
-            f"weights {name!r} have shape {list(named.shape)}, and weigh a value {list(shape)}: "
+            f"weights {name!r} have shape {shown(named.shape)}, and weigh a value {shown(shape)}: "
             "they are those of samples [B], of its leading axes, of the tokens [B, L] that are "
             "flattened in it, or of the places of a map"
         )

@@ -60,6 +60,11 @@ class Term:
         return by_port or self.kind.sees in ("attention", "whole maps")
 
     @property
+    def said_arranged(self) -> bool:
+        """Whether the match says whose tokens the values have behind its layouts, too."""
+        return self.said_tokens and not any(self.pools_tokens)
+
+    @property
     def taps(self) -> tuple[tuple[Tower, Tap], tuple[Tower, Tap]]:
         """The two values that the term reads, each with its model."""
         return (self.of[0], self.student), (self.of[1], self.teacher)

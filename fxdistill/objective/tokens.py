@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fxdistill.base.figures import shown
 from fxdistill.errors import BatchError
 from fxdistill.losses.reduce import IGNORE
 from fxdistill.models.conventions import Stream, Task
@@ -188,7 +189,7 @@ def require_grid(name: str, tensor: Tensor | None, logits: Tensor) -> None:
     grid = logits.shape[:-1]
     if tensor is not None and tensor.shape != grid:
         raise BatchError(
-            f"{name} has shape {list(tensor.shape)}, but the student's logits are {list(grid)} "
+            f"{name} has shape {shown(tensor.shape)}, but the student's logits are {shown(grid)} "
             f"predictions over the vocabulary. {name} is indexed by token (by sample in "
             f"classification). {_ADVICE[name]}"
         )
@@ -200,7 +201,7 @@ def require_tokens(weights: Tensor, tokens: Tensor) -> None:
     if weights.shape != tokens.shape[:2]:
         raise BatchError(
             "loss_mask, token_weights and attention_mask make weights of shape "
-            f"{list(weights.shape)}, but there are {list(tokens.shape[:2])} tokens."
+            f"{shown(weights.shape)}, but there are {shown(tokens.shape[:2])} tokens."
         )
 
 
@@ -264,15 +265,17 @@ def require_axes_of_tokens(feature: Tensor, tokens: Tensor | None) -> None:
     """Raise BatchError where a feature that was said to have tokens does not have their axes."""
     if tokens is None:
         raise BatchError(
-            f"Match(tokens=...) says that a value {list(feature.shape)} has tokens, and the call "
+            f"Match(tokens=...) says that a value {shown(feature.shape)} has tokens, and the call "
             "has none. Pass them (input_ids, or labels for a decoder), or say tokens=None."
         )
     batch, length = tokens.shape[:2]
     if tuple(feature.shape[:2]) != (batch, length) and feature.shape[0] != batch * length:
+        batch, length = shown((batch, length))
         raise BatchError(
-            f"Match(tokens=...) says that a value has tokens, and it is {list(feature.shape)}: "
-            f"neither [{batch}, {length}, ...] nor [{batch * length}, ...]. tokens=None says that "
-            "it has none."
+            f"Match(tokens=...) says that a value has tokens, and it is {shown(feature.shape)}: "
+            f"neither [{batch}, {length}, ...] nor [{batch * length}, ...]. rearrange= brings "
+            "the tokens to its second axis (where reduce= follows, a port of your own does: a "
+            "callable (module, args, kwargs, output) -> tensor); tokens=None says that it has none."
         )
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fxdistill import base
+from fxdistill.base.figures import shown
 from fxdistill.base.ranks import Ranks, shared
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import ShapeError
@@ -53,7 +54,7 @@ def require_comparable(
 def require_scalar(loss: Tensor, name: str) -> None:
     """Raise ShapeError where a loss is not one number: summing its entries would be a guess."""
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        what = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        what = f"shape {shown(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ShapeError(
             f"the loss of {name!r} returned {what}: a loss returns a scalar. Average over the "
             "tokens, by the weights it is given: (weights * value).sum() / weights.sum()."

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from fxdistill.base.figures import shown
 from fxdistill.errors import BatchError, LogitsError, ShapeError, TaskError, VocabularyError
 from fxdistill.objective.tokens import Batch
 from fxdistill.taps.markers import check
@@ -30,8 +31,8 @@ def require_vocabulary(student: Tensor, teacher: Tensor, vocab_size: int | None)
     """Raise where logits differ in a leading axis, or in the vocabulary by more than padding."""
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ShapeError(
-            f"the student's logits are {list(student.shape)}, the teacher's {list(teacher.shape)}: "
-            "they must agree in all but the vocabulary."
+            f"the student's logits are {shown(student.shape)}, the teacher's "
+            f"{shown(teacher.shape)}: they must agree in all but the vocabulary."
         )
     require_padding_only(student.shape[-1], teacher.shape[-1], vocab_size)
 
@@ -56,7 +57,7 @@ def require_vocabulary_last(logits: Tensor, task: str | None) -> None:
     tokens = task in ("causal_lm", "masked_lm", "seq2seq")
     if logits.ndim >= 4 or logits.ndim < (3 if tokens else 2):
         raise LogitsError(
-            f"the student's logits are {list(logits.shape)}, and the losses take [B, L, V] or "
+            f"the student's logits are {shown(logits.shape)}, and the losses take [B, L, V] or "
             "[B, C], the vocabulary or the classes last"
             + (f" (task {task!r})." if tokens else ".")
             + " Wrap the model so that it returns that, or give losses of your own: "

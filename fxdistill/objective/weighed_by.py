@@ -36,14 +36,14 @@ def weighed_by(
 
 def _whose(term: Term, task: Task | None, batch: Batch | None, value: Tensor | None) -> str:
     classified = task == "classification"
-    if not term.keeps_tokens and not classified:
+    if not (term.keeps_tokens or term.said_arranged) and not classified:
         return "tokens, in pooling" if any(term.pools_tokens) else "nothing"
     tokens = None
     if batch is not None:
         batch = batch.of(term.of[1]) if term.by_teacher else batch
         tokens = batch.decoder_tokens if term.stream == "decoder" else batch.tokens
     known = batch is not None and value is not None
-    over = tokens is not None and value is not None and lies_over(value, tokens, term.said_tokens)
+    over = tokens is not None and value is not None and lies_over(value, tokens, term.said_arranged)
     if not term.has_tokens or (known and not over):
         return "samples" if classified else "nothing"
     whose = "the teacher's tokens" if term.by_teacher else _OF_STREAM[term.stream]

@@ -57,7 +57,7 @@ def mutual(
     importance: Importance | None = None,
     example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     compile: CompileLike = True,
-    outputs: Iterable[str] | None = (),
+    outputs: str | Iterable[str] | None = (),
     passes: Iterable[Pass] = (),
     mesh: Any = None,
     student_plan: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
@@ -104,7 +104,7 @@ def mutual(
     models = _read_students(students)
     if peers not in _TARGETS:
         raise OptionError(f"peers={peers!r}: {', '.join(map(repr, _TARGETS))}")
-    options = read_options(compile, None if outputs is None else tuple(outputs), tuple(passes))
+    options = read_options(compile, outputs, tuple(passes))
     examples = as_inputs(example_inputs)
     towers, first = tuple(models), next(iter(models.values()))
     found_task = find_task(first, task)

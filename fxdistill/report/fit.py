@@ -9,6 +9,9 @@ from fxdistill.report.data import Facts, Memory, Moment
 # The part of the peak above weights from which a share of it is worth an advice.
 LARGE = 0.3
 SMALL = 64 * 2**20  # bytes that no advice is worth
+NARROWER = "hold the {} in bfloat16, or quantize it"
+SMALLER = "quantize the {}, or take a smaller one"
+MOST = 0.6  # the share of all that a step needs from which weights and their states dominate
 FEWER = "match fewer layers (0, 2, 4, ... say), or reduce the values that are compared"
 # What can be done about each owner of memory.
 ADVICE = {
@@ -58,23 +61,61 @@ def fit_of(report: Facts, memory: int | str, optimizer: str) -> Fit:
     if optimizer not in states:
         near = did_you_mean(optimizer, states)
         raise OptionError(f"no optimizer {optimizer!r} in the report. Nearest: {near}.")
-    return Fit(report.memory.peak + states[optimizer], given, optimizer, advice_of(report.memory))
+    needed = report.memory.peak + states[optimizer]
+    heavy = of_weights(report, report.memory, states[optimizer], optimizer, given)
+    advice = advice_of(report.memory, beside=needed if heavy else 0)
+    return Fit(needed, given, optimizer, "; ".join(filter(None, (heavy, advice))))
 
 
-def advice_of(memory: Memory) -> str:
-    """What holds most of the peak above the weights, and what can be done about it."""
+def advice_of(memory: Memory, beside: int = 0) -> str:
+    """What holds most of the peak above the weights, and what can be done about it.
+
+    Where weights are advised on, ``beside`` is all that the step needs: gradients go with the
+    weights, and what holds no large part of it all is left out.
+    """
     peak = peak_of(memory)
     if peak is None:
         return ""
-    parts = {name: count for name, count in peak.held.items() if name != "weights"}
+    heavy = ("weights", "gradients") if beside else ("weights",)
+    parts = {name: count for name, count in peak.held.items() if name not in heavy}
     whole = sum(parts.values())
     largest = sorted((name for name in parts if name in ADVICE), key=lambda n: -parts[n])
     told = [
         f"{name}, {size(parts[name])}: {ADVICE[name]}"
         for name in largest
-        if whole and parts[name] >= LARGE * whole
+        if whole and parts[name] >= max(LARGE * whole, _least(name) * beside)
     ]
     return "; ".join(told)
+
+
+def _least(owner: str) -> float:
+    """The share of all from which an owner is advised on beside the weights.
+
+    Losses and taps never reach theirs where the weights are most of all.
+    """
+    return 1 - MOST if owner in ("losses", "taps") else (1 - MOST) / 2
+
+
+def of_weights(report: Facts, memory: Memory, states: int, optimizer: str, given: int) -> str:
+    """What to do about weights, gradients and an optimizer's states; empty where others dominate.
+
+    They dominate where they are most of what the step needs, or more than there is by themselves.
+    """
+    peak = peak_of(memory)
+    gradients = 0 if peak is None else peak.held.get("gradients", 0)
+    weights = sum(memory.weights.values())
+    whole = weights + gradients + states
+    if whole < MOST * (memory.peak + states) and whole <= given:
+        return ""
+    held = {**memory.weights, "gradients": gradients, f"states of {optimizer}": states}
+    parts = ", ".join(f"{name} {size(count)}" for name, count in held.items() if count)
+    advice = ["train fewer parameters (freeze some, or LoRA)"] if gradients + states else []
+    advice += ["shard the models over a mesh (mesh=)"]
+    for tower in report.towers:
+        if not tower.trainable and memory.weights.get(tower.name, 0) >= LARGE * whole:
+            wide = "torch.float32" in tower.dtypes
+            advice += [(NARROWER if wide else SMALLER).format(tower.name)]
+    return f"weights and what follows them, {size(whole)} ({parts}): {', '.join(advice)}"
 
 
 def peak_of(memory: Memory) -> Moment | None:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from rich.console import RenderableType
 
-from fxdistill.base.text import text
+from fxdistill.base.text import fitting
 from fxdistill.report.data import Facts
 from fxdistill.report.faces import html
-from fxdistill.report.faces.terminal import terminal
+from fxdistill.report.faces.terminal import pairs, terminal
 from fxdistill.report.fit import Fit, fit_of
 
 
@@ -50,5 +50,5 @@ class Report(Facts):
         return terminal(self)
 
     def __str__(self) -> str:
-        """The same as plain text, in 80 columns: ``print(report)``."""
-        return text(self, 80)
+        """The same as plain text, as wide as its tables need: ``print(report)``."""
+        return fitting(terminal(self), pairs(self))

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxdistill.base.attention import Attention, of_queries
+from fxdistill.base.figures import shown
 from fxdistill.base.saved import apart
 from fxdistill.base.tensors import wide
 from fxdistill.errors import PortError, TapError
@@ -230,7 +231,7 @@ def _reject_axes(tower: Tower, path: str, ports: tuple[str, ...], query: Tensor)
     if (table := active()) is not None and table.section == tower:
         for port in ports:
             table.problems[tower, path, port] = PortError(
-                f"{tower} module {path!r} attends with queries {list(query.shape)}: the port "
+                f"{tower} module {path!r} attends with queries {shown(query.shape)}: the port "
                 f"{port!r} is of queries [B, heads, queries, width]"
             )
 
@@ -238,7 +239,7 @@ def _reject_axes(tower: Tower, path: str, ports: tuple[str, ...], query: Tensor)
 def _check_padding(mask: Tensor, keys: int, batch: int) -> None:
     """Torch's own check of a mask ``[B, K]``, whose message dynamo cannot trace."""
     if tuple(mask.shape) != (batch, keys):
-        raise RuntimeError(f"key_padding_mask is {list(mask.shape)}, not [{batch}, {keys}]")
+        raise RuntimeError(f"key_padding_mask is {shown(mask.shape)}, not [{batch}, {keys}]")
 
 
 # Dynamo knows this function by its identity and its file, and makes it one node of the graph. It

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fxdistill import taps
+from fxdistill.base.figures import shown
 from fxdistill.base.nodes import one_node
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import CheckpointError, FxDistillError, LogitsError, PortError, TapError
@@ -89,7 +90,7 @@ def _require_whole_vocabulary(table: TapTable, tower: Tower, logits: Tensor) -> 
     if here != whole and logits.shape[-1] == here and not is_placed(logits):
         raise table.fail(
             LogitsError(
-                f"the {tower}'s logits are a plain tensor {list(logits.shape)}: the {here} "
+                f"the {tower}'s logits are a plain tensor {shown(logits.shape)}: the {here} "
                 f"entries of this rank, of {whole}. Give its head "
                 "ColwiseParallel(output_layouts=Shard(-1), use_local_output=False), so that they "
                 "say where they belong."

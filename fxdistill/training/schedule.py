@@ -1,12 +1,12 @@
 """``Schedule``: what ``distiller.set`` takes, as functions of the step."""
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from fxdistill.base.warn import warn
 from fxdistill.distiller.distiller import Distiller
 from fxdistill.distiller.settings import check_settings
 from fxdistill.errors import MatchWarning, OptionError
@@ -100,10 +100,9 @@ class Schedule:
             raise
         for name, curve in own.items():
             if _told(curve) != saved[name]:
-                warnings.warn(
+                warn(
                     f"the saved schedule of {name} is used, {loaded[name]!r}, and not {curve!r}",
                     MatchWarning,
-                    stacklevel=2,
                 )
 
     def _apply(self) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 
 import pytest
 import torch
@@ -130,6 +131,26 @@ def test_logits_that_were_not_asked_for_say_how():
     out = fxdistill.wrap(*toy_pair(), compile=False)(tokens())
     with pytest.raises(AttributeError, match=r'wrap\(..., outputs=\("logits",\)\) adds'):
         out.logits  # noqa: B018
+    with pytest.raises(
+        KeyError, match="no output 'logits'; there are loss, losses, metrics"
+    ) as found:
+        out["logits"]
+    assert "adds the student's logits" in str(found.value)
+    assert out.get("logits") is None
+    assert "logits" not in out
+
+
+@pytest.mark.parametrize("outputs", ["logits", ("logits",), ["logits"], {"logits"}], ids=str)
+def test_one_output_is_a_name_as_several_are(outputs):
+    out = fxdistill.wrap(*toy_pair(), compile=False, outputs=outputs)(tokens())
+    assert out["logits"].shape == out.logits.shape == (3, 7, 50)
+
+
+@pytest.mark.parametrize("outputs", ["logit", ("l", "o"), True, 1], ids=str)
+def test_an_output_that_there_is_not_is_named(outputs):
+    wanted = re.escape(f"outputs={outputs!r}: only 'logits' can be asked for")
+    with pytest.raises(errors.OptionError, match=wanted):
+        fxdistill.wrap(*toy_pair(), compile=False, outputs=outputs)
 
 
 def test_an_error_of_a_pass_prints_no_graph():

@@ -68,7 +68,7 @@ def test_the_config_is_the_students_and_knows_what_is_no_prediction():
     distiller = pair()
     config, theirs = distiller.config, distiller.student.config
     assert isinstance(config, LlamaConfig)
-    ignored = [*theirs.keys_to_ignore_at_inference, "losses", "metrics"]
+    ignored = [*theirs.keys_to_ignore_at_inference, "loss", "losses", "metrics"]
     assert config.keys_to_ignore_at_inference == ignored
     assert config.to_dict() == theirs.to_dict()
     config.use_cache = False

@@ -71,6 +71,15 @@ def test_weights_that_do_not_fit_are_errors(given, says):
             distiller(IMAGES, **given)
 
 
+@pytest.mark.parametrize("loss", ["attention_transfer", "gram"])
+@pytest.mark.parametrize("compile", [False, AOT])
+def test_weights_of_the_students_channels_do_not_fit_a_teacher_with_others(loss, compile):
+    match = Match("deep", "deep", loss=loss, weights="foreground")
+    distiller = fxdistill.wrap(*nets(teacher=6), [match], logit_loss=None, compile=compile)
+    with pytest.raises(errors.BatchError, match=r"\[5, 4\], and weigh a value \[5, 6, 4, 4\]"):
+        distiller(IMAGES, weights={"foreground": torch.ones(5, 4)})
+
+
 def test_a_name_of_weights_is_text():
     with pytest.raises(errors.OptionError, match="a name, whose values a call brings"):
         fxdistill.wrap(*nets(teacher=4), [Match("deep", "deep", weights=torch.ones(5))])

@@ -68,6 +68,52 @@ def test_the_advice_is_about_what_holds_most():
     assert "checkpoint" not in advice
 
 
+def heavy(dtype="torch.float32", **held):
+    """A report whose teacher holds most: 20 GiB of weights, 16 of them a frozen teacher's."""
+    given = dataclasses.replace(
+        memory(weights=20 * GIB, **held), weights={"student": 4 * GIB, "teacher": 16 * GIB}
+    )
+    towers = [
+        dataclasses.replace(t, name=name, trainable=count, dtypes=(dtype,))
+        for t, name, count in zip(small().towers, ("student", "teacher"), (1, 0), strict=False)
+    ]
+    return dataclasses.replace(small(), memory=given, towers=tuple(towers))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "says"),
+    [
+        ("torch.float32", "hold the teacher in bfloat16, or quantize it"),
+        ("torch.bfloat16", "quantize the teacher, or take a smaller one"),
+    ],
+)
+def test_weights_that_dominate_are_advised_on_and_losses_are_not(dtype, says):
+    fit = fit_of(heavy(dtype, losses=2 * GIB, gradients=2 * GIB), 24 * GIB, "AdamW")
+    assert not fit
+    assert fit.advice == (
+        "weights and what follows them, 24.0 GiB (student 4.00 GiB, teacher 16.0 GiB, gradients "
+        "2.00 GiB, states of AdamW 2.00 GiB): train fewer parameters (freeze some, or LoRA), "
+        f"shard the models over a mesh (mesh=), {says}"
+    )
+    # SGD has no states, and at this peak there are no gradients.
+    alone = fit_of(heavy(dtype, losses=2 * GIB), 20 * GIB, "SGD").advice
+    assert alone.startswith(
+        "weights and what follows them, 20.0 GiB (student 4.00 GiB, teacher 16.0 GiB): shard the"
+    )
+
+
+def test_what_holds_much_beside_the_weights_is_still_advised_on():
+    advice = fit_of(heavy(student=8 * GIB, losses=GIB), 24 * GIB, "SGD").advice
+    assert "; student, 8.00 GiB: checkpoint the student's layers" in advice
+    assert "losses" not in advice
+    # Where the losses hold most, they come alone, unless the weights are too much by themselves.
+    advice = fit_of(heavy(losses=40 * GIB), 24 * GIB, "SGD").advice
+    assert advice.startswith("losses, 40.0 GiB: match fewer layers")
+    advice = fit_of(heavy(losses=40 * GIB), 16 * GIB, "SGD").advice
+    assert advice.startswith("weights and what follows them, 20.0 GiB")
+    assert "; losses, 40.0 GiB: match fewer layers" in advice
+
+
 def test_losses_that_dominate_are_noted():
     assert of_losses(memory(weights=GIB, losses=GIB, taps=GIB, student=GIB)).startswith(
         "losses and matched values hold 2.00 GiB of the peak's 4.00 GiB: match fewer layers"

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections import Counter, OrderedDict, deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -227,6 +228,57 @@ def test_what_was_not_saved_or_is_not_asked_for(tmp_path: Path) -> None:
         run.load(tmp_path / "bare", optimizer=None)
     with pytest.warns(UserWarning, match="no random states"):
         fxdistill.load_checkpoint(tmp_path / "bare", run.distiller)
+
+
+def test_another_teacher_than_the_run_had_is_named(tmp_path: Path) -> None:
+    """A frozen teacher is in no checkpoint: its class, path and shapes tell it from another."""
+
+    def made(teacher: nn.Module) -> fxdistill.Distiller:
+        torch.manual_seed(0)
+        return fxdistill.wrap(Toy(1), teacher, compile=False, task="causal_lm")
+
+    def named(path: str) -> nn.Module:
+        teacher = Toy(2)
+        teacher.config = SimpleNamespace(name_or_path=path)
+        return teacher
+
+    class Other(Toy):
+        pass
+
+    def told(saved: nn.Module, here: nn.Module) -> list[str]:
+        fxdistill.save_checkpoint(tmp_path, made(saved))
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            fxdistill.load_checkpoint(tmp_path, made(here))
+        assert all(warning.filename == __file__ for warning in given)
+        return [str(warning.message) for warning in given]
+
+    assert told(Toy(2), Toy(2)) == []
+    assert told(named("big"), named("big")) == []
+    (said,) = told(Toy(2), Toy(3))
+    counts = [sum(p.numel() for p in Toy(n).parameters()) for n in (2, 3)]
+    assert f"it had Toy ({counts[0]} parameters), this run has Toy ({counts[1]}" in said
+    (said,) = told(named("big"), named("small"))
+    assert "another teacher than the checkpoint was saved with: it had Toy 'big'" in said
+    assert "this run has Toy 'small'" in said
+    (said,) = told(Toy(2), Other(2))
+    assert "this run has Other" in said
+    turned = Toy(2)
+    turned.embed.weight = nn.Parameter(turned.embed.weight.detach().t().contiguous())
+    (said,) = told(Toy(2), turned)
+    assert said.count(f"Toy ({counts[0]} parameters)") == 2
+    assert "of other shapes" in said
+
+
+def test_a_checkpoint_that_says_nothing_of_its_teacher_is_loaded(tmp_path: Path) -> None:
+    """As those that were written before."""
+    run = Life(compile=False)
+    place = run.save(tmp_path, step=0)
+    file = place / "checkpoint.json"
+    document = json.loads(file.read_text("utf-8"))
+    assert document.pop("targets").keys() == {"teacher"}
+    file.write_text(json.dumps(document), "utf-8")
+    assert Life(compile=False).load(tmp_path).step == 0
 
 
 def test_a_scheduler_that_fails_changes_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fxdistill.base.figures import shown
 from fxdistill.errors import OptionError, ShapeError
 from fxdistill.losses.fused.call import HeadSide, HeadTerms
 from fxdistill.losses.fused.chunk import ChunkSpec
@@ -101,14 +102,14 @@ def check_shapes(
     given["weights"] = None if weights is None else weights.shape
     for name, shape in given.items():
         if shape is not None and shape != grid:
-            raise ShapeError(f"{name} has {list(shape)} tokens, student_hidden {list(grid)}")
+            raise ShapeError(f"{name} has {shown(shape)} tokens, student_hidden {shown(grid)}")
 
 
 def check_head(whose: str, hidden: Tensor, weight: Tensor) -> None:
     """Raise ShapeError unless hidden states fit the weight of their head."""
     if weight.ndim != 2 or hidden.ndim < 2 or hidden.shape[-1] != weight.shape[1]:
         raise ShapeError(
-            f"{whose}hidden is {list(hidden.shape)} and {whose}weight {list(weight.shape)}: "
+            f"{whose}hidden is {shown(hidden.shape)} and {whose}weight {shown(weight.shape)}: "
             "[..., D] and [V, D]"
         )
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
+from fxdistill.base.figures import shown
 from fxdistill.base.placement import chunk_of, countable, mesh_of, placed, summed
 from fxdistill.base.tensors import wide
 from fxdistill.errors import OptionError, ShapeError, VocabularyError
@@ -94,8 +95,8 @@ def divergence(
     """``plain(student, teacher, temperature=, weights=)`` of DTensors; ``kind`` describes it."""
     if teacher.shape != student.shape:
         raise VocabularyError(
-            f"the student's logits are {list(student.shape)} and the teacher's "
-            f"{list(teacher.shape)}: sharded ones must be alike. Pad the smaller vocabulary."
+            f"the student's logits are {shown(student.shape)} and the teacher's "
+            f"{shown(teacher.shape)}: sharded ones must be alike. Pad the smaller vocabulary."
         )
     mesh_of(student, teacher)
     where = whole_sums(student)

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from fxdistill.base.text import text
+from fxdistill.base.text import fitting
 from fxdistill.graph.program import Program
 from fxdistill.graph.sections import section_of
 from fxdistill.losses.names import loss_name
@@ -24,7 +24,7 @@ class Summary(Group):
     """What ``distiller.summary()`` returns: for ``rich.print``, and for ``print``."""
 
     def __str__(self) -> str:
-        return text(self, 80)
+        return fitting(self, self.renderables[:1])  # the terms
 
 
 def summary(
@@ -34,7 +34,7 @@ def summary(
     mode: str,
     notes: Iterable[str],
 ) -> "Summary":
-    """Tables for 80 columns; without a program (eager mode, or no call yet), only the terms."""
+    """Tables for 80 columns or more; without a program (eager, or no call yet) the terms alone."""
     parts: list[Table | Text] = [_terms(objective, projections)]
     if program is None:
         eager = "all runs as it is, no graph is made"

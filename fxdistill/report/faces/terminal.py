@@ -1,4 +1,4 @@
-"""A report in a terminal of 80 columns: first the main costs, then the details."""
+"""A report in a terminal of 80 columns or more: first the main costs, then the details."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -19,7 +19,7 @@ from fxdistill.report.faces.terminal_tables import Cell, Part, row, table
 def terminal(report: Facts) -> Group:
     """The whole report, for ``rich.print`` or a console at least 80 columns wide."""
     parts: list[Part] = [*_head(report), _models(report), *_inputs(report)]
-    parts += [*sketch(report), *_pairs(report), *_terms(report)]
+    parts += [*sketch(report), *pairs(report), *_terms(report)]
     parts += [*costs(report), *_passes(report), *_graph(report)]
     apart = [piece for part in parts for piece in (part, Text())]
     return Group(*apart, *_told(report))
@@ -89,7 +89,8 @@ def _inputs(report: Facts) -> list[Part]:
     return [made]
 
 
-def _pairs(report: Facts) -> list[Part]:
+def pairs(report: Facts) -> list[Part]:
+    """The table of the pairs; equal ones of several layers are one row."""
     if not report.pairs:
         return [Text("No pairs: nothing is matched but logits and labels", style="dim")]
     made = table("Pairs", "student ← teacher", "loss", "×", right=("×",))

@@ -37,6 +37,27 @@ def left_out(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     return missing
 
 
+def other_targets(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """A warning for each frozen model that is another one than the run was saved with.
+
+    That is no error: a teacher is in no checkpoint, and its path may have changed without it.
+    """
+    theirs, ours = saved.get("targets", {}), here["targets"]
+    for name in [name for name in theirs if name in ours and theirs[name] != ours[name]]:
+        a, b = (_target(each[name]) for each in (theirs, ours))
+        shapes = " of other shapes" if a == b else ""
+        yield (
+            f"another {name} than the checkpoint was saved with: it had {a}, this run has "
+            f"{b}{shapes}. A frozen model is in no checkpoint, so the run goes on with this one, "
+            "and its losses are not those of the run that was saved."
+        )
+
+
+def _target(told: Mapping[str, Any]) -> str:
+    path = f" {told['path']!r}" if told["path"] else ""
+    return f"{told['class']}{path} ({told['parameters']:,} parameters)"
+
+
 def _only(saved: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     return saved["optimizer"] is not None and here["optimizer"] is None
 

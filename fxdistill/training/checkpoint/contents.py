@@ -13,7 +13,7 @@ from fxdistill.distiller.saved import second_names
 from fxdistill.errors import OptionError
 from fxdistill.training.checkpoint import optimizer as optimizers
 from fxdistill.training.checkpoint import tree
-from fxdistill.training.checkpoint.described import described
+from fxdistill.training.checkpoint.described import described, targets
 
 FORMAT = 1
 MODEL = "model/"  # before the names of the distiller's own tensors
@@ -66,6 +66,7 @@ def contents(run: Run) -> Contents:
         "format": FORMAT,
         "made_by": {"fxdistill": fxdistill.__version__, "torch": str(torch.__version__)},
         "described": described(run.distiller),
+        "targets": targets(run.distiller),
         **_model(run.distiller, tensors),
         "optimizer": None
         if run.optimizer is None

@@ -1,8 +1,12 @@
 """What a checkpoint says of its distiller in words, so that another one can be told from it."""
 
 import functools
+import hashlib
+import json
 from dataclasses import fields, replace
 from typing import Any
+
+from torch import nn
 
 from fxdistill.distiller.distiller import Distiller
 from fxdistill.losses.names import loss_name
@@ -21,6 +25,22 @@ def described(distiller: Distiller) -> dict[str, dict[str, str]]:
         name = f"{match.student}:{match.student_port}"
         matches[_new(name, matches)] = _match(match)
     return {"model": models, "match": matches, "term": _terms(distiller.objective)}
+
+
+def targets(distiller: Distiller) -> dict[str, dict[str, Any]]:
+    """What tells a frozen model from another, by name: it is in no checkpoint itself."""
+    frozen = distiller.objective.frozen
+    return {t: _fingerprint(m) for t, m in sorted(distiller.models.items()) if t in frozen}
+
+
+def _fingerprint(model: nn.Module) -> dict[str, Any]:
+    sizes = {name: list(p.shape) for name, p in model.named_parameters()}
+    return {
+        "class": type(model).__name__,
+        "path": str(getattr(getattr(model, "config", None), "name_or_path", "") or ""),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "shapes": hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:16],
+    }
 
 
 def _terms(objective: Any) -> dict[str, str]:

@@ -3,7 +3,6 @@
 import copy
 import functools
 import json
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fxdistill.base.tensors import is_placed
+from fxdistill.base.warn import warn
 from fxdistill.errors import FxDistillError, ResumeError, raise_together
 from fxdistill.training.checkpoint import compare, tree
 from fxdistill.training.checkpoint import folder as folders
@@ -44,8 +44,10 @@ def load_checkpoint(
     """Restore the run that ``save_checkpoint`` saved; its losses go on bit for bit.
 
     The distiller is made as it was, by ``fxdistill.wrap`` with the same models and matches, and so
-    are the optimizer and the schedulers. Whether it is on a mesh, and on how many ranks, may differ
-    from the run that was saved; on several ranks all of them call this. A rank that the saved run
+    are the optimizer and the schedulers. A frozen teacher is in no checkpoint: a warning says where
+    it is another one, by its class, its path, or the shapes of its parameters. Whether the run is
+    on a mesh, and on how many ranks, may differ from the run that was saved; on several ranks all
+    of them call this. A rank that the saved run
     did not have keeps its random states, with a warning, and gets the first rank's data position.
 
     Args:
@@ -71,14 +73,16 @@ def load_checkpoint(
     now = contents(run)
     place, document = _together(here, lambda: _checked(Path(folder), now))
     for text in compare.left_out(document, now.document):
-        warnings.warn(f"{place} has more than is restored: {text} was not asked for", stacklevel=2)
+        warn(f"{place} has more than is restored: {text} was not asked for")
+    for text in compare.other_targets(document, now.document):
+        warn(f"{place}: {text}")
     own = _together(here, lambda: _own(place, document, here))
     found = _read(place, document, own, run, now, here)
     _together(here, lambda: _restore(document, run, found))
     if rng and own["random"] is not None:
         random_states.restore(own["random"])
     elif rng:
-        warnings.warn(f"{place} has no random states for this rank: they stay", stacklevel=2)
+        warn(f"{place} has no random states for this rank: they stay")
     return Checkpoint(document["step"], tree.decode(own["data"], {}))
 
 

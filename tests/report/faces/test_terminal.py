@@ -1,12 +1,18 @@
 """The report in 80 columns."""
 
 import io
+import os
 import re
+import shutil
+import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
+from torch import nn
 
+import fxdistill
 import report_samples as samples
 
 
@@ -95,3 +101,46 @@ def test_casts_warnings_and_notes():
     assert re.search(r"student +bfloat16 +float32 +65", text)
     assert "warning: Token weights do not reach" in text
     assert "note: head fused" in text
+
+
+# ------------------------------------------------------------------ as text
+
+
+LONG = "base_model.model.language_model.decoder.layers.feed_forward.down_proj"
+
+
+class Deep(nn.Module):
+    """One layer behind a long path, as wrappers make them."""
+
+    def __init__(self):
+        super().__init__()
+        here = self
+        for name in LONG.split(".")[:-1]:
+            here.add_module(name, nn.Module())
+            here = here.get_submodule(name)
+        here.down_proj = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.get_submodule(LONG)(x)
+
+
+@pytest.mark.parametrize(("columns", "whole"), [(None, True), ("180", True), ("90", False)])
+def test_paths_are_whole_where_the_text_goes_to_no_terminal(columns, whole, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns is not None:
+        monkeypatch.setenv("COLUMNS", columns)
+    options = {"task": "classification", "compile": False}
+    distiller = fxdistill.wrap(Deep(), Deep(), {LONG: LONG}, **options)
+    lines = str(distiller.summary()).splitlines()
+    assert any(line.count(LONG) == 2 for line in lines) is whole
+    assert max(map(len, lines)) <= int(columns or 200)
+    lines = str(distiller.report(torch.randn(2, 4))).splitlines()
+    assert f"← {LONG}" in lines  # a line of its own, which 90 columns have
+    assert max(map(len, lines)) <= int(columns or 200)
+
+
+def test_a_terminal_is_the_limit(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda *_: os.terminal_size((90, 20)))
+    assert max(map(len, str(samples.large()).splitlines())) <= 90

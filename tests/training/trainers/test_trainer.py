@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaForCausalLM, TrainerCallback
+from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM, TrainerCallback
 
 import fxdistill
 from fxdistill.errors import BatchError, OptionError
@@ -131,6 +131,68 @@ def test_the_best_checkpoint_by_a_metric_is_loaded_and_loads_without_us(tmp_path
     for name, value in student.state_dict().items():
         assert torch.equal(value, run.model.student.state_dict()[name]), name
     assert all((tmp_path / f"checkpoint-{i}" / "student").is_dir() for i in (1, 2, 3, 4))
+
+
+class Unlabelled(Rows):
+    """Rows that nobody has labelled."""
+
+    def __getitem__(self, i):
+        row = super().__getitem__(i)
+        del row["labels"]
+        return row
+
+
+@pytest.mark.parametrize("kind", [Rows, Unlabelled])
+def test_predictions_are_the_students_logits_alone(tmp_path, kind):
+    run = trainer(pair(), tmp_path)
+    found = run.predict(kind()).predictions
+    batch = kind().batch()
+    with torch.no_grad():
+        wanted = run.model.student(batch["input_ids"], batch["attention_mask"]).logits
+    torch.testing.assert_close(torch.from_numpy(found), wanted)
+
+
+def test_so_they_are_where_the_config_says_nothing_of_predictions(tmp_path):
+    """BERT's names no keys to leave out, as Llama's does."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=64, num_hidden_layers=1, **sizes)
+    assert not hasattr(config, "keys_to_ignore_at_inference")
+    student, teacher = (BertForMaskedLM(config) for _ in range(2))
+    run = trainer(fxdistill.wrap(student, teacher, compile=False), tmp_path)
+    for rows in (Rows(), Unlabelled()):
+        found = run.predict(rows).predictions
+        batch = rows.batch()
+        with torch.no_grad():
+            wanted = student(batch["input_ids"], batch["attention_mask"]).logits
+        torch.testing.assert_close(torch.from_numpy(found), wanted)
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+def test_the_number_of_items_can_be_left_out(tmp_path, accepts):
+    """Token weights then make means of what they leave, in training and in evaluation."""
+    seen = []
+
+    class Weighed(Rows):
+        def __getitem__(self, i):
+            row = super().__getitem__(i)
+            return row | {"loss_mask": (row["input_ids"] % 2) * row["attention_mask"]}
+
+    one = pair()
+    one.register_forward_pre_hook(
+        lambda model, args, given: seen.append("num_items_in_batch" in given), with_kwargs=True
+    )
+    rows = Weighed()
+    given = {"train_dataset": rows, "eval_dataset": rows}
+    run = trainer(one, tmp_path, max_steps=1, logging_steps=1, **{**PLAIN, "learning_rate": 0.0})
+    run.train_dataset, run.eval_dataset = given.values()
+    run.model_accepts_loss_kwargs = accepts
+    run.train()
+    loss = run.state.log_history[0]["loss"]
+    assert run.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    assert seen == [accepts, accepts]
+    batch = rows.batch()
+    wanted = one(**batch).loss.item()
+    assert (loss == pytest.approx(wanted, rel=1e-5)) is not accepts
 
 
 def test_a_student_that_a_kill_has_left_out_is_written_by_the_run_that_goes_on(tmp_path):
