@@ -38,6 +38,18 @@ def bert(layers: int, heads: int, attention: str) -> Any:
     return hf.BertForMaskedLM(hf.BertConfig(**sizes, attn_implementation=attention))
 
 
+def distilbert(layers: int, heads: int, attention: str) -> Any:
+    sizes = {"dim": 8 * heads, "n_heads": heads, "hidden_dim": 16, "n_layers": layers}
+    config = hf.DistilBertConfig(
+        vocab_size=VOCAB,
+        dropout=0.0,
+        attention_dropout=0.0,
+        **sizes,
+        attn_implementation=attention,
+    )
+    return hf.DistilBertForMaskedLM(config)
+
+
 def t5(layers: int, heads: int, attention: str) -> Any:
     sizes = {"d_model": 16, "d_kv": 8, "num_heads": heads, "d_ff": 16, "num_layers": layers}
     sizes |= {"vocab_size": VOCAB, "dropout_rate": 0.0, "use_cache": False}
@@ -90,6 +102,14 @@ TEXT = {"input_ids": IDS, "attention_mask": LEFT}
 ENCODED = {"input_ids": IDS, "attention_mask": RIGHT, "labels": TARGETS}
 SOUND = {"input_features": torch.randn(BATCH, 4, 14), "labels": TARGETS}
 OF_LABELS = (TARGETS != -100).float()
+# Sequences behind each other in a row: their places begin anew, or a mask of blocks parts them.
+PIECES = [(0, slice(0, 4)), (0, slice(4, 9)), (1, slice(0, 6)), (1, slice(6, 9))]
+PLACES = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+BLOCKS = torch.full((BATCH, 1, LENGTH, LENGTH), torch.finfo(torch.float32).min)
+for _row, _at in PIECES:
+    PLACES[_row, _at] = torch.arange(_at.stop - _at.start)
+    BLOCKS[_row, 0, _at, _at] = BLOCKS[_row, 0, _at, _at].triu(1)
+PACKED = {"input_ids": IDS, "position_ids": PLACES}
 CASES = {
     "llama": Case(
         partial(decoder, hf.LlamaConfig, hf.LlamaForCausalLM),
@@ -101,6 +121,19 @@ CASES = {
         partial(decoder, hf.LlamaConfig, hf.LlamaForCausalLM),
         "model.layers.{}.self_attn",
         {"input_ids": IDS},
+        None,
+        heads=(4, 4),
+    ),
+    "llama of packed sequences": Case(
+        partial(decoder, hf.LlamaConfig, hf.LlamaForCausalLM),
+        "model.layers.{}.self_attn",
+        PACKED,
+        None,
+    ),
+    "llama of packed sequences by a mask": Case(
+        partial(decoder, hf.LlamaConfig, hf.LlamaForCausalLM),
+        "model.layers.{}.self_attn",
+        {**PACKED, "attention_mask": BLOCKS},
         None,
         heads=(4, 4),
     ),
@@ -131,6 +164,13 @@ CASES = {
         {"input_ids": IDS, "attention_mask": RIGHT},
         RIGHT.float(),
         heads=(2, 2),
+    ),
+    "distilbert": Case(
+        distilbert,
+        "distilbert.transformer.layer.{}.attention",
+        {"input_ids": IDS, "attention_mask": RIGHT},
+        RIGHT.float(),
+        heads=(2, 4),
     ),
     "t5 encoder": Case(
         t5,

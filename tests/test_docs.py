@@ -9,7 +9,7 @@ import pytest
 import fxdistill
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("losses/*.md")])
 
 
 def code(page: Path) -> str:
@@ -23,7 +23,7 @@ def code(page: Path) -> str:
 
 
 @pytest.mark.slow  # a page is several models, each traced
-@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(DOCS)) for page in PAGES])
 # transformers asks for versions in forward(), through a cache that dynamo warns about.
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 # Trainer pins memory by default, and torch warns where there is no accelerator.

@@ -43,10 +43,13 @@ def attention_kl(
     *,
     heads: Heads = None,
 ) -> Tensor:
-    """The mean over queries of KL(a_T ‖ a_S) = Σ a_T·log(a_T / a_S), over keys that neither masks.
+    """The mean over queries of KL(a_T ‖ a_S) = Σ a_T·log(a_T / a_S), over the teacher's keys.
 
     This is the divergence of MiniLM (Wang et al., 2020). Nothing is renormalised where masks
-    differ. Raises ShapeError where queries or keys differ, OptionError for wrong ``heads``.
+    differ. Keys that the student alone attends are not in the sum, but have their share of a_S. A
+    key that the student's mask hides has no part: its a_S is 0 whatever the student learns, and the
+    divergence would be infinite. Raises ShapeError where queries, keys, weights or a mask do not
+    fit, OptionError for wrong ``heads``.
     """
     return _loss(student, teacher, weights, "kl", heads)
 
@@ -63,8 +66,8 @@ def attention_mse(
 
     ``scores=True`` compares the scores before softmax instead, with what masks add to them, over
     keys that neither masks (TinyBERT, Jiao et al., 2020); tensors are then scores, where a masked
-    key has -∞ or nearly that. Raises ShapeError where queries or keys differ, OptionError for wrong
-    ``heads``.
+    key has -∞ or nearly that. Raises ShapeError where queries, keys, weights or a mask do not fit,
+    OptionError for wrong ``heads``.
     """
     return _loss(student, teacher, weights, "scores" if scores else "maps", heads)
 
@@ -81,7 +84,8 @@ def transfer_matrix(
     This is the first stage of MOHAWK (Bick et al., 2024). A is the map of attention, or any matrix
     ``[B, H, L, L]``: what a state-space mixer does to its tokens. The norm is that of the rows that
     count, and L is their number; weights act relative to their mean in a sample, which weighs the
-    sample. Raises ShapeError where queries or keys differ, OptionError for wrong ``heads``.
+    sample. Raises ShapeError where queries, keys, weights or a mask do not fit, OptionError for
+    wrong ``heads``.
     """
     return _loss(student, teacher, weights, "frobenius", heads)
 
@@ -121,6 +125,7 @@ def _hidden(x: Tensor | Attention, of: str) -> Tensor:
         if x.ndim != 3:
             raise ShapeError(f"relation_kl compares hidden states [B, L, D], not {shown(x.shape)}")
         return on_every_rank(x)
+    require_parts(x)
     value = {"q": x.query, "k": x.key, "v": x.value}[of]
     if x.query.shape[2] != x.key.shape[2]:
         raise ShapeError(
@@ -137,6 +142,8 @@ def _relation(
     x: Tensor | Attention, hidden: Tensor, heads: int, weights: Tensor | None
 ) -> Attention:
     batch, length, width = hidden.shape
+    if weights is not None:
+        _require_queries(weights, batch, length)  # they make a mask here
     if heads < 1 or width % heads:
         raise ShapeError(f"heads={heads} do not divide a width of {width}: relation_kl cuts it")
     cut = hidden.reshape(batch, length, heads, width // heads).transpose(1, 2)
@@ -179,11 +186,29 @@ def _loss(
 def map_shape(x: Tensor | Attention) -> tuple[int, int, int, int]:
     """The shape ``[B, H, Q, K]`` of a map, whether it exists or not."""
     if isinstance(x, Attention):
+        require_parts(x)
         return (*x.query.shape[:3], x.key.shape[2])
     if x.ndim != 4:
         raise ShapeError(f"a map of attention is [B, heads, queries, keys], not {shown(x.shape)}")
     batch, heads, queries, keys = x.shape
     return batch, heads, queries, keys
+
+
+def require_parts(x: Attention) -> None:
+    """Raise ShapeError where queries, keys, values and mask are not those of one map."""
+    query, key, value = x.query.shape, x.key.shape, x.value.shape
+    fit = len(query) == len(key) == len(value) == 4 and query[0] == key[0] == value[0]
+    fit = fit and query[3] == key[3] and key[2] == value[2]
+    if not fit or query[1] % key[1] or query[1] % value[1]:
+        raise ShapeError(
+            f"attention of queries {list(query)}, keys {list(key)} and values {list(value)}: they "
+            "are [B, H, Q, D], [B, h, K, D] and [B, h, K, *], and h divides H"
+        )
+    if x.mask is not None:
+        grid, mask = [*query[:3], key[2]], x.mask.shape
+        over = grid[len(grid) - len(mask) :]
+        if len(mask) > 4 or any(m not in (1, n) for m, n in zip(mask, over, strict=True)):
+            raise ShapeError(f"a mask {list(mask)} does not broadcast to the map {grid}")
 
 
 def shapes_problem(student: Sequence[int], teacher: Sequence[int]) -> ShapeError | None:
@@ -237,12 +262,17 @@ def _of_queries(weights: Tensor | None, like: Tensor) -> Tensor:
     grid = like.shape[0], like.shape[2]
     if weights is None:
         return like.new_ones(grid, dtype=wide(like.new_empty(())).dtype)
-    if tuple(weights.shape) not in (grid, grid[:1]):
-        raise ShapeError(
-            f"weights {shown(weights.shape)} of maps with {number(grid[1])} queries in "
-            f"{number(grid[0])} samples: they are [B, Q] or [B]"
-        )
+    _require_queries(weights, *grid)
     return weights if weights.ndim == 2 else weights.unsqueeze(1).expand(grid)
+
+
+def _require_queries(weights: Tensor, samples: int, queries: int) -> None:
+    """Raise ShapeError unless ``weights`` are those of queries, ``[B, Q]``, or of samples."""
+    if tuple(weights.shape) not in ((samples, queries), (samples,)):
+        raise ShapeError(
+            f"weights {shown(weights.shape)} of maps with {number(queries)} queries in "
+            f"{number(samples)} samples: they are [B, Q] or [B]"
+        )
 
 
 @one_node

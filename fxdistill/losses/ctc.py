@@ -7,8 +7,10 @@ from torch import Tensor
 
 from fxdistill.base.nodes import one_node
 from fxdistill.base.tensors import is_placed, wide
+from fxdistill.errors import ShapeError
 from fxdistill.losses.fused.gradients import require_first_order
 from fxdistill.losses.reduce import IGNORE, counted
+from fxdistill.losses.shapes import differ, require_grid
 
 
 @one_node
@@ -34,7 +36,17 @@ def ctc(
         weights: ``[B, F]``; frames of weight 0 do not count, and stand behind those that do.
         blank: The entry of the vocabulary that means "no label" (Hugging Face: the pad token).
         zero_infinity: Whether samples with more labels than frames have a loss of 0, not ∞.
+
+    Raises ShapeError for other shapes.
     """
+    axes = student_logits.ndim, labels.ndim
+    if axes != (3, 2) or differ(labels.shape[:1], student_logits.shape[:1]):
+        raise ShapeError(
+            f"ctc takes logits [B, F, V] of frames and labels [B, T], not "
+            f"{list(student_logits.shape)} and {list(labels.shape)}"
+        )
+    if weights is not None:
+        require_grid("weights", weights, student_logits)
     if is_placed(student_logits):
         student_logits = student_logits.full_tensor()
     logits = wide(student_logits)

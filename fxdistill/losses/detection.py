@@ -41,7 +41,7 @@ def _finite(logits: Tensor) -> Tensor:
 def detection_classification(
     student: Tensor, teacher: Tensor, weights: Tensor | None = None, *, temperature: float = 2.0
 ) -> Tensor:
-    """τ² BCE(σ(s/τ), σ(t/τ)), the mean over anchors and classes.
+    """τ² BCE(σ(s/τ), σ(t/τ)), the mean over anchors and classes (Yang et al., 2023).
 
     ``student`` and ``teacher`` are logits ``[B, N, C]``, and the loss is formed from them, so that
     it stays finite where a probability is rounded to 0 or 1. It is the entropy of the teacher plus
@@ -59,7 +59,7 @@ def detection_box(
 
     The source is Girshick (Fast R-CNN, 2015). Raises ShapeError where the last axis is not 4.
     """
-    if student.shape[-1] != 4:
+    if tuple(student.shape[-1:]) != (4,):
         raise ShapeError(f"boxes are [B, N, 4], not {shown(student.shape)}")
     loss: Tensor = smooth_l1(student, teacher, weights, beta=beta)
     return loss

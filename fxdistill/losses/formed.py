@@ -12,7 +12,10 @@ from torch import Tensor, fx
 
 from fxdistill.losses.fused.gradients import require_first_order, scaled
 
-_INSTEAD = "wrap(..., compile={'disable': ('FormGradients',)}) leaves that out."
+_INSTEAD = (
+    "wrap(..., compile=False) has one, and so has compile={'backend': 'eager', 'disable': "
+    "('FormGradients',)}; graphs of AOTAutograd have none of any loss."
+)
 
 
 def formed(part: fx.GraphModule, learnt: int, *inputs: Any) -> Tensor:

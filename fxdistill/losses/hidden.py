@@ -2,7 +2,8 @@
 
 Each takes ``student`` and ``teacher`` of one shape, and ``weights`` shaped like their leading axes
 (``[B, L]`` for ``[B, L, D]``), or ``None`` to count all tokens alike. The value of a token is
-formed over its width D; the result is Σ w·value / Σ w, a scalar in float32 (float64 stays).
+formed over its width D; the result is Σ w·value / Σ w, a scalar in float32 (float64 stays). Weights
+of the value's own shape say that each number is a token, of width 1. Other shapes raise ShapeError.
 
 The width of a map ``[B, C, *places]``, of 4 axes or more, is its channels C. A map is averaged over
 its places and then over samples, unless ``weights`` are ``[B, *places]``: then over these.
@@ -30,6 +31,7 @@ from fxdistill.losses.reduce import (
     width_axes,
     width_of,
 )
+from fxdistill.losses.shapes import differ, require_alike, require_weights
 
 
 def placewise(
@@ -40,6 +42,11 @@ def placewise(
     ``values`` sees one token at a time: on a mesh it is given this rank's tokens only. A loss that
     compares tokens or samples with one another must gather both sides itself.
     """
+    require_alike(student, teacher)
+    if weights is not None and not differ(weights.shape, student.shape):
+        student, teacher = student.unsqueeze(-1), teacher.unsqueeze(-1)
+    elif weights is not None:
+        require_weights(weights, student)
     vectors = width != "sum"
     student, teacher, weights = laid_out(student, teacher, weights, vectors=vectors)
     axes = width_axes(student, weights, vectors=vectors)
@@ -66,7 +73,7 @@ def _mse(
 
 @one_node
 def mse(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
-    """(1/D) Σ (s - t)², the mean over tokens.
+    """(1/D) Σ (s - t)², the mean over tokens: up to a factor the hint of Romero et al. (2015).
 
     ``F.mse_loss`` is not used: on a sharded DTensor its gradient is too large by the number of
     ranks.
@@ -97,7 +104,7 @@ def _l1(
 
 @one_node
 def l1(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
-    """(1/D) Σ |s - t|, the mean over tokens."""
+    """(1/D) Σ |s - t|, the mean over tokens (DistilHuBERT, Chang et al., 2022, beside an angle)."""
     return placewise(_l1, student, teacher, weights, "sum")
 
 

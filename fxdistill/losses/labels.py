@@ -7,6 +7,7 @@ from fxdistill.base.nodes import one_node
 from fxdistill.base.tensors import is_placed, wide
 from fxdistill.losses import sharded
 from fxdistill.losses.reduce import IGNORE, counted, weighted_mean
+from fxdistill.losses.shapes import require_grid
 
 
 @one_node
@@ -23,8 +24,11 @@ def cross_entropy(
     ``student_logits`` ``[..., V]``, ``labels`` and ``weights`` ``[...]`` are aligned already: no
     shift happens here. ``label_smoothing`` ε mixes in the mean over the vocabulary,
     (1-ε)·CE + ε·mean(-log p) (Szegedy et al., 2016); ``z_loss`` adds that multiple of lse² (PaLM,
-    Chowdhery et al., 2022).
+    Chowdhery et al., 2022). Labels or weights of another shape raise ShapeError.
     """
+    require_grid("labels", labels, student_logits)
+    if weights is not None:
+        require_grid("weights", weights, student_logits)
     if is_placed(student_logits):
         given = (student_logits, labels, weights, label_smoothing, z_loss)
         of_shards: Tensor = sharded.logits.label_loss(cross_entropy, *given)

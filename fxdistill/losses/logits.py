@@ -4,7 +4,8 @@
 axes, or ``None``. p = softmax(z/τ) with temperature τ, a number or a 0-d tensor. The value of a
 token is a sum over the vocabulary times τ², which keeps gradients comparable across temperatures
 (Hinton et al., 2015, section 2; ``total_variation`` and ``mse_logits`` have no such factor); the
-result is Σ w·value / Σ w.
+result is Σ w·value / Σ w. Logits of other predictions and weights of another shape raise
+ShapeError, vocabularies of two sizes VocabularyError.
 
 The forms are chosen so that equal logits give exactly 0 and exactly zero gradients (``jsd`` and the
 gradient of ``sigmoid_kl``: up to rounding).
@@ -21,6 +22,7 @@ from fxdistill.base.nodes import one_node
 from fxdistill.base.tensors import is_placed, wide
 from fxdistill.losses import sharded
 from fxdistill.losses.reduce import counted, weighted_mean
+from fxdistill.losses.shapes import of_predictions
 
 FLOOR = -1e4
 
@@ -53,6 +55,7 @@ def on_mesh(
 
 
 @one_node
+@of_predictions
 def forward_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -73,6 +76,7 @@ def forward_kl(
 
 
 @one_node
+@of_predictions
 def reverse_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -93,6 +97,7 @@ def reverse_kl(
 
 
 @one_node
+@of_predictions
 def jsd(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -123,6 +128,7 @@ def jsd(
 
 
 @one_node
+@of_predictions
 def soft_cross_entropy(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -142,6 +148,7 @@ def soft_cross_entropy(
 
 
 @one_node
+@of_predictions
 def total_variation(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -161,6 +168,7 @@ def total_variation(
 
 
 @one_node
+@of_predictions
 def mse_logits(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -182,6 +190,7 @@ def mse_logits(
 
 
 @one_node
+@of_predictions
 def sigmoid_kl(
     student_logits: Tensor,
     teacher_logits: Tensor,

@@ -2,7 +2,7 @@
 
 Tokens ``[B, L, D]`` are maps too: their places are the tokens, their channels the width.
 ``weights`` are ``[B]``, or those of the places, ``[B, *places]`` or ``[B, L]``; places of weight 0
-do not count. On a mesh both values are gathered.
+do not count, and weights of another shape raise ShapeError. On a mesh both values are gathered.
 """
 
 import torch
@@ -21,6 +21,7 @@ from fxdistill.losses.reduce import (
     spread,
     weighted_mean,
 )
+from fxdistill.losses.shapes import require_weights
 
 
 def _places(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -28,6 +29,8 @@ def _places(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
     x = on_every_rank(x)
     if x.ndim < 3:
         raise ShapeError(f"a value {shown(x.shape)} has no places: [B, C, *places] or [B, L, D]")
+    if weights is not None:
+        require_weights(weights, x)
     x = channels_last(x) if is_map(x, weights) else x
     if weights is not None and weights.ndim == 1:
         weights = spread(weights, tuple(x.shape[:-1]))
@@ -72,7 +75,8 @@ def fpn(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tens
     """The mean over places and channels of (a ⊙ (h_S - h_T))², for one level of a pyramid.
 
     a = mean_c|h_T| over its maximum over the places of the sample: the teacher's attention, which
-    has no gradient. A pyramid is one match a level. Raises ShapeError where shapes differ.
+    has no gradient. This is in the manner of Zhang & Ma (2021), who take a softmax. A pyramid is
+    one match a level. Raises ShapeError where shapes differ.
     """
     if student.shape != teacher.shape:
         raise ShapeError(

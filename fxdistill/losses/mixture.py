@@ -14,6 +14,8 @@ from torch.nn.functional import logsigmoid
 
 from fxdistill.base.nodes import one_node
 from fxdistill.base.tensors import wide
+from fxdistill.errors import ShapeError
+from fxdistill.losses.shapes import differ, require_logits
 
 Pooled = Literal["probabilities", "classes", "logits"]
 
@@ -38,7 +40,14 @@ def mean_of_teachers(
     Returns:
         ``[..., V]`` in float32 (float64 stays). For ``"probabilities"`` it is
         τ·log Σ_k w_k softmax(z_k/τ); an entry that all teachers rule out is -inf.
+
+    Raises ShapeError where teachers differ in their predictions, or have not one weight each, and
+    VocabularyError where they differ in their vocabularies.
     """
+    if differ(weights.shape, (len(logits),)):
+        raise ShapeError(f"weights {list(weights.shape)} of {len(logits)} teachers: one for each")
+    for other in logits[1:]:
+        require_logits(logits[0], other)
     share = (weights / weights.sum()).unbind()
     if pooled == "logits":
         parts = [w.to(wide(z).dtype) * wide(z) for w, z in zip(share, logits, strict=True)]

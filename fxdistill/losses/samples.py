@@ -31,7 +31,7 @@ def samples(value: Tensor, weights: Tensor | None) -> Samples:
         raise ShapeError(f"a value {shown(value.shape)} has no samples with a width: [B, ..., D]")
     if is_map(value, weights):
         value = channels_last(value)
-    if weights is not None and weights.shape != value.shape[: weights.ndim]:
+    if weights is not None and (weights.ndim == 0 or weights.shape != value.shape[: weights.ndim]):
         raise ShapeError(
             f"weights {shown(weights.shape)} are not those of the leading axes of "
             f"{shown(value.shape)}"

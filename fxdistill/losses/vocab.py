@@ -26,6 +26,7 @@ from fxdistill.losses.fused.operator import vocab_operator
 from fxdistill.losses.fused.request import (
     HeadRequest,
     cap_of,
+    check_bias,
     check_head,
     check_shapes,
     flat,
@@ -134,7 +135,10 @@ def vocab_loss(
         OptionError: The divergence is unknown or lacks its teacher, the student is float16, or
             an argument requires a gradient that gets none.
     """
-    check_shapes(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, weights)
+    both = student_hidden, student_weight, teacher_hidden, teacher_weight
+    check_shapes(*both, labels, weights, logit_weights)
+    check_bias("student_", student_bias, student_weight)
+    check_bias("teacher_", teacher_bias, teacher_weight)
     chosen = divergences(divergence)
     if chosen and (teacher_hidden is None or teacher_weight is None):
         raise OptionError(f"divergence={divergence!r} compares with a teacher, and none is given")
@@ -169,7 +173,7 @@ def vocab_loss(
         bias = None if teacher_bias is None else teacher_bias.detach()
         teacher = cast_side(HeadSide(teacher_hidden.detach(), teacher_weight.detach(), bias))
     sides = [side for side in (student, teacher) if side is not None]
-    behind = _others(other_teachers, teacher_shares, MixSpec(pooled, tuple(curves)))
+    behind = _others(teacher, other_teachers, teacher_shares, MixSpec(pooled, tuple(curves)))
     placed = any(is_placed(x) for side in sides for x in side[:2])
     if behind is not None and (placed or score or keep is not None):
         raise OptionError("several teachers: on one device, without score= and keep=")
@@ -189,13 +193,26 @@ def vocab_loss(
     return _run(student, teacher, asked, columns, behind)
 
 
-def _others(others: Sequence[OtherTeacher], shares: Tensor | None, spec: MixSpec) -> Others | None:
+def _others(
+    first: HeadSide | None,
+    others: Sequence[OtherTeacher],
+    shares: Tensor | None,
+    spec: MixSpec,
+) -> Others | None:
     """The teachers behind the first as the operator takes them; ``None`` if there are none."""
     if not others:
         return None
+    if shares is not None and shares.shape != (len(others) + 1,):
+        raise ShapeError(f"teacher_shares {list(shares.shape)} of {len(others) + 1} teachers")
     sides = []
     for hidden, weight, bias, *_ in others:
         check_head("the other teacher's ", hidden, weight)
+        check_bias("the other teacher's ", bias, weight)
+        if first is not None and hidden.shape[:-1] != first.hidden.shape[:-1]:
+            raise ShapeError(
+                f"the other teacher's hidden is {list(hidden.shape)} and teacher_hidden "
+                f"{list(first.hidden.shape)}: of the same tokens"
+            )
         bias = None if bias is None else bias.detach()
         sides.append(flat(cast_side(HeadSide(hidden.detach(), weight.detach(), bias))))
     like = sides[0].hidden
@@ -287,6 +304,7 @@ def vocab_loss_topk(
             argument requires a gradient that gets none.
     """
     check_shapes(student_hidden, student_weight, teacher_ids, None, labels, weights)
+    check_bias("student_", student_bias, student_weight)
     if teacher_ids.shape != teacher_logprobs.shape:
         raise ShapeError(
             f"teacher_ids is {shown(teacher_ids.shape)}, teacher_logprobs "

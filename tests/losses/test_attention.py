@@ -1,6 +1,7 @@
 """Losses of attention against loops over maps, and what blocks of queries must not change."""
 
 import itertools
+import math
 import weakref
 
 import pytest
@@ -194,6 +195,21 @@ def test_equal_attention_has_loss_0(name):
         torch.testing.assert_close(found, torch.zeros((), dtype=F64), rtol=0, atol=1e-14)
         found.backward()
         assert student.query.grad.abs().max() < 1e-7
+
+
+def test_the_divergence_is_over_the_teachers_keys_and_nothing_is_renormalised():
+    """Where masks differ: one query, three keys, by hand."""
+    zeros, half, third = torch.zeros(1, 1, 1, 3, dtype=F64), math.log(2), math.log(3)
+    one = Attention(zeros[..., :1], zeros.mT[..., :1], zeros.mT[..., :1])
+    some = one._replace(mask=torch.tensor([True, True, False]))
+    maps = {False: torch.full_like(zeros, 1 / 3), True: torch.tensor([[[[0.5, 0.5, 0.0]]]])}
+    # The student has the third key as well: its map is 1/3, and the sum is over two keys.
+    for s, t in ((one, some), (maps[False], maps[True].double())):
+        torch.testing.assert_close(losses.attention_kl(s, t), zeros.sum() + third - half)
+    # The student's mask hides the teacher's third key, which has no part: 2 · 1/3 · log(1/3 · 2).
+    for s, t in ((some, one), (maps[True].double(), maps[False])):
+        want = zeros.sum() + 2 / 3 * (half - third)
+        torch.testing.assert_close(losses.attention_kl(s, t), want)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -48,7 +48,7 @@ def test_every_row_of_methods_has_a_script_or_code_of_the_guide_that_names_it():
     rows = [line.split("|") for line in text.splitlines() if "`tests/" in line and line[0] == "|"]
     assert len(rows) > 40
     for _, _, said, _, _, example, _ in rows:
-        linked = re.findall(r"\]\(([\w-]+\.md)#([\w-]+)\)", example)
+        linked = re.findall(r"\]\(([\w/-]+\.md)#([\w-]+)\)", example)
         assert linked or ".py`" in example, said
         names = re.findall(r'`(?:presets\.)?(\w+)`|Importance\("(\w+)"', said)
         for page, anchor in linked:
@@ -75,3 +75,19 @@ def test_every_loss_stands_in_the_table_of_methods_with_a_test_and_a_place_in_th
     for script in re.findall(r"`(\w+\.py)`", text):
         known = [*(ROOT / "examples").glob(script), *(ROOT / "tests").rglob(script)]
         assert known, script
+
+
+def test_every_loss_has_its_formula_source_and_use_on_the_page_of_its_family():
+    """A row of the first table of a page: the loss, its formula, its source, when to take it."""
+    rows: dict[str, list[str]] = {}
+    for page in sorted((ROOT / "docs" / "losses").glob("*.md")):
+        table = page.read_text("utf-8").partition("## The losses")[2].partition("\n## ")[0]
+        for line in table.splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+            if (name := re.match(r"\|? ?`(\w+)`$", cells[0])) and page.stem != "index":
+                rows.setdefault(name[1], cells)
+    named = {*FEATURE_LOSSES, *LOGIT_LOSSES, *LABEL_LOSSES, "vocab_loss_topk"}
+    assert set(rows) == named
+    for name, cells in rows.items():
+        assert len(cells) == 4, name
+        assert all(cells), name

@@ -236,6 +236,33 @@ def test_info_nce_of_one_sample_is_zero_and_of_n_alike_is_log_n():
     assert gradient.isfinite().all()
 
 
+def crd(s, t):
+    return losses.CRD(width=3, size=4, in_batch=True)(s, t)
+
+
+@pytest.mark.parametrize(
+    ("loss", "beside_zeros"),
+    [
+        (losses.gram, 1),
+        (losses.similarity_preserving, 1),
+        (CASES["similarity_preserving/cosine"][0], 1),
+        (losses.distance_wise, 0),
+        (CASES["distance_wise/max"][0], 0),
+        (losses.angle_wise, 0),
+        (losses.info_nce, 0),
+        (crd, 0),
+    ],
+)
+def test_one_sample_has_a_value(loss, beside_zeros):
+    """It is like itself in both models, unless it is a vector of zeros in one of them."""
+    given = {} if loss is crd else {"w": None}
+    s = torch.randn(1, 4, dtype=torch.float32 if loss is crd else F64, requires_grad=True)
+    for t, want in ((torch.randn_like(s), 0), (torch.zeros_like(s), beside_zeros)):
+        found = loss(s, t, *given.values())
+        torch.testing.assert_close(float(found.detach()), float(want), atol=1e-7, rtol=1e-7)
+        assert torch.autograd.grad(found, s)[0].abs().max() < 1e-6
+
+
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from fxdistill import Match, errors, losses
 from mesh_steps import AOT, compare, step
@@ -29,6 +30,12 @@ CASES: dict[str, dict[str, Any]] = {
     "mse": {"mapping": DOWN},
     "l2": {"mapping": DOWN, "feature_loss": "l2"},
     "cosine": {"mapping": DOWN, "feature_loss": functools.partial(losses.cosine)},
+    "maps": {
+        "mapping": [
+            Match("blocks.0.down", "blocks.0.down", loss="attention_transfer"),
+            Match("blocks.1.down", "blocks.2.down", loss="fpn"),
+        ]
+    },
     "streams": {"mapping": {"blocks.*": "blocks.{0,2}", "norm": "norm"}},
     "own": {"mapping": DOWN, "feature_loss": own_loss},
     "hidden width": {"mapping": {"blocks.*.up": "blocks.{0,2}.up"}, "feature_loss": "l2"},
@@ -103,12 +110,16 @@ def test_eager(ranks: int) -> None:
     run(ranks, parity, ranks, [c for c in cases if c[2] is not LOCAL or c[0] not in HIDDEN])
 
 
+GRAPHS = [("mse", "one graph", how, 8) for how in (SEQUENCE, LOCAL, TENSOR)]
+GRAPHS += [("cosine", "one graph", SEQUENCE, 7), ("maps", "one graph", SEQUENCE, 7)]
+GRAPHS += [("hidden width", "one graph", LOCAL, 8)]
+MORE = [(name, "one graph", SEQUENCE, 8) for name in ("l2", "own", "projected", "inputs")]
+MORE += [("projected", "regional", LOCAL, 8), ("streams", "regional", SEQUENCE, 8)]
+
+
 @pytest.mark.slow
-def test_one_graph_and_regional() -> None:
-    cases = [("mse", "one graph", how, 8) for how in (SEQUENCE, LOCAL, TENSOR)]
-    cases += [(name, "one graph", SEQUENCE, 8) for name in ("l2", "own", "projected", "inputs")]
-    cases += [("cosine", "one graph", SEQUENCE, 7), ("hidden width", "one graph", LOCAL, 8)]
-    cases += [("projected", "regional", LOCAL, 8), ("streams", "regional", SEQUENCE, 8)]
+@pytest.mark.parametrize("cases", [GRAPHS, MORE], ids=["graphs", "more"])
+def test_one_graph_and_regional(cases: list[Any]) -> None:
     run(2, parity, 2, cases)
 
 
@@ -121,6 +132,20 @@ def parts(rank: int) -> None:
         with pytest.raises(errors.MeshError, match="of a sequence of 8") as caught:
             step(student, teacher, 8, compile, mapping={"blocks.0": "blocks.0"})
         assert len(caught.value.problems) == 2
+
+
+def other_shapes(rank: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    s, t, w = (
+        distribute_tensor(torch.randn(shape), mesh, [Shard(1)])
+        for shape in ((2, 6, 4), (1, 6, 4), (2, 6))
+    )
+    for teacher, weights in ((t, None), (s, torch.ones(6)), (s, w[:1])):
+        with pytest.raises(errors.ShapeError, match=r"of one shape|of a value \[2, 6, 4\]"):
+            losses.mse(s, teacher, weights)
+        with pytest.raises(errors.ShapeError, match=r"the same predictions|one for each"):
+            losses.forward_kl(s, teacher, weights=weights)
+    losses.mse(s, s, w)
 
 
 def two_meshes(rank: int) -> None:
@@ -136,6 +161,11 @@ def two_meshes(rank: int) -> None:
 @pytest.mark.slow
 def test_models_on_two_meshes() -> None:
     run(2, two_meshes)
+
+
+@pytest.mark.slow
+def test_dtensors_of_other_shapes_are_errors() -> None:
+    run(2, other_shapes)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """The port "attention" of each family: the maps that models return, and outputs as they were."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from attention_cases import (
     IDS,
     LAYERS,
     MODES,
+    PIECES,
     attention_match,
     close,
     distilled,
@@ -43,8 +46,30 @@ def test_the_loss_is_that_of_the_maps_that_models_return(name, compile):
     close(gradients(student), gradients(own))
 
 
+PACKED = ["llama of packed sequences", "llama of packed sequences by a mask"]
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_sequences_attend_themselves_alone(name):
+    """The loss is the mean over the tokens of all sequences, each of which runs by itself."""
+    case = CASES[name]
+    student, teacher = (made(case, side, "sdpa") for side in LAYERS)
+    out = distilled(case, student, teacher, "attention_kl", AOT)(**case.batch)
+    out.loss.backward()
+    own, total = made(case, "student", "eager"), torch.zeros(())
+    other = made(case, "teacher", "eager").requires_grad_(False)
+    for row, at in PIECES:
+        alone = dataclasses.replace(case, batch={"input_ids": IDS[row : row + 1, at]})
+        maps = (map_of(alone, side, m) for side, m in (("student", own), ("teacher", other)))
+        total = total + divergence(*maps, None) * (at.stop - at.start)
+    want = total / IDS.numel()
+    want.backward()
+    torch.testing.assert_close(out.loss.detach(), want.detach(), rtol=2e-5, atol=1e-7)
+    close(gradients(student), gradients(own))
+
+
 @MODES
-@pytest.mark.parametrize("name", ["llama", "t5 decoder", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "distilbert", *PACKED, "t5 decoder", "gemma2"])
 def test_the_models_own_output_is_what_it_was(name, compile):
     case = CASES[name]
     attention = "eager" if case.explicit else "sdpa"

@@ -65,10 +65,13 @@ def trained(call: Any, distiller: Any, rows: slice, items: float | None) -> Any:
     return {"loss": out.loss.detach(), **out.losses}, gradients_of(distiller)
 
 
+LOSSES = ("attention_kl", "transfer_matrix", "attention_mse", "relation_kl")
+
+
 def parity(rank: int, how: str) -> None:
     for mode in HOW[how]:
-        for loss in ("attention_kl", "transfer_matrix"):
-            for items in (None, 40.0):
+        for loss in LOSSES:
+            for items in (None, 40.0) if loss in LOSSES[:2] else (None,):
                 alone, together = made(loss, "", "eager"), made(loss, how, mode)
                 wanted = trained(alone, alone, slice(None), items)
                 call = DistributedDataParallel(together) if how == "ddp" else together

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import pytest
+import rich.console
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -85,7 +86,29 @@ def test_samples_of_all_ranks_are_compared(how: str) -> None:
     run(2, parity, how)
 
 
+def said(across: bool) -> list[str]:
+    """How the report and the summary name the samples that are compared."""
+    loss = functools.partial(losses.gram, across_ranks=across)
+    found = []
+    for how in ("ddp", "dp"):
+        distiller = made(loss, how, "one graph")
+        if how == "dp":
+            console = rich.console.Console(width=200)
+            with console.capture() as shown:
+                console.print(distiller.summary())
+            found += [line for line in shown.get().splitlines() if "gram" in line]
+        report = distiller.report(INPUTS[0][:4])
+        found += [pair.weighed_by for pair in report.pairs]
+        torch._dynamo.reset()
+    return found
+
+
 def of_its_own(rank: int) -> None:
+    for across, whose in ((True, "samples of all 2 ranks"), (False, "samples of each rank alone")):
+        alone, table, mesh = said(across)
+        assert alone == "samples"  # a report is not called within DDP
+        assert whose in table
+        assert mesh == f"samples; {whose}"
     loss = functools.partial(losses.gram, across_ranks=False)
     parts = [slice(0, 4), slice(4, 8)]
     for mode in ("eager", "one graph"):

@@ -182,6 +182,30 @@ def test_what_cannot_stand_for_itself_stays_and_the_record_says_so(loss):
     assert "1 terms keep their gradients alone; as they were: blocks.0.mlp" in str(record)
 
 
+def penalty(compile):
+    """The gradient of ‖∂loss/∂W‖² by a weight W: a second derivative."""
+    options = {"mapping": {"blocks.0.mlp": "blocks.0.mlp"}, "logit_loss": None}
+    distiller = made(options, compile)
+    weight = distiller.models["student"].get_parameter("embed.weight")
+    (first,) = torch.autograd.grad(distiller(tokens()).loss, weight, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), weight)[0]
+
+
+def test_a_formed_gradient_has_no_derivative_and_says_what_has():
+    """Where nothing else refuses: AOTAutograd's graphs have no second derivative of any loss."""
+    without = {"disable": ("FormGradients",)}
+    with pytest.raises(errors.StepError, match=r"a feature loss forms.*'FormGradients'"):
+        penalty({"backend": "eager"})
+    wanted = penalty(False)
+    assert wanted.norm() > 0
+    torch.testing.assert_close(penalty({"backend": "eager", **without}), wanted)
+    for compile in (AOT, {**AOT, **without}):
+        with pytest.raises(
+            RuntimeError, match=r"double backward|to not have been used in the graph"
+        ):
+            penalty(compile)
+
+
 def test_a_teacher_that_learns_gets_its_gradient_too():
     results = []
     for compile in (AOT, False):

@@ -184,9 +184,10 @@ def bucket_slopes(z: Tensor, ids: Tensor, top: Tensor, mix: Mix) -> Slope:
 def _cross_entropy(z: Tensor, labels: Tensor, shape: ChunkSpec) -> Slope:
     lse = z.logsumexp(-1)
     epsilon, size = shape.label_smoothing, z.shape[-1]
-    value = lse - (1 - epsilon) * z.gather(-1, labels[:, None]).squeeze(-1)
-    q = (z - lse[:, None]).exp()
     hit = torch.arange(size, device=z.device) == labels[:, None]
+    # No gather: Inductor of torch 2.11 moves it behind the gradient's write over the logits.
+    value = lse - (1 - epsilon) * torch.where(hit, z, 0.0).sum(-1)
+    q = (z - lse[:, None]).exp()
     if epsilon:
         value = value - epsilon * z.sum(-1) / size
     by_z = q * (1 + 2 * shape.z_loss * lse[:, None]) if shape.z_loss else q

@@ -89,6 +89,7 @@ def check_shapes(
     t_weight: Tensor | None,
     labels: Tensor | None,
     weights: Tensor | None,
+    logit_weights: Tensor | None = None,
 ) -> None:
     """Raise ShapeError where hidden states, weights, labels and weights of tokens do not fit."""
     heads = [("student", h, w)]
@@ -100,6 +101,7 @@ def check_shapes(
     given = {"teacher_hidden": None if t is None else t.shape[:-1]}
     given["labels"] = None if labels is None else labels.shape
     given["weights"] = None if weights is None else weights.shape
+    given["logit_weights"] = None if logit_weights is None else logit_weights.shape
     for name, shape in given.items():
         if shape is not None and shape != grid:
             raise ShapeError(f"{name} has {shown(shape)} tokens, student_hidden {shown(grid)}")
@@ -111,6 +113,15 @@ def check_head(whose: str, hidden: Tensor, weight: Tensor) -> None:
         raise ShapeError(
             f"{whose}hidden is {shown(hidden.shape)} and {whose}weight {shown(weight.shape)}: "
             "[..., D] and [V, D]"
+        )
+
+
+def check_bias(whose: str, bias: Tensor | None, weight: Tensor | None) -> None:
+    """Raise ShapeError unless a bias has a number for each row of the weight of its head."""
+    if bias is not None and weight is not None and bias.shape != weight.shape[:1]:
+        raise ShapeError(
+            f"{whose}bias is {list(bias.shape)} and {whose}weight {list(weight.shape)}: [V] and "
+            "[V, D]"
         )
 
 

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Placement, Replicate
 
-from fxdistill.base.figures import shown
 from fxdistill.base.placement import chunk_of, countable, mesh_of, placed, summed
 from fxdistill.base.tensors import wide
-from fxdistill.errors import OptionError, ShapeError, VocabularyError
+from fxdistill.errors import OptionError, ShapeError
 from fxdistill.losses.fused.chunk import Chunk, ChunkSpec
 from fxdistill.losses.fused.formulas import Divergence
 from fxdistill.losses.fused.gradients import require_first_order, require_indices, scaled
@@ -93,11 +92,6 @@ def divergence(
     weights: Tensor | None,
 ) -> Tensor:
     """``plain(student, teacher, temperature=, weights=)`` of DTensors; ``kind`` describes it."""
-    if teacher.shape != student.shape:
-        raise VocabularyError(
-            f"the student's logits are {shown(student.shape)} and the teacher's "
-            f"{shown(teacher.shape)}: sharded ones must be alike. Pad the smaller vocabulary."
-        )
     mesh_of(student, teacher)
     where = whole_sums(student)
     z, t = where.to_local(), placed(teacher, where.device_mesh, where.placements)
