@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fxdistill.base.figures import shown
 from fxdistill.errors import OptionError, ShapeError, VocabularyError
 from fxdistill.losses.fused.call import HeadSide
 from fxdistill.losses.fused.cast import cast_learning
@@ -20,6 +21,7 @@ from fxdistill.losses.fused.peer_operator import PeerCall, peer_operator
 from fxdistill.losses.fused.request import (
     HeadRequest,
     cap_of,
+    check_bias,
     check_shapes,
     flat,
     require_constants,
@@ -96,11 +98,12 @@ def vocab_loss_of_peers(
     """
     grid = students[0].hidden.shape[:-1]
     for i, s in enumerate(students):
-        check_shapes(s.hidden, s.weight, None, None, s.labels, s.weights)
+        check_shapes(s.hidden, s.weight, None, None, s.labels, s.weights, s.logit_weights)
+        check_bias(f"student {i}'s ", s.bias, s.weight)
         if s.hidden.shape[:-1] != grid:
             raise ShapeError(
-                f"student {i}'s hidden state is {list(s.hidden.shape)}, the first student's "
-                f"{list(students[0].hidden.shape)}: peers see the same tokens"
+                f"student {i}'s hidden state is {shown(s.hidden.shape)}, the first student's "
+                f"{shown(students[0].hidden.shape)}: peers see the same tokens"
             )
     sides = [flat(cast_learning(HeadSide(s.hidden, s.weight, s.bias))) for s in students]
     if len({side.hidden.dtype for side in sides}) > 1:

@@ -188,6 +188,8 @@ def test_operator() -> None:
         ({"vocab_size": V + 1}, errors.VocabularyError, f"there are {V} columns"),
         ({"labels": None}, errors.OptionError, "some students have labels and others not"),
         ({"hidden": torch.zeros(5, 12)}, errors.ShapeError, "labels has [37] tokens"),
+        ({"logit_weights": torch.zeros(1)}, errors.ShapeError, "logit_weights has [1] tokens"),
+        ({"bias": torch.zeros(5)}, errors.ShapeError, "student 0's bias is [5]"),
         ({"divergence": "forward_k"}, errors.OptionError, "Nearest: 'forward_kl'"),
         ({"weight": torch.zeros(V, 12).half()}, errors.OptionError, "float16"),
     ],
