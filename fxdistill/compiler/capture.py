@@ -4,7 +4,8 @@
 dynamic shapes, autocast and mutation. The backend cuts the graph into programs, runs the passes,
 composes and lowers. Private to torch: the exceptions of ``torch._dynamo.exc``, which this file and
 ``explain`` turn into ours; and dynamo's metrics, from which ``backend`` reads why it compiles again
-(if they move, reports list no recompiles).
+(if they move, reports list no recompiles); and ``obj_weakref`` of a guard, which only logs read (if
+it moves, torch 2.11 cannot capture models with a cache).
 """
 
 import contextlib
@@ -49,6 +50,10 @@ def one_graph(
     """
 
     def kept(guards: Sequence[Any]) -> list[bool]:
+        for guard in guards:
+            # Dynamo makes the kept guards once more. torch 2.11 refuses that for an object which
+            # is another one at each access, such as what transformers' config of a cache returns.
+            guard.orig_guard.obj_weakref = None
         return [not guard.orig_guard.name.startswith(f"L['{constant}']") for guard in guards]
 
     compiled = torch.compile(
