@@ -42,8 +42,8 @@ def loss_of(name: str) -> Any:
 def test_every_loss_is_here() -> None:
     of_features = names((*OF_PLACES, *OF_MAPS, *OF_SAMPLES, *OF_ATTENTION))
     assert {*of_features, *LOGIT_LOSSES, *LABEL_LOSSES, "mean_of_teachers"} == {
-        n for n in losses.__all__ if n not in ("Attention", "VocabLoss")
-    } - {"vocab_loss", "vocab_loss_topk"}
+        n for n in losses.__all__ if n not in ("Attention", "VocabLoss", "Peer", "PeerLosses")
+    } - {"vocab_loss", "vocab_loss_topk", "vocab_loss_of_peers"}
     assert set(of_features) == set(FEATURE_LOSSES)
 
 
