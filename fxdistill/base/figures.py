@@ -1,4 +1,8 @@
-"""Numbers formatted for people."""
+"""Numbers formatted for people.
+
+Private to torch and used here only: the ``node.hint`` of a symbolic size. If it moves, messages
+show symbols.
+"""
 
 import re
 from collections.abc import Iterable, Sequence

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxdistill.base.figures import shown
 from fxdistill.base.nodes import one_node
 from fxdistill.base.tensors import is_placed, wide
 from fxdistill.errors import ShapeError
@@ -43,7 +44,7 @@ def ctc(
     if axes != (3, 2) or differ(labels.shape[:1], student_logits.shape[:1]):
         raise ShapeError(
             f"ctc takes logits [B, F, V] of frames and labels [B, T], not "
-            f"{list(student_logits.shape)} and {list(labels.shape)}"
+            f"{shown(student_logits.shape)} and {shown(labels.shape)}"
         )
     if weights is not None:
         require_grid("weights", weights, student_logits)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from fxdistill.base.figures import shown
 from fxdistill.base.nodes import one_node
 from fxdistill.base.tensors import wide
 from fxdistill.errors import ShapeError
@@ -45,7 +46,7 @@ def mean_of_teachers(
     VocabularyError where they differ in their vocabularies.
     """
     if differ(weights.shape, (len(logits),)):
-        raise ShapeError(f"weights {list(weights.shape)} of {len(logits)} teachers: one for each")
+        raise ShapeError(f"weights {shown(weights.shape)} of {len(logits)} teachers: one for each")
     for other in logits[1:]:
         require_logits(logits[0], other)
     share = (weights / weights.sum()).unbind()

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
+from fxdistill.base.figures import number, shown
 from fxdistill.errors import ShapeError, VocabularyError
 
 F = TypeVar("F", bound=Callable[..., Tensor])
@@ -29,8 +30,8 @@ def require_alike(student: Tensor, teacher: Tensor) -> None:
     """Raise ShapeError unless both values have one shape."""
     if differ(student.shape, teacher.shape):
         raise ShapeError(
-            f"the student's value is {list(student.shape)} and the teacher's "
-            f"{list(teacher.shape)}: this loss compares values of one shape, number by number. "
+            f"the student's value is {shown(student.shape)} and the teacher's "
+            f"{shown(teacher.shape)}: this loss compares values of one shape, number by number. "
             "Select, reduce or project one of them; wrap(...) does so by Match(project=..., "
             "reduce=...)"
         )
@@ -45,8 +46,8 @@ def require_weights(weights: Tensor, value: Tensor) -> None:
     leads = 0 < len(given) < len(shape) and not differ(given, shape[: len(given)])
     if not leads and not (len(shape) > 3 and not differ(given, (shape[0], *shape[2:]))):
         raise ShapeError(
-            f"weights {list(given)} of a value {list(shape)}: they are those of its leading axes, "
-            "[B] of samples or [B, L] of tokens, or [B, *places] of a map [B, C, *places]"
+            f"weights {shown(given)} of a value {shown(shape)}: they are those of its leading "
+            "axes, [B] of samples or [B, L] of tokens, or [B, *places] of a map [B, C, *places]"
         )
 
 
@@ -54,8 +55,8 @@ def require_grid(name: str, of_predictions: Tensor, logits: Tensor) -> None:
     """Raise ShapeError unless there is a number for each prediction that ``logits`` make."""
     if differ(of_predictions.shape, logits.shape[:-1]):
         raise ShapeError(
-            f"{name} {list(of_predictions.shape)} of logits {list(logits.shape)}: {name} are one "
-            f"for each prediction, {list(logits.shape[:-1])}"
+            f"{name} {shown(of_predictions.shape)} of logits {shown(logits.shape)}: {name} are one "
+            f"for each prediction, {shown(logits.shape[:-1])}"
         )
 
 
@@ -63,13 +64,13 @@ def require_logits(student: Tensor, teacher: Tensor) -> None:
     """Raise ShapeError for logits of other predictions, VocabularyError for other vocabularies."""
     if differ(student.shape[:-1], teacher.shape[:-1]):
         raise ShapeError(
-            f"the student's logits are {list(student.shape)} and the teacher's "
-            f"{list(teacher.shape)}: a loss compares the same predictions of both"
+            f"the student's logits are {shown(student.shape)} and the teacher's "
+            f"{shown(teacher.shape)}: a loss compares the same predictions of both"
         )
     if differ(student.shape[-1:], teacher.shape[-1:]):
         raise VocabularyError(
-            f"the student's vocabulary has {student.shape[-1]} entries and the teacher's "
-            f"{teacher.shape[-1]}: compare those that they share, logits[..., :n]"
+            f"the student's vocabulary has {number(student.shape[-1])} entries and the "
+            f"teacher's {number(teacher.shape[-1])}: compare those that they share, logits[..., :n]"
         )
 
 

@@ -203,15 +203,15 @@ def _others(
     if not others:
         return None
     if shares is not None and shares.shape != (len(others) + 1,):
-        raise ShapeError(f"teacher_shares {list(shares.shape)} of {len(others) + 1} teachers")
+        raise ShapeError(f"teacher_shares {shown(shares.shape)} of {len(others) + 1} teachers")
     sides = []
     for hidden, weight, bias, *_ in others:
         check_head("the other teacher's ", hidden, weight)
         check_bias("the other teacher's ", bias, weight)
         if first is not None and hidden.shape[:-1] != first.hidden.shape[:-1]:
             raise ShapeError(
-                f"the other teacher's hidden is {list(hidden.shape)} and teacher_hidden "
-                f"{list(first.hidden.shape)}: of the same tokens"
+                f"the other teacher's hidden is {shown(hidden.shape)} and teacher_hidden "
+                f"{shown(first.hidden.shape)}: of the same tokens"
             )
         bias = None if bias is None else bias.detach()
         sides.append(flat(cast_side(HeadSide(hidden.detach(), weight.detach(), bias))))

@@ -120,7 +120,7 @@ def check_bias(whose: str, bias: Tensor | None, weight: Tensor | None) -> None:
     """Raise ShapeError unless a bias has a number for each row of the weight of its head."""
     if bias is not None and weight is not None and bias.shape != weight.shape[:1]:
         raise ShapeError(
-            f"{whose}bias is {list(bias.shape)} and {whose}weight {list(weight.shape)}: [V] and "
+            f"{whose}bias is {shown(bias.shape)} and {whose}weight {shown(weight.shape)}: [V] and "
             "[V, D]"
         )
 
