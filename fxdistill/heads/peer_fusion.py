@@ -1,5 +1,6 @@
 """Students whose targets are each other's logits: read their heads and losses, and fuse them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,15 +37,15 @@ class _Target:
     mix: tuple[Divergence, ...]
 
     @classmethod
-    def read(cls, divergence: Summand) -> "_Target":
-        """Read the one target of these losses."""
+    def read(cls, divergence: Summand, logits: Sequence[fx.Node]) -> "_Target":
+        """Read the one target of these losses; the walk ends at any student's ``logits``."""
         made = divergence.argument(1)
         mean = made if made.target is mean_of_teachers else None
         ends: Any = [made] if mean is None else mean.args[0]
         sources, between, detached = [], [] if mean is None else [mean], True
         for node in ends:
             constant = False
-            while _is_passed_on(node):
+            while node not in logits and _is_passed_on(node):
                 constant = constant or node.target == "detach"
                 between.append(node)
                 node = node.args[0]
@@ -53,13 +54,13 @@ class _Target:
         return cls(made, tuple(sources), mean, tuple(between), detached, divergence.mix)
 
     @classmethod
-    def all_of(cls, divergence: Summand) -> "tuple[_Target, ...]":
+    def all_of(cls, divergence: Summand, logits: Sequence[fx.Node]) -> "tuple[_Target, ...]":
         """Read the targets, where the term is the mean over several."""
         parts: dict[fx.Node, list[tuple[float, fx.Node]]] = {}
         for part in divergence.parts:
             parts.setdefault(replace(divergence, parts=(part,)).argument(1), []).append(part)
         of_each = [replace(divergence, parts=tuple(some)) for some in parts.values()]
-        found = tuple(cls.read(each) for each in of_each)
+        found = tuple(cls.read(each, logits) for each in of_each)
         if len({target.mix for target in found}) > 1:
             raise Unreadable("the losses from single peers differ")
         return found
@@ -93,7 +94,7 @@ def read_peers(
     cannot be fused.
     """
     logits = [_logits(group) for group in groups]
-    targets = [_targets(group) for group in groups]
+    targets = [_targets(group, logits) for group in groups]
     every = [target for some in targets for target in some]
     if not any(source in logits for target in every for source in target.sources):
         return None
@@ -118,15 +119,18 @@ def read_peers(
 
 
 def _logits(group: list[Summand]) -> fx.Node:
-    """The logits that the losses of one student read, with their padding columns."""
+    """The logits of one student: those that the label loss reads, or else all columns there are."""
+    for summand in group:
+        if not summand.is_divergence:
+            return summand.argument(0)
     node = group[0].argument(0)
     while _is_passed_on(node) and node.target != "detach":
         node = node.args[0]  # type: ignore[assignment]
     return node
 
 
-def _targets(group: list[Summand]) -> tuple[_Target, ...]:
-    found = [_Target.all_of(summand) for summand in group if summand.is_divergence]
+def _targets(group: list[Summand], logits: Sequence[fx.Node]) -> tuple[_Target, ...]:
+    found = [_Target.all_of(summand, logits) for summand in group if summand.is_divergence]
     return found[0] if found else ()
 
 
@@ -139,6 +143,8 @@ def _student(
         raise Unreadable("a student that learns from others has several losses of one kind")
     divergence = (*divergences, None)[0]
     compared = [s.argument(0) for s in group if s.argument(0) is not logits]
+    if labelled and not all(is_cut(node, logits) for node in compared):
+        raise Unreadable("divergence and label loss read different logits")
     between = [node for target in targets for node in target.between]
     for node in (logits, *compared, *between):
         require_readers("student", node, allowed | set(compared))

@@ -62,6 +62,14 @@ def test_two_students(first: str, second: str) -> None:
     assert_fused(agree(models(first, second), AOT, peers="each"), {61})
 
 
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("head", ["fewer columns", "fewer columns, capped"])
+def test_columns_that_the_models_leave_out(head: str, labels: bool) -> None:
+    """They are in no loss: neither in the labels' nor in the divergence."""
+    options = {} if labels else {"label_loss": None}
+    assert_fused(agree(models(head, head), AOT, **options), {50, 61})
+
+
 @pytest.mark.parametrize("peers", ["logits", "probabilities", "each"])
 @pytest.mark.parametrize("compile", ["regional", AOT], ids=["regional", "graph"])
 def test_three_students_of_padded_vocabularies(peers: str, compile: Any) -> None:
