@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fxdistill
 from families import spread
 from fxdistill import Match
-from mesh_steps import AOT, aot
+from mesh_steps import AOT
 
 VOCAB, BATCH, LENGTH = 60, 2, 9
 IDS = torch.randint(3, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -241,16 +241,14 @@ def attention_match(case: Case, loss: Any = "attention_kl", port: str = "attenti
 
 
 def distilled(case: Case, student: Any, teacher: Any, loss: Any, compile: Any, **more: Any) -> Any:
-    return aot(
-        fxdistill.wrap(
-            student,
-            teacher,
-            [attention_match(case, loss)],
-            logit_loss=None,
-            label_loss=None,
-            compile=compile,
-            **more,
-        )
+    return fxdistill.wrap(
+        student,
+        teacher,
+        [attention_match(case, loss)],
+        logit_loss=None,
+        label_loss=None,
+        compile=compile,
+        **more,
     )
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from lowering import lower_terms_eagerly
+
 
 def pytest_configure(config):
     # A test that asks a hub for weights fails at once.
@@ -31,6 +33,12 @@ def _seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _terms_of_regional_mode(request, monkeypatch):
+    if request.node.get_closest_marker("inductor") is None:
+        lower_terms_eagerly(monkeypatch.setattr)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """One step on a mesh or on one device, and whether two of them agree."""
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -29,14 +28,6 @@ def batch(length: int) -> tuple[Tensor, dict[str, Tensor]]:
     return ids, {"labels": labels, "token_weights": torch.rand(2, length, generator=g)}
 
 
-def aot(distiller: Any) -> Any:
-    """Inductor compiles the terms of regional mode for half a minute: the sums are the same."""
-    if distiller.options.mode == "regional":
-        lowering = dataclasses.replace(distiller.options.lowering, backend="aot_eager")
-        distiller.options = dataclasses.replace(distiller.options, lowering=lowering)
-    return distiller
-
-
 def gradients_of(module: nn.Module) -> dict[str, Tensor]:
     return {
         name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
@@ -45,7 +36,7 @@ def gradients_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def step(student: LM, teacher: LM, length: int, compile: Any, **options: Any) -> Any:
-    distiller = aot(fxdistill.wrap(student, teacher, task="causal_lm", compile=compile, **options))
+    distiller = fxdistill.wrap(student, teacher, task="causal_lm", compile=compile, **options)
     ids, own = batch(length)
     out = distiller(ids, **own)
     out.loss.backward()

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from lowering import lower_terms_eagerly
+
 TIMEOUT = 240  # seconds for all of it
 # Each test has processes of its own, forked from one that has imported these: 6 s a rank saved.
 IMPORTED = (
@@ -53,6 +55,7 @@ def run(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
 def _rank(rank: int, ranks: int, port: int, queue: Any, function: Any, args: Any) -> None:
     torch.set_num_threads(1)
+    lower_terms_eagerly()
     error, result = "", None
     try:
         dist.init_process_group(

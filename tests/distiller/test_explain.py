@@ -11,7 +11,6 @@ from torch import nn
 
 import fxdistill
 from fxdistill import Match, errors, losses
-from mesh_steps import aot
 from toys import MAPPING, Toy, tokens, toy_pair
 
 MODES = [False, "regional", {"backend": "aot_eager"}]
@@ -19,7 +18,7 @@ MODES = [False, "regional", {"backend": "aot_eager"}]
 
 @pytest.mark.parametrize("mode", MODES)
 def test_finite_is_a_flag_of_the_total(mode: Any) -> None:
-    distiller = aot(fxdistill.wrap(*toy_pair(), MAPPING, task="causal_lm", compile=mode))
+    distiller = fxdistill.wrap(*toy_pair(), MAPPING, task="causal_lm", compile=mode)
     out = distiller(tokens(), labels=tokens())
     flag = out.metrics["finite"]
     assert flag.dtype == torch.bool

@@ -71,6 +71,7 @@ def test_compiled(name: str) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=SLOW) for n in ("llama", "t5", "qwen3_next", "resnet")]
 )
+@pytest.mark.inductor
 def test_regional(name: str) -> None:
     compare(name, "regional")
 

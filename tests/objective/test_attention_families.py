@@ -21,7 +21,7 @@ from attention_cases import (
     made,
     map_of,
 )
-from mesh_steps import AOT, aot
+from mesh_steps import AOT
 
 RUNS = [
     *((name, compile) for name in CASES for compile in (False, AOT)),
@@ -76,7 +76,7 @@ def test_the_models_own_output_is_what_it_was(name, compile):
     student, teacher = (made(case, side, attention) for side in LAYERS)
     want = student(**case.batch).logits.detach()  # with gradients: torch's kernels depend on that
     given = {"compile": compile, "outputs": ("logits",)}
-    distiller = aot(fxdistill.wrap(student, teacher, [attention_match(case)], **given))
+    distiller = fxdistill.wrap(student, teacher, [attention_match(case)], **given)
     out = distiller(**{"labels": IDS, **case.batch})
     assert torch.equal(out.logits, want)
     assert float(out.losses["features"]) > 0

@@ -29,7 +29,7 @@ from attention_cases import (
     map_of,
 )
 from fxdistill import Match, errors, losses
-from mesh_steps import AOT, aot
+from mesh_steps import AOT
 
 
 @MODES
@@ -97,7 +97,7 @@ def test_parts_are_values_like_others(port, compile):
     student, teacher = llamas()
     match = dataclasses.replace(attention_match(LLAMA, "l2", f"attention.{port}"), project="auto")
     given = {"logit_loss": None, "compile": compile, "example_inputs": LLAMA.batch}
-    distiller = aot(fxdistill.wrap(student, teacher, [match], **given))
+    distiller = fxdistill.wrap(student, teacher, [match], **given)
     out = distiller(**LLAMA.batch)
     found = []
     for model, layer in ((student, 0), (teacher, 1)):
@@ -200,7 +200,7 @@ ATTENTION = {"student_port": "attention", "teacher_port": "attention"}
 def test_samples_weigh_their_attention_in_classification(loss, compile):
     student, teacher = nets("remat")
     match = Match("attn", "attn", loss=loss, **ATTENTION)
-    distiller = aot(fxdistill.wrap(student, teacher, [match], logit_loss=None, compile=compile))
+    distiller = fxdistill.wrap(student, teacher, [match], logit_loss=None, compile=compile)
     w = torch.tensor([1.0, 0.0, 3.0])
     out = distiller(X, token_weights=w, labels=torch.arange(3))
     want = getattr(losses, loss)(of_net(student), of_net(teacher), w)
@@ -211,7 +211,7 @@ def test_samples_weigh_their_attention_in_classification(loss, compile):
 def test_a_second_call_in_a_module_has_a_name(compile):
     student, teacher = nets(twice=True)
     match = Match("attn@1", "attn", loss="attention_kl", **ATTENTION)
-    distiller = aot(fxdistill.wrap(student, teacher, [match], logit_loss=None, compile=compile))
+    distiller = fxdistill.wrap(student, teacher, [match], logit_loss=None, compile=compile)
     first = student.attn.out(student.attn.attend(student.up(X)))
     want = losses.attention_kl(of_net(student, first), of_net(teacher))
     torch.testing.assert_close(distiller(X).losses["attn@1:attention"], want.detach())
@@ -224,7 +224,7 @@ def test_a_loss_of_the_users_own_gets_the_parts(compile):
 
     student, teacher = nets()
     match = Match("attn", "attn", loss=gap, **ATTENTION)
-    distiller = aot(fxdistill.wrap(student, teacher, [match], logit_loss=None, compile=compile))
+    distiller = fxdistill.wrap(student, teacher, [match], logit_loss=None, compile=compile)
     s, t = of_net(student), of_net(teacher)
     want = (s.query.mean() - t.key.mean()).square()
     torch.testing.assert_close(distiller(X).loss.detach(), want.detach())
@@ -237,7 +237,7 @@ def test_a_teacher_that_learns_gets_its_gradient(compile):
     distiller = fxdistill.wrap(
         student, teacher, [match], logit_loss=None, compile=compile, freeze_teacher=False
     )
-    aot(distiller)(X).loss.backward()
+    distiller(X).loss.backward()
     want = losses.attention_kl(of_net(student), of_net(teacher))
     learnt = [teacher.attn.qkv.weight, student.attn.qkv.weight]
     for ours, p in zip(torch.autograd.grad(want, learnt), learnt, strict=True):
@@ -311,7 +311,7 @@ def test_padded_queries_of_a_map_do_not_count(name, compile):
     case = CASES[name]
     student, teacher = (made(dataclasses.replace(case, heads=(2, 2)), s, "eager") for s in LAYERS)
     match = attention_match(case, "l2", "output[1]")
-    distiller = aot(fxdistill.wrap(student, teacher, [match], logit_loss=None, compile=compile))
+    distiller = fxdistill.wrap(student, teacher, [match], logit_loss=None, compile=compile)
     out = distiller(**case.batch)
     s, t = (map_of(case, side, m) for side, m in (("student", student), ("teacher", teacher)))
     each = (s - t).norm(dim=-1).mean(1)  # a row is a vector
@@ -362,7 +362,7 @@ def test_torchs_own_attention_is_seen_through(compile):
         Match(path, path, loss="attention_kl", **ATTENTION) for path in ("layer.self_attn", "again")
     ]
     options = {"logit_loss": None, "compile": compile, "task": "masked_lm"}
-    distiller = aot(fxdistill.wrap(student, teacher, mapping, **options))
+    distiller = fxdistill.wrap(student, teacher, mapping, **options)
     ids, kept = torch.randint(0, 20, (3, 6)), torch.ones(3, 6)
     kept[0, 4:] = 0
     out = distiller(input_ids=ids, attention_mask=kept)
@@ -372,7 +372,7 @@ def test_torchs_own_attention_is_seen_through(compile):
     assert out.losses["again:attention"] > 0
     parameters = [*student.layer.self_attn.parameters()][:2]
     options = {"logit_loss": None, "compile": compile, "task": "masked_lm"}
-    alone = aot(fxdistill.wrap(student, teacher, mapping[:1], **options))
+    alone = fxdistill.wrap(student, teacher, mapping[:1], **options)
     loss = alone(input_ids=ids, attention_mask=kept).loss
     for ours, theirs in zip(
         torch.autograd.grad(loss, parameters), torch.autograd.grad(want, parameters), strict=True

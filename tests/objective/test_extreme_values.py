@@ -10,7 +10,7 @@ from torch import nn
 import fxdistill
 from fxdistill import Match, losses
 from fxdistill.losses.names import FEATURE_LOSSES, LOGIT_LOSSES, OF_ATTENTION
-from mesh_steps import AOT, aot
+from mesh_steps import AOT
 
 VOCABULARY, WIDTH = 11, 8
 
@@ -56,7 +56,7 @@ def made(compile, logit_loss):
         path, port = ("attn", "attention") if of_attention else ("boxes", "output")
         mapping.append(Match(path, path, loss=loss, student_port=port, teacher_port=port))
     options = {"logit_loss": logit_loss, "task": "causal_lm"}
-    return aot(fxdistill.wrap(student, teacher, mapping, compile=compile, **options))
+    return fxdistill.wrap(student, teacher, mapping, compile=compile, **options)
 
 
 IDS = torch.randint(0, VOCABULARY, (3, 4), generator=torch.Generator().manual_seed(1))

@@ -18,7 +18,6 @@ import attention_cases as cases
 import fxdistill
 from fxdistill import Match, errors
 from fxdistill.taps import flex
-from mesh_steps import aot
 from toys import AOT, MODES, assert_same_gradients, gradients
 
 LENGTH, WIDTH, WINDOW = 9, 16, 4
@@ -92,7 +91,7 @@ def models(**of_student: Any) -> tuple[Model, Model]:
 def distilled(student: nn.Module, teacher: nn.Module, compile: Any, **match: Any) -> Any:
     given = Match("attention", "attention", **{"loss": "attention_kl", **PORT, **match})
     options = {"logit_loss": None, "label_loss": None, "task": "causal_lm", "compile": compile}
-    return aot(fxdistill.wrap(student, teacher, [given], **options))
+    return fxdistill.wrap(student, teacher, [given], **options)
 
 
 def divergence(student: Model, teacher: Model) -> Tensor:

@@ -15,7 +15,7 @@ import fxdistill
 from fxdistill import Importance, errors
 from fxdistill.objective.importance import NAMES, factors_of
 from heads import Model, batch, remarks
-from mesh_steps import AOT, aot
+from mesh_steps import AOT
 from processes import run
 
 TAU = 2.0
@@ -159,7 +159,7 @@ def stepped(importance: Any, compile: Any, **options: Any) -> tuple[Any, Model, 
         **options,
     )
     ids, given = masked()
-    out = aot(distiller)(input_ids=ids, **given, **call)
+    out = distiller(input_ids=ids, **given, **call)
     out.loss.backward()
     return out, student, remarks(distiller)
 

@@ -11,7 +11,7 @@ from torch import nn
 import fxdistill
 from fxdistill import Match, errors, losses
 from image_nets import IMAGES, MODES, check, nets, values
-from mesh_steps import AOT, aot
+from mesh_steps import AOT
 from toys import tokens
 
 
@@ -20,7 +20,7 @@ def test_crd_trains_its_layers_and_writes_once_a_step(compile):
     student, teacher = nets(remat=compile is not False)
     loss = functools.partial(losses.CRD, width=3, size=12)
     mapping = [Match("deep", "deep", loss=loss), Match("stem", "stem", loss=loss)]
-    distiller = aot(fxdistill.wrap(student, teacher, mapping, logit_loss=None, compile=compile))
+    distiller = fxdistill.wrap(student, teacher, mapping, logit_loss=None, compile=compile)
     assert len(distiller.loss_modules) == 2
     own = copy.deepcopy(distiller.loss_modules)
     for step in range(4):
@@ -82,10 +82,8 @@ class Scaled(nn.Module):
 def test_a_loss_of_the_users_own_may_be_a_module(compile):
     student, teacher = nets(teacher=4)
     loss = Scaled()
-    distiller = aot(
-        fxdistill.wrap(
-            student, teacher, [Match("deep", "deep", loss=loss)], logit_loss=None, compile=compile
-        )
+    distiller = fxdistill.wrap(
+        student, teacher, [Match("deep", "deep", loss=loss)], logit_loss=None, compile=compile
     )
     assert list(distiller.loss_modules) == [loss]
     for _ in range(2):
@@ -117,9 +115,7 @@ class Smoothed(nn.Module):
 def test_a_label_loss_may_be_a_module(compile):
     student, teacher = nets()
     loss = Smoothed()
-    distiller = aot(
-        fxdistill.wrap(student, teacher, label_loss=loss, logit_loss=None, compile=compile)
-    )
+    distiller = fxdistill.wrap(student, teacher, label_loss=loss, logit_loss=None, compile=compile)
     labels = torch.arange(5)
     distiller(IMAGES, labels=labels).loss.backward()
     want = F.cross_entropy(student(IMAGES) / loss.heat, labels)
@@ -212,7 +208,7 @@ def test_crd_of_values_with_heads_has_the_width_of_their_samples(heads, said, co
     match = Match("split", "split", loss=bank, tokens=said)
     options = {"task": "causal_lm", "logit_loss": None, "compile": compile}
     example = {"input_ids": tokens()}
-    distiller = aot(fxdistill.wrap(student, teacher, [match], example_inputs=example, **options))
+    distiller = fxdistill.wrap(student, teacher, [match], example_inputs=example, **options)
     mask = torch.ones(3, 7)
     mask[0, 4:] = 0
     own = copy.deepcopy(bank)

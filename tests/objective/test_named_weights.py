@@ -10,7 +10,7 @@ from torch import nn
 import fxdistill
 from fxdistill import Match, errors, losses
 from image_nets import IMAGES, check, nets, values
-from mesh_steps import AOT, aot
+from mesh_steps import AOT
 from toys import tokens, toy_pair
 
 WEIGHED = [
@@ -24,7 +24,7 @@ WEIGHED = [
 def test_weights_by_name_weigh_samples_or_places(name, shape, compile):
     student, teacher = nets(teacher=4)
     match = Match("deep", "deep", loss=name, weights="foreground")
-    distiller = aot(fxdistill.wrap(student, teacher, [match], logit_loss=None, compile=compile))
+    distiller = fxdistill.wrap(student, teacher, [match], logit_loss=None, compile=compile)
     w = (torch.arange(torch.Size(shape).numel()) % 3).float().reshape(shape)
     out = distiller(IMAGES, weights={"foreground": w})
     with torch.no_grad():

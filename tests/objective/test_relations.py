@@ -8,7 +8,7 @@ from torch import nn
 import fxdistill
 from fxdistill import Match, errors, losses
 from image_nets import IMAGES, MODES, check, nets, values
-from mesh_steps import AOT, aot
+from mesh_steps import AOT
 from toys import tokens, toy_pair
 
 RELATIONS = ("gram", "distance_wise", "angle_wise", "similarity_preserving")
@@ -22,7 +22,7 @@ def test_maps_of_other_widths_are_compared_without_a_projection(name, compile):
     any_width = name in (*RELATIONS, "attention_transfer")
     student, teacher = nets(teacher=6 if any_width else 4)
     options = {"logit_loss": None, "feature_loss": name, "compile": compile}
-    distiller = aot(fxdistill.wrap(student, teacher, {"deep": "deep"}, **options))
+    distiller = fxdistill.wrap(student, teacher, {"deep": "deep"}, **options)
     out = distiller(IMAGES)
     with torch.no_grad():
         t = values(teacher, "deep", IMAGES)
@@ -38,7 +38,7 @@ def test_a_text_is_reduced_by_what_counts_and_a_projection_is_possible(name, com
     mask[0, 4:], mask[2, :2] = 0, 0
     match = Match("blocks.1.mlp", "blocks.2.mlp", loss=name)
     options = {"logit_loss": None, "compile": compile, "task": "causal_lm"}
-    distiller = aot(fxdistill.wrap(student, teacher, [match], **options))
+    distiller = fxdistill.wrap(student, teacher, [match], **options)
     out = distiller(tokens(), loss_mask=mask)
     s = values(student, "blocks.1.mlp", tokens())
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_classes_and_boxes_of_anchors_that_count(compile):
         Match("boxes", "boxes", loss="detection_box", weights="foreground"),
     ]
     options = {"logit_loss": None, "compile": compile}
-    distiller = aot(fxdistill.wrap(student, teacher, mapping, **options))
+    distiller = fxdistill.wrap(student, teacher, mapping, **options)
     anchors, foreground = torch.randn(3, 8, 6), torch.rand(3, 8) < 0.4
     out = distiller(anchors, weights={"foreground": foreground})
     with torch.no_grad():

@@ -17,7 +17,7 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 import families
 import fxdistill
 from heads import remarks
-from mesh_steps import aot, compare, gradients_of, split
+from mesh_steps import compare, gradients_of, split
 from processes import run
 
 # Accelerate's activation checkpointing is a module around each layer.
@@ -51,7 +51,7 @@ def wrapped(family: families.Family, compile: Any) -> Any:
     mapping = family.mapping
     if hasattr(family.student.model.layers[0], INSIDE[:-1]):
         mapping = {re.sub(r"(layers\.\d+\.)", rf"\1{INSIDE}", s): t for s, t in mapping.items()}
-    return aot(fxdistill.wrap(family.student, family.teacher, mapping, compile=compile))
+    return fxdistill.wrap(family.student, family.teacher, mapping, compile=compile)
 
 
 def step(distiller: Any, backward: Any, batch: Any, labels: Any, call: Any = None) -> Any:

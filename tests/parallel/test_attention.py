@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import families
 import fxdistill
 from fxdistill import Match, errors
-from mesh_steps import MODES, aot, compare, gradients_of
+from mesh_steps import MODES, compare, gradients_of
 from processes import run
 
 HOW = {"ddp": ("eager", "one graph", "regional"), "dp": ("eager", "one graph"), "fsdp": ("eager",)}
@@ -51,7 +51,7 @@ def made(loss: str, how: str, mode: str) -> Any:
         for model in (student, teacher):
             fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     match = Match("attn", "attn", loss=loss, **ATTENTION)
-    return aot(fxdistill.wrap(student, teacher, [match], **options))
+    return fxdistill.wrap(student, teacher, [match], **options)
 
 
 IDS = torch.randint(0, 20, (4, 6), generator=torch.Generator().manual_seed(2))

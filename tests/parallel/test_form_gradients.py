@@ -12,7 +12,7 @@ import fxdistill
 from fxdistill import Match
 from fxdistill.graph.program import all_nodes
 from fxdistill.losses.formed import formed
-from mesh_steps import AOT, MODES, aot, compare, gradients_of
+from mesh_steps import AOT, MODES, compare, gradients_of
 from processes import run
 from toys import Toy, tokens
 
@@ -44,7 +44,7 @@ def made(how: str, mode: str) -> Any:
     options: dict[str, Any] = {"compile": MODES[mode], "task": "causal_lm"}
     if how == "dp":
         options["mesh"] = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
-    return aot(fxdistill.wrap(student, teacher, mapping, **options))
+    return fxdistill.wrap(student, teacher, mapping, **options)
 
 
 def stepped(call: Any, distiller: Any, rows: slice) -> Any:

@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 import fxdistill
 from fxdistill.losses.fused import sizes
 from heads import remarks
-from mesh_steps import aot, compare, gradients_of
+from mesh_steps import compare, gradients_of
 from placed_models import LM
 from processes import run
 
@@ -83,7 +83,7 @@ def sharded(model: LM, how: str, output: torch.dtype | None = None, **options: A
 
 def wrapped(student: LM, teacher: LM, compile: Any, **options: Any) -> Any:
     own = {"task": "causal_lm", "temperature": 2.0, "label_weight": 0.7, **options}
-    return aot(fxdistill.wrap(student, teacher, FEATURES, compile=compile, **own))
+    return fxdistill.wrap(student, teacher, FEATURES, compile=compile, **own)
 
 
 def steps(distiller: Any, rows: slice, count: int = 2) -> list[Any]:

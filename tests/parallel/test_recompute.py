@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import families
 import fxdistill
 from fxdistill.errors import StepError
-from mesh_steps import MODES, aot, compare, gradients_of, split
+from mesh_steps import MODES, compare, gradients_of, split
 from processes import run
 
 CASES = [(kind, mode) for kind in ("dp", "tp") for mode in ("eager", "one graph", "regional")]
@@ -29,7 +29,7 @@ def towers(reentrant: bool | None = None, dropout: float = 0.0) -> families.Fami
 
 def steps(family: families.Family, batch: Any, labels: Any, **options: Any) -> list[Any]:
     found = []
-    distiller = aot(fxdistill.wrap(family.student, family.teacher, family.mapping, **options))
+    distiller = fxdistill.wrap(family.student, family.teacher, family.mapping, **options)
     optimizer = torch.optim.SGD(distiller.parameters(), 0.5)
     for _ in range(2):
         out = distiller(**batch, labels=labels)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fxdistill
 from fxdistill import Match, losses
-from mesh_steps import MODES, aot, compare, gradients_of
+from mesh_steps import MODES, compare, gradients_of
 from processes import run
 
 pytestmark = pytest.mark.slow
@@ -45,7 +45,7 @@ def made(loss: Any, how: str, mode: str, **options: Any) -> Any:
     # For the layers of a loss: a mesh makes those of its ranks alike, by itself.
     rank = torch.distributed.get_rank() if how in ("dp", "fsdp") else 0
     torch.manual_seed(1 + rank)
-    return aot(fxdistill.wrap(student, teacher, [Match("2", "2", loss=loss)], **options))
+    return fxdistill.wrap(student, teacher, [Match("2", "2", loss=loss)], **options)
 
 
 INPUTS = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(2))

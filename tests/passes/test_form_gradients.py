@@ -15,7 +15,7 @@ from fxdistill.graph.sections import OBJECTIVE, SECTION
 from fxdistill.losses.formed import formed
 from fxdistill.passes import MeetEarly
 from fxdistill.passes.form_gradients import FORMED
-from mesh_steps import AOT, aot
+from mesh_steps import AOT
 from toys import assert_same_gradients, gradients, tokens, toy_pair
 
 WITHOUT = {**AOT, "disable": ("FormGradients",)}
@@ -67,7 +67,7 @@ def made(case, compile, **options):
     if case == "projected":
         given["mapping"] = [Match("blocks.1.mlp", "blocks.2.mlp", project=projection())]
     options = {"task": "causal_lm", "feature_weight": 0.7, "compile": compile, **options}
-    return aot(fxdistill.wrap(student, teacher, **given, **options))
+    return fxdistill.wrap(student, teacher, **given, **options)
 
 
 def stepped(distiller, **given):

@@ -11,7 +11,6 @@ import fxdistill
 from fxdistill import Importance
 from fxdistill.losses import vocab_loss_of_peers
 from heads import READ, Adapted, Model, batch, remarks, variant
-from mesh_steps import aot
 from toys import AOT
 
 HEADS = ("linear", "tied", "transposed weight", "scaled and capped", "bias", "flat", "dict")
@@ -28,7 +27,7 @@ def step(students: list[Model], compile: Any, **options: Any) -> tuple[Any, list
     for model in students:
         model.zero_grad(set_to_none=True)
     options = {"task": "causal_lm", "temperature": 1.5, **options}
-    distiller = aot(fxdistill.mutual(students, compile=compile, **options))
+    distiller = fxdistill.mutual(students, compile=compile, **options)
     ids, own = batch()
     out = distiller(ids, **own)
     out.loss.backward()

@@ -11,7 +11,6 @@ from torch import nn
 
 import fxdistill
 from fxdistill import Importance, Match, errors
-from mesh_steps import aot
 from toys import AOT, MODES, assert_same_gradients, gradients, tokens, toys, values
 
 TAU, MLP = 2.0, "blocks.0.mlp"
@@ -94,7 +93,7 @@ def test_each_student_weighs_its_own_features(compile):
 
     importance = Importance("student_entropy", threshold=threshold, features=True)
     options = {"temperature": TAU, "label_loss": None, "task": "causal_lm", "compile": compile}
-    distiller = aot(fxdistill.mutual(students, {MLP: MLP}, importance=importance, **options))
+    distiller = fxdistill.mutual(students, {MLP: MLP}, importance=importance, **options)
     out = distiller(ids, labels=ids)
     out.loss.backward()
 
