@@ -361,16 +361,15 @@ class Distiller(StudentFace, Saved, Looking):
 
         One step runs on these inputs, in the current mode (of training, of autocast, of grad), and
         what it changed is restored: gradients, buffers (running statistics, queues), random
-        states, modes. On a mesh and under DDP, call it on all ranks. Without a graph to compile
-        (``compile=False``) it does nothing.
+        states, modes, numbers and flags. On a mesh and under DDP, call it on all ranks. Without a
+        graph to compile (``compile=False``) it does nothing.
 
         Raises:
             StepError: The student writes its own parameters in its forward; that is not undone.
         """
         if self.options.mode == "eager":
             return
-        models = (self, *(self._towers.modules[tower] for tower in self._towers.frozen))
-        warm_up(lambda: self(*args, **kwargs).loss, models)
+        warm_up(lambda: self(*args, **kwargs).loss, self._towers.every)
 
     def agreement(self, batch: Mapping[str, Any]) -> Agreement:
         """How far student and teacher agree on a batch, for evaluation.

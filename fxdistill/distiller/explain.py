@@ -119,6 +119,8 @@ def _of(kind: str, model: str | None, name: str, value: Any) -> Finding | None:
     """A finding of ``value``, on this rank; ``None`` where it is finite."""
     if isinstance(value, (int, float)):
         value = torch.tensor(float(value))
+    if isinstance(value, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+        return None  # of a lazy layer: the run builds it
     if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
         return None
     x = value.detach()
@@ -191,7 +193,9 @@ def _values(objective: Objective, values: dict[tuple[Tower, Tap], Any]) -> list[
 
 
 def _losses(losses: Losses) -> list[Finding]:
-    found = [_of("term", None, name, value) for name, value in losses.terms.items()]
+    # "features" is the mean of the matches: these come first.
+    terms = sorted(losses.terms.items(), key=lambda item: item[0] == "features")
+    found = [_of("term", None, name, value) for name, value in terms]
     return _all(*found, _of("loss", None, "loss", losses.total))
 
 

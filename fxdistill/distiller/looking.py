@@ -21,7 +21,7 @@ from fxdistill.distiller.settings import Settings
 from fxdistill.distiller.term_gradients import term_norms
 from fxdistill.distiller.towers import Towers
 from fxdistill.distiller.unchanged import unchanged
-from fxdistill.errors import CaptureError
+from fxdistill.errors import CaptureError, StepError
 from fxdistill.graph.joint import JointProgram
 from fxdistill.mapping.matches import Matches
 from fxdistill.models.devices import device_of
@@ -146,13 +146,16 @@ class Looking(nn.Module):
 
         Raises:
             OptionError: ``batch`` is neither a dict nor a tuple.
+            StepError: It is called under ``torch.inference_mode()``, or the step writes parameters.
         """
+        _require_gradients("explain")
         with unchanged(self._towers.every):  # sorting a call settles the modes of frozen models
             request = self._request(self._sorted(*inputs_of(batch)))
             return explained(request, self._settings.values)
 
     def gradient_norms(self, batch: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, float]:
         """The norm of each term's gradient: what ``fxdistill.gradient_norms`` returns."""
+        _require_gradients("gradient_norms")
         with unchanged(self._towers.every):
             return term_norms(self._request(self._sorted(*inputs_of(batch))))
 
@@ -161,6 +164,14 @@ class Looking(nn.Module):
         told = (*self.matches.notes, *self._notes, *self._warnings)
         return summary(
             self.objective, self._towers.beside.projections, self.program, self.options.mode, told
+        )
+
+
+def _require_gradients(what: str) -> None:
+    if torch.is_inference_mode_enabled():
+        raise StepError(
+            f"{what} reads gradients, and torch.inference_mode() records none: call it outside of "
+            "that (torch.no_grad() is no hindrance)"
         )
 
 

@@ -3,12 +3,14 @@
 import contextlib
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxdistill.base.contents import mark, parts
+from fxdistill.distiller.keep import Kept
 from fxdistill.errors import StepError
 
 
@@ -16,19 +18,19 @@ from fxdistill.errors import StepError
 def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Restore the state of ``modules``, and of random numbers, after the body.
 
-    That is gradients, buffers, tensors and counts that modules keep as attributes, and modes. Hooks
+    That is gradients, buffers, modes, and what modules keep as attributes: tensors, numbers, flags,
+    texts, lists, dicts, generators. Layers that the body builds (lazy ones) stay built, and hooks
     that a model puts into itself in its first run stay: the compiled step was made with them.
 
     Raises StepError where the body has written a parameter: a copy of all of them would cost as
     much memory as they do.
     """
-    every = list(dict.fromkeys(m for module in modules for m in module.modules()))
-    kept = [_Kept(module) for module in every]
-    params = {p: (name, p._version) for module in every for name, p in _own_parameters(module)}
-    gradients = {p: p.grad for p in params}
-    devices = {p.device for p in params}
-    with _random_numbers(devices):
-        for p in params:
+    kept = [Kept(module) for module in modules]
+    named = {p: name for one in kept for name, p in one.parameters}
+    marks = {p: [mark(part) for part in parts(p)] for p in named}
+    gradients = {p: p.grad for p in named}
+    with _random_numbers({p.device for p in named}):
+        for p in named:
             p.grad = None
         try:
             yield
@@ -37,50 +39,22 @@ def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
                 p.grad = gradient
             for one in kept:
                 one.restore()
-    written = sorted(name for p, (name, version) in params.items() if p._version != version)
+    written = sorted(name for p, name in named.items() if marks[p] and _written(p, marks[p]))
     if written:
         raise StepError(
-            f"the step writes parameters in its forward ({', '.join(written)}), and warmup cannot "
-            "take that back: load the weights again, and train without warmup"
+            f"the step writes parameters in its forward ({', '.join(written)}), and that cannot be "
+            "taken back: load the weights again, and call this after the first step of training"
         )
 
 
-def _own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    kind = type(module).__name__
-    return [(f"{kind}.{name}", p) for name, p in module._parameters.items() if p is not None]
-
-
-class _Kept:
-    """What one module has that a step may change."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.training = module, module.training
-        self.buffers = dict(module._buffers)
-        own = vars(module).items()
-        self.counts = {k: v for k, v in own if type(v) in (int, float)}
-        self.tensors = {k: v for k, v in own if isinstance(v, Tensor)}
-        tensors = [x for x in (*self.buffers.values(), *self.tensors.values()) if x is not None]
-        self.values = [(x, x._version, x.detach().clone()) for x in tensors if not x.is_meta]
-
-    def restore(self) -> None:
-        """Put everything back, by identity and by value."""
-        # Only what differs is set: dynamo's guards look at whether these tables were written.
-        _restore(self.module._buffers, self.buffers, prune=True)
-        _restore(vars(self.module), {**self.counts, **self.tensors, "training": self.training})
-        with torch.no_grad():
-            for tensor, version, value in self.values:
-                if tensor._version != version:
-                    tensor.copy_(value)
-
-
-def _restore(table: dict[str, Any], before: Mapping[str, Any], *, prune: bool = False) -> None:
-    """Set in ``table`` what was there ``before``; with ``prune``, remove what is new."""
-    for name, value in before.items():
-        if table.get(name, table) is not value:
-            table[name] = value
-    if prune:
-        for name in [name for name in table if name not in before]:
-            del table[name]
+def _written(p: Tensor, before: list[tuple[int, Tensor] | None]) -> bool:
+    for part, then in zip(parts(p), before, strict=True):
+        now = mark(part)
+        if then is not None and now is not None:
+            moved = now[0] != then[0]
+            if moved or not torch.equal(now[1], then[1]):
+                return True
+    return False
 
 
 @contextlib.contextmanager

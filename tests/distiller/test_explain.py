@@ -98,7 +98,7 @@ def test_terms_values_inputs_parameters_and_gradients() -> None:
     assert "All values are finite" in str(fine)
     # A term of finite values.
     found = of(made(lambda s, t, w: (s - s).mean() / 0), labels=ids)
-    assert (found.first.kind, found.first.name, found.first.nan) == ("term", "features", 1)
+    assert (found.first.kind, found.first.name, found.first.nan) == ("term", "blocks.0.mixer", 1)
     assert {f.name for f in found.findings} == {"features", "blocks.0.mixer", "loss"}
     # An input of the objective, and one of the models.
     weights = torch.ones(3, 7)
