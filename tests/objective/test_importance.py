@@ -190,11 +190,16 @@ def test_eager(name: str, rule: str) -> None:
     agrees(name, rule_of(name, rule), False, labels=True)
 
 
-@pytest.mark.parametrize(
-    ("rule", "labels"),
-    [*itertools.product(RULES, [False]), ("neither", True), ("both", True)],
-)
-@pytest.mark.parametrize("name", SCORES)
+# A score is formed before a rule reads it: every score meets two rules, and two scores meet all.
+BY_ALL = ("divergence", "tip")
+MET = [
+    *itertools.product(SCORES, [("neither", False), ("both", True)]),
+    *itertools.product(BY_ALL, [("keep", False), ("threshold", False), ("both", False)]),
+    ("divergence", ("neither", True)),
+]
+
+
+@pytest.mark.parametrize(("name", "rule", "labels"), [(name, *met) for name, met in MET])
 def test_one_graph(name: str, rule: str, labels: bool) -> None:
     """Named scores are formed by the fused head; without labels, only what is kept is computed."""
     remark = agrees(name, rule_of(name, rule), AOT, labels=labels)
@@ -208,8 +213,10 @@ def test_one_graph(name: str, rule: str, labels: bool) -> None:
     assert ("go through the heads again" in remark) == (not labels and rule in ("keep", "both"))
 
 
-@pytest.mark.parametrize("mode", ["logits made", "regional"])
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [*((name, "regional") for name in SCORES), ("tip", "logits made"), ("own", "logits made")],
+)
 def test_other_modes(name: str, mode: str) -> None:
     compile: Any = "regional" if mode == "regional" else {**AOT, "fuse_head": False}
     for labels, rule in ((True, rule_of(name, "neither")), (False, rule_of(name, "keep"))):
