@@ -64,16 +64,17 @@ class Saved(nn.Module):
         of = {t.projection: t.name for t in self.objective.features if t.projection is not None}
         names = {str(index): name for index, name in sorted(of.items())}
         beside = self._towers.beside.projections if projections else None
-        for place, student in self._places(as_path(folder)):
+        for place, student in places(self, as_path(folder)):
             save_student(place, student, beside, names)
 
-    def _places(self, folder: Path) -> list[tuple[Path, nn.Module]]:
-        """Where each student goes: into the folder, or into one of its own where there are more."""
-        several = self._modules.get("students")
-        if several is None:
-            return [(folder, self._towers.main_module)]
-        ours = set(map(id, several.children()))
-        return [(folder / t, m) for t, m in self._towers.modules.items() if id(m) in ours]
+
+def places(module: Saved, folder: Path) -> list[tuple[Path, nn.Module]]:
+    """Where each student goes: into the folder, or into one of its own where there are more."""
+    several = module._modules.get("students")
+    if several is None:
+        return [(folder, module._towers.main_module)]
+    ours = set(map(id, several.children()))
+    return [(folder / t, m) for t, m in module._towers.modules.items() if id(m) in ours]
 
 
 def _saving(module: Saved, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
