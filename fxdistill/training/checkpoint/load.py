@@ -74,7 +74,7 @@ def load_checkpoint(
     place, document = _together(here, lambda: _checked(Path(folder), now))
     for text in compare.left_out(document, now.document):
         warn(f"{place} has more than is restored: {text} was not asked for")
-    for text in compare.other_targets(document, now.document):
+    for text in compare.doubts(document, now.document) if here.first else ():
         warn(f"{place}: {text}")
     own = _together(here, lambda: _own(place, document, here))
     found = _read(place, document, own, run, now, here)
