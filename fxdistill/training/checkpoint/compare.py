@@ -12,8 +12,8 @@ from fxdistill.training.checkpoint.targets import other_targets
 NAMED = ("model", "match", "term")  # what is described by name, and must have the same names
 ORDER = ": states are saved by these numbers. List the matches in the order that they had"
 LAZY = (
-    " (here its layer is lazy, and has no shape before it has run: call "
-    "distiller.warmup(**batch), or run a step, before load_checkpoint)"
+    " (here its layer is lazy, and has no shape before it has run: call distiller(**batch) once, "
+    "under torch.no_grad(), before load_checkpoint)"
 )
 
 
