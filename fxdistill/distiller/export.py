@@ -58,8 +58,8 @@ def _attempt(
     try:
         with whole_folder(target) as part:
             _write(part, student, state, projections, names)
-    except SaveError as error:
-        return error
+    except SaveError as refused:
+        return refused
     except (OSError, SafetensorError) as cause:
         tensors = [x for x in state.values() if isinstance(x, Tensor) and not is_lazy(x)]
         needed = sum(x.numel() * x.element_size() for x in tensors)

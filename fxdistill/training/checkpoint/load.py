@@ -45,11 +45,14 @@ def load_checkpoint(
     """Restore the run that ``save_checkpoint`` saved; its losses go on bit for bit.
 
     The distiller is made as it was, by ``fxdistill.wrap`` with the same models and matches, and so
-    are the optimizer and the schedulers. A frozen teacher is in no checkpoint: a warning says where
-    it is another one, by its class, its path, or the shapes of its parameters. Whether the run is
-    on a mesh, and on how many ranks, may differ from the run that was saved; on several ranks all
-    of them call this. A rank that the saved run
-    did not have keeps its random states, with a warning, and gets the first rank's data position.
+    are the optimizer and the schedulers. A frozen teacher, or base below adapters, is in no
+    checkpoint: a warning says where it is another one, by its class, its path, or the shapes and
+    some values of its parameters. Warnings also name functions of your own with other code, and
+    modules of your own beside the models that keep other numbers or words.
+
+    Whether the run is on a mesh, and on how many ranks, may differ from the run that was saved; on
+    several ranks all of them call this. A rank that the saved run did not have keeps its random
+    states, with a warning, and gets the first rank's data position.
 
     Args:
         folder: The folder given to ``save_checkpoint``, for its latest checkpoint; or one of the
@@ -64,10 +67,11 @@ def load_checkpoint(
         The step and the data position of the checkpoint.
 
     Raises:
-        ResumeError: There is no checkpoint, a file of it is damaged, or it is of another run. The
-            text lists every difference: in models, matches and terms, in the names, shapes and
-            dtypes of tensors, in optimizer and schedulers (an optimizer that was not saved is one).
-            Nothing is changed then.
+        ResumeError: There is no checkpoint, a file of it is damaged (by its checksum), or it is of
+            another run. The text lists every difference: in models, matches (in their order, where
+            they have projections or losses that are modules), terms and options, in the names,
+            shapes and dtypes of tensors, in optimizer and schedulers (an optimizer that was not
+            saved is one). Or a scheduler or a module refuses its state. Nothing is changed then.
         OptionError: An argument is none of these.
     """
     run, here, target = run_of(distiller, optimizer, schedulers), party(), as_path(folder)

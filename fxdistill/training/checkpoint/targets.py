@@ -18,7 +18,8 @@ SAMPLES = 16  # of each parameter's values, evenly spaced: what is read of a tea
 def targets(distiller: Distiller) -> dict[str, dict[str, Any]]:
     """Frozen models by name, and the frozen base below the adapters of a model that learns."""
     frozen = distiller.objective.frozen
-    found, seen = {}, set()
+    found: dict[str, dict[str, Any]] = {}
+    seen: set[int] = set()
     for t, model in sorted(distiller.models.items(), key=lambda item: item[0] not in frozen):
         below = None if t in frozen else base_parameters(model)
         named = [(n, p) for n, p in model.named_parameters() if below is None or id(p) in below]

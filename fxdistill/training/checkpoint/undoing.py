@@ -80,5 +80,5 @@ def _may_raise(module: nn.Module) -> bool:
     code = [getattr(type(module), name) for name in methods]
     hooks = (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks)
     code += [hook for each in hooks for hook in each.values()]
-    places = [getattr(each, "__module__", "").partition(".")[0] for each in code]
+    places = [str(getattr(each, "__module__", "")).partition(".")[0] for each in code]
     return not all(place in ("torch", "fxdistill") for place in places)
