@@ -10,6 +10,7 @@ import torch
 
 import fxdistill
 from fxdistill import Match
+from fxdistill.base.tensors import is_lazy
 from toys import Toy
 
 MAPPING = {"blocks.1.mlp": Match(teacher="blocks.2.mlp", project="linear")}
@@ -62,3 +63,22 @@ class Life:
         found += [self.scheduler.state_dict(), self.distiller.settings]
         found += [torch.get_rng_state(), random.getstate()]
         return copy.deepcopy(found)
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    """Bit for bit: tensors, and whatever holds them."""
+    assert type(a) is type(b)
+    if is_lazy(a):
+        return  # there are no bits yet
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        assert_equal(list(a.values()), list(b.values()))
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b

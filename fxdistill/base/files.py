@@ -10,7 +10,8 @@ def write_whole(target: Path, content: str | bytes, *, durable: bool = False) ->
     """Write a file whole, or leave the existing one as it is; text is written as UTF-8.
 
     A link stays a link: the file that it names is written. ``durable``: it is on the disk when this
-    returns, and not only in the system's memory. Raises OSError or ValueError (text that UTF-8
+    returns, and not only in the system's memory; an error, or Ctrl-C, in the last wait for the disk
+    comes when the new file is there already. Raises OSError or ValueError (text that UTF-8
     cannot encode) as Python's own functions do: only the caller can tell the user what the file was
     for.
     """

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -20,6 +20,11 @@ def scalar(value: Any, device: torch.device) -> Tensor:
 def is_placed(x: object) -> "TypeGuard[DTensor]":
     """Whether ``x`` is a DTensor, by an attribute: dynamo can trace it, and nothing is imported."""
     return hasattr(x, "placements")
+
+
+def is_lazy(x: object) -> bool:
+    """Whether ``x`` belongs to a lazy layer that has not run: it has no shape yet."""
+    return isinstance(x, (nn.UninitializedParameter, nn.UninitializedBuffer))
 
 
 def on_every_rank(x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The student alone, as it is used without fxdistill: files that a model is loaded from."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 
 from fxdistill import parallel
 from fxdistill.base.figures import size
-from fxdistill.base.folders import whole_folder
-from fxdistill.base.tensors import is_placed
+from fxdistill.base.folders import HalfwayError, as_path, whole_folder
+from fxdistill.base.tensors import is_lazy, is_placed
 from fxdistill.errors import SaveError
 
 MODEL, PROJECTIONS = "model.safetensors", "projections.safetensors"
+FORMAT = {"format": "pt"}
+EXTRA = "extra_state.json"  # what modules keep beside their tensors (get_extra_state)
 
 
 def save_student(
@@ -27,7 +30,7 @@ def save_student(
     ``names`` says in the header of the projections' file which match each of them is of. On a mesh
     every rank calls this: all gather, and the first writes. Raises SaveError, on every rank.
     """
-    target = Path(folder)
+    target = as_path(folder)
     state = _state(student)
     first = _rank() == 0
     error = _attempt(target, student, state, projections, names) if first else None
@@ -47,7 +50,7 @@ def _rank() -> int:
 def _attempt(
     target: Path,
     student: nn.Module,
-    state: dict[str, Tensor],
+    state: dict[str, Any],
     projections: nn.Module | None,
     names: Mapping[str, str],
 ) -> SaveError | None:
@@ -55,11 +58,15 @@ def _attempt(
     try:
         with whole_folder(target) as part:
             _write(part, student, state, projections, names)
+    except SaveError as refused:
+        return refused
     except (OSError, SafetensorError) as cause:
-        needed = sum(x.numel() * x.element_size() for x in state.values() if x is not None)
+        tensors = [x for x in state.values() if isinstance(x, Tensor) and not is_lazy(x)]
+        needed = sum(x.numel() * x.element_size() for x in tensors)
+        before = "" if isinstance(cause, HalfwayError) else " What was there before is whole."
         error = SaveError(
             f"the student, {needed} bytes ({size(needed)}), could not be written to {target}"
-            f"{_free(target)}: {cause}. What was there before is whole."
+            f"{_free(target)}: {cause}.{before}"
         )
         error.__cause__ = cause
         return error
@@ -69,7 +76,7 @@ def _attempt(
 def _write(
     part: Path,
     student: nn.Module,
-    state: dict[str, Tensor],
+    state: dict[str, Any],
     projections: nn.Module | None,
     names: Mapping[str, str],
 ) -> None:
@@ -78,9 +85,41 @@ def _write(
         # Sharded weights are gathered; otherwise the model finds its own, adapters alone, say.
         own(str(part), **({"state_dict": state} if _sharded(student) else {}))
     else:
-        write_tensors(state, part / MODEL, {"format": "pt"})
+        _write_state(state, part)
     if projections is not None:
-        write_tensors(projections.state_dict(), part / PROJECTIONS, {"format": "pt", **names})
+        write_tensors(projections.state_dict(), part / PROJECTIONS, {**FORMAT, **names})
+
+
+def _write_state(state: dict[str, Any], part: Path) -> None:
+    """Write a state dict: its tensors, and what else modules keep in it as JSON beside them.
+
+    Raises SaveError for what neither of the files can hold.
+    """
+    if lazy := [name for name, x in state.items() if is_lazy(x)]:
+        raise SaveError(
+            f"the student's {', '.join(lazy)} have no shape yet: their layers are lazy, and have "
+            "not run. Save it after a step, or after distiller.warmup(**batch)."
+        )
+    others = {name: x for name, x in state.items() if not isinstance(x, Tensor)}
+    for name, value in others.items():
+        if not _is_json(value):
+            raise SaveError(
+                f"the student's {name!r} (of a module's get_extra_state) is a "
+                f"{type(value).__name__} that JSON cannot hold, and nothing is pickled: return "
+                "numbers, text, lists and dicts, or a tensor; or give the student a "
+                "save_pretrained(folder) of its own"
+            )
+    write_tensors({k: x for k, x in state.items() if k not in others}, part / MODEL, FORMAT)
+    if others:
+        (part / EXTRA).write_text(json.dumps(others, allow_nan=False), "utf-8")
+
+
+def _is_json(value: Any) -> bool:
+    """Whether JSON gives the value back as it was."""
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError):
+        return False
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
@@ -100,9 +139,9 @@ def _sharded(student: nn.Module) -> bool:
     return any(is_placed(p) for p in student.parameters())
 
 
-def _state(student: nn.Module) -> dict[str, Tensor]:
-    """The student's own state dict, of whole tensors."""
-    state: dict[str, Tensor] = student.state_dict()
+def _state(student: nn.Module) -> dict[str, Any]:
+    """The student's own state dict, of whole tensors, with what else its modules keep in it."""
+    state: dict[str, Any] = student.state_dict()
     if not _sharded(student):
         return state
     return {name: x.full_tensor().cpu() if is_placed(x) else x for name, x in state.items()}

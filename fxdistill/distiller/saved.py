@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxdistill.base.folders import as_path
 from fxdistill.distiller.export import save_student
 from fxdistill.distiller.settings import Settings
 from fxdistill.distiller.towers import Towers
@@ -38,11 +39,17 @@ class Saved(nn.Module):
 
         It is written by its own ``save_pretrained`` where it has one, so that ``from_pretrained``
         loads it (of a PEFT model, the adapters). Of another model, ``model.safetensors`` has the
-        keys of the model that was never wrapped, for its ``load_state_dict``. The files are written
-        beside ``folder`` and renamed when they are whole; other files there, such as a
-        tokenizer's, stay. On a mesh all ranks call this, and the first one writes. Of
-        ``fxdistill.mutual`` each student goes into a folder of its own, by its name
-        ("student0").
+        keys of the model that was never wrapped, for its ``load_state_dict``, and
+        ``extra_state.json`` what its modules' ``get_extra_state`` returned, by the same keys. On a
+        mesh all ranks call this, and the first one writes. Of ``fxdistill.mutual`` each student
+        goes into a folder of its own, by its name ("student0").
+
+        Old weights in ``folder`` go; other files there, such as a tokenizer's, and all folders in
+        it stay. New files lie on the disk before the first of them is moved there. A new folder
+        appears whole, and where a single file of weights changes, the folder has the old student
+        or the new one at any moment. Elsewhere (shards, another configuration) a kill within the
+        moves leaves it without weights, never with a mixture, and the next save first puts the
+        rest in place.
 
         Args:
             folder: Where the student goes.
@@ -50,21 +57,24 @@ class Saved(nn.Module):
                 those of ``distiller.projections``, and its header names the match of each.
 
         Raises:
-            SaveError: The disk is full or read-only, say. What was in ``folder`` is whole.
+            OptionError: ``folder`` is no path.
+            SaveError: The disk is full or read-only, say, or the student has what no file holds.
+                What was in ``folder`` is whole.
         """
         of = {t.projection: t.name for t in self.objective.features if t.projection is not None}
         names = {str(index): name for index, name in sorted(of.items())}
         beside = self._towers.beside.projections if projections else None
-        for place, student in self._places(Path(folder)):
+        for place, student in places(self, as_path(folder)):
             save_student(place, student, beside, names)
 
-    def _places(self, folder: Path) -> list[tuple[Path, nn.Module]]:
-        """Where each student goes: into the folder, or into one of its own where there are more."""
-        several = self._modules.get("students")
-        if several is None:
-            return [(folder, self._towers.main_module)]
-        ours = set(map(id, several.children()))
-        return [(folder / t, m) for t, m in self._towers.modules.items() if id(m) in ours]
+
+def places(module: Saved, folder: Path) -> list[tuple[Path, nn.Module]]:
+    """Where each student goes: into the folder, or into one of its own where there are more."""
+    several = module._modules.get("students")
+    if several is None:
+        return [(folder, module._towers.main_module)]
+    ours = set(map(id, several.children()))
+    return [(folder / t, m) for t, m in module._towers.modules.items() if id(m) in ours]
 
 
 def _saving(module: Saved, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -105,6 +106,40 @@ def test_a_plain_model_is_saved_with_its_own_keys(tmp_path: Path) -> None:
     other.load_state_dict(state)
     assert other.head.weight is other.embed.weight
     assert torch.equal(other(tokens())["logits"], student(tokens())["logits"])
+
+
+class Counting(Toy):
+    """A model with a state that is no tensor."""
+
+    kept: Any = {"calls": 3}
+
+    def get_extra_state(self) -> Any:
+        return self.kept
+
+    def set_extra_state(self, state: Any) -> None:
+        self.got = state
+
+
+def test_what_modules_keep_beside_tensors_is_saved_as_json(tmp_path: Path) -> None:
+    student = Counting(2)
+    distiller = trained(student, Toy(3), mode=False)
+    distiller.save_pretrained(tmp_path)
+    other = Counting(2)
+    extra = json.loads((tmp_path / "extra_state.json").read_text("utf-8"))
+    other.load_state_dict({**load_file(tmp_path / "model.safetensors"), **extra})
+    assert other.got == {"calls": 3}
+    before = (tmp_path / "model.safetensors").read_bytes()
+    student.kept = {"calls": object()}
+    with pytest.raises(errors.SaveError, match=r"_extra_state.*get_extra_state.*JSON cannot hold"):
+        distiller.save_pretrained(tmp_path)
+    student.kept = {}
+    student.late = nn.LazyLinear(2)
+    with pytest.raises(errors.SaveError, match=r"late\.weight.*have no shape yet"):
+        distiller.save_pretrained(tmp_path)
+    with pytest.raises(errors.OptionError, match="folder=None: the path of a folder"):
+        distiller.save_pretrained(None)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:

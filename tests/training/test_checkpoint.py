@@ -1,5 +1,6 @@
 """Checkpoints: runs go on bit for bit; refused loads change nothing; a full disk loses nothing."""
 
+import copy
 import json
 import os
 import random
@@ -8,7 +9,6 @@ import sys
 import warnings
 from collections import Counter, OrderedDict, deque
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,29 +18,13 @@ from torch import nn
 
 import fxdistill
 from fxdistill import errors
+from fxdistill.base import files
 from fxdistill.training.checkpoint import tree
 from fxdistill.training.checkpoint.contents import contents, run_of
 from fxdistill.training.checkpoint.save import _write_document
-from lives import Life
+from fxdistill.training.checkpoint.sealed import SEAL
+from lives import Life, assert_equal
 from toys import Toy, tokens
-
-
-def assert_equal(a: Any, b: Any) -> None:
-    """Bit for bit: tensors, and whatever holds them."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert list(a) == list(b)
-        assert_equal(list(a.values()), list(b.values()))
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_equal(x, y)
-    else:
-        assert a == b
-
 
 # ---------------------------------------------------------------------- going on
 
@@ -106,6 +90,7 @@ def test_other_orders_dtypes_and_generators(tmp_path: Path) -> None:
     run.save(tmp_path, schedulers=[])
     other = Life(seed=5, mapping=None)
     other.distiller.student.to(torch.bfloat16)
+    other.distiller.teacher.to(torch.bfloat16)
     backwards = list(other.distiller.parameters())[::-1]
     optimizer = torch.optim.AdamW(backwards, lr=1.0)
     before = torch.get_rng_state(), random.getstate()
@@ -230,53 +215,15 @@ def test_what_was_not_saved_or_is_not_asked_for(tmp_path: Path) -> None:
         fxdistill.load_checkpoint(tmp_path / "bare", run.distiller)
 
 
-def test_another_teacher_than_the_run_had_is_named(tmp_path: Path) -> None:
-    """A frozen teacher is in no checkpoint: its class, path and shapes tell it from another."""
-
-    def made(teacher: nn.Module) -> fxdistill.Distiller:
-        torch.manual_seed(0)
-        return fxdistill.wrap(Toy(1), teacher, compile=False, task="causal_lm")
-
-    def named(path: str) -> nn.Module:
-        teacher = Toy(2)
-        teacher.config = SimpleNamespace(name_or_path=path)
-        return teacher
-
-    class Other(Toy):
-        pass
-
-    def told(saved: nn.Module, here: nn.Module) -> list[str]:
-        fxdistill.save_checkpoint(tmp_path, made(saved))
-        with warnings.catch_warnings(record=True) as given:
-            warnings.simplefilter("always")
-            fxdistill.load_checkpoint(tmp_path, made(here))
-        assert all(warning.filename == __file__ for warning in given)
-        return [str(warning.message) for warning in given]
-
-    assert told(Toy(2), Toy(2)) == []
-    assert told(named("big"), named("big")) == []
-    (said,) = told(Toy(2), Toy(3))
-    counts = [sum(p.numel() for p in Toy(n).parameters()) for n in (2, 3)]
-    assert f"it had Toy ({counts[0]} parameters), this run has Toy ({counts[1]}" in said
-    (said,) = told(named("big"), named("small"))
-    assert "another teacher than the checkpoint was saved with: it had Toy 'big'" in said
-    assert "this run has Toy 'small'" in said
-    (said,) = told(Toy(2), Other(2))
-    assert "this run has Other" in said
-    turned = Toy(2)
-    turned.embed.weight = nn.Parameter(turned.embed.weight.detach().t().contiguous())
-    (said,) = told(Toy(2), turned)
-    assert said.count(f"Toy ({counts[0]} parameters)") == 2
-    assert "of other shapes" in said
-
-
-def test_a_checkpoint_that_says_nothing_of_its_teacher_is_loaded(tmp_path: Path) -> None:
-    """As those that were written before."""
-    run = Life(compile=False)
-    place = run.save(tmp_path, step=0)
+def test_older_checkpoints_which_say_less_are_loaded(tmp_path: Path) -> None:
+    """Without teachers, code, options, numbers of modules, or checksums."""
+    place = Life(compile=False).save(tmp_path, step=0)
     file = place / "checkpoint.json"
     document = json.loads(file.read_text("utf-8"))
-    assert document.pop("targets").keys() == {"teacher"}
+    for name in ("targets", "code", "kept_by_modules", "lazy", "crc32", SEAL):
+        assert name in document
+        del document[name]
+    document["described"] = {k: document["described"][k] for k in ("model", "match", "term")}
     file.write_text(json.dumps(document), "utf-8")
     assert Life(compile=False).load(tmp_path).step == 0
 
@@ -304,6 +251,81 @@ def test_a_scheduler_that_fails_changes_nothing(tmp_path: Path) -> None:
     other.scheduler.__dict__.pop("broken")
     before[2].pop("broken", None)
     assert_equal(other.state(), before)
+
+
+class Versioned(Toy):
+    """A model whose extra state may be of another version."""
+
+    version = 1
+
+    def get_extra_state(self) -> Any:
+        return {"version": self.version}
+
+    def set_extra_state(self, state: Any) -> None:
+        if state["version"] != self.version:
+            raise ValueError("of another version")
+
+
+@pytest.mark.parametrize("what", ["a module", "a schedule"])
+def test_a_part_that_fails_at_last_changes_nothing(tmp_path: Path, what: str) -> None:
+    """Neither tensors, nor settings made by hand, nor the dtypes of an optimizer's state."""
+
+    def made(version: int, **schedule: Any) -> Any:
+        student = Versioned(2)
+        student.version = version
+        student.to(torch.bfloat16)
+        teacher = Toy(3).to(torch.bfloat16)
+        distiller = fxdistill.wrap(student, teacher, task="causal_lm", compile=False)
+        optimizer = torch.optim.SGD(distiller.parameters(), lr=0.1, momentum=0.9)
+        distiller(tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+        for state in optimizer.state.values():  # as optimizers of others keep it
+            state["momentum_buffer"] = state["momentum_buffer"].float() + 1e-5
+        return distiller, optimizer, fxdistill.Schedule(distiller, **schedule)
+
+    curve = fxdistill.schedules.linear(4, 1, 10)
+    saved = made(1, temperature=curve)
+    here = made(2, temperature=curve) if what == "a module" else made(1, label_weight=curve)
+    here[0].set(temperature=3.0, label_weight=0.25)
+    fxdistill.save_checkpoint(
+        tmp_path, saved[0], optimizer=saved[1], schedulers=saved[2:], rng=False
+    )
+    state = [here[0].state_dict(), *(each.state_dict() for each in here[1:]), here[0].settings]
+    before = copy.deepcopy(state)
+    said = "of another version" if what == "a module" else "lacks label_weight"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*another teacher")
+        with pytest.raises(errors.ResumeError, match=said):
+            fxdistill.load_checkpoint(
+                tmp_path, here[0], optimizer=here[1], schedulers=here[2:], rng=False
+            )
+    state = [here[0].state_dict(), *(each.state_dict() for each in here[1:]), here[0].settings]
+    assert_equal(state, before)
+
+
+def test_a_flipped_bit_is_found_in_every_file(tmp_path: Path) -> None:
+    """Sizes and forms stay as they were, so that only a checksum can tell."""
+    run = Life()
+    run.steps(1)
+    place = run.save(tmp_path)
+    before = run.state()
+    there = [path for path in place.rglob("*") if path.is_file()]
+    assert len(there) == 3
+    for file in there:
+        whole = file.read_bytes()
+        for at in (len(whole) // 3, len(whole) - 9):
+            flipped = bytearray(whole)
+            flipped[at] ^= 1
+            file.write_bytes(flipped)
+            with pytest.raises(errors.ResumeError, match=r"damaged: |cannot be read"):
+                run.load(tmp_path)
+        file.write_bytes(whole)
+    document = json.loads((place / "checkpoint.json").read_text("utf-8"))
+    document["step"] = 7
+    (place / "checkpoint.json").write_text(json.dumps(document), "utf-8")
+    with pytest.raises(errors.ResumeError, match=r"checkpoint.json is not what was written"):
+        run.load(tmp_path)
+    assert_equal(run.state(), before)
 
 
 def test_damaged_missing_and_newer_checkpoints(tmp_path: Path) -> None:
@@ -350,6 +372,9 @@ def test_wrong_arguments_write_nothing(tmp_path: Path) -> None:
     ):
         with pytest.raises(errors.OptionError, match=said):
             run.save(tmp_path / "run", **options)
+    for act in (fxdistill.save_checkpoint, fxdistill.load_checkpoint):
+        with pytest.raises(errors.OptionError, match="folder=None: the path of a folder"):
+            act(None, run.distiller)
     with pytest.raises(errors.OptionError, match=r"its \.module"):
         fxdistill.save_checkpoint(tmp_path / "run", run.distiller.student)
     assert not (tmp_path / "run").exists()
@@ -386,10 +411,32 @@ def test_numbers_pointer_and_leftovers(tmp_path: Path) -> None:
     assert run.load(tmp_path).step == 9
 
 
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
+def test_an_end_in_the_last_wait_for_the_disk_leaves_what_latest_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    """Behind the move of ``latest``: the checkpoint that it names must stay."""
+    run, real = Life(mapping=None), files.sync
+    run.save(tmp_path, step=1)
+
+    def interrupted(path: Path) -> None:
+        real(path)
+        if path == tmp_path:
+            raise kind("at last")
+
+    monkeypatch.setattr(files, "sync", interrupted)
+    with pytest.raises(kind, match=r"at last(\. The latest checkpoint there, 000002-step-2|$)"):
+        run.save(tmp_path, step=2)
+    monkeypatch.setattr(files, "sync", real)
+    assert run.load(tmp_path).step == 2
+    run.save(tmp_path, step=3)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_disk_that_ranks_do_not_share_is_told(tmp_path: Path) -> None:
     found = contents(run_of(Life(mapping=None).distiller, None, ()))
     with pytest.raises(OSError, match=r"what rank 1 wrote \(ranks/1.json\).*all ranks share"):
-        _write_document(tmp_path, found, [{}, {"ranks/1.json": 3}])
+        _write_document(tmp_path, found, [{}, {"ranks/1.json": 3}], [])
 
 
 def mounted(folder: Path, options: str) -> None:

@@ -4,7 +4,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fxdistill.errors import ResumeError
+from fxdistill.training.checkpoint.code import other_code
 from fxdistill.training.checkpoint.contents import FORMAT, MODEL
+from fxdistill.training.checkpoint.described import MODULES
+from fxdistill.training.checkpoint.targets import other_targets
+
+NAMED = ("model", "match", "term")  # what is described by name, and must have the same names
+ORDER = ": states are saved by these numbers. List the matches in the order that they had"
+LAZY = (
+    " (here its layer is lazy, and has no shape before it has run: call distiller(**batch) once, "
+    "under torch.no_grad(), before load_checkpoint)"
+)
 
 
 def require_format(document: Any, place: str) -> None:
@@ -37,25 +47,17 @@ def left_out(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     return missing
 
 
-def other_targets(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
-    """A warning for each frozen model that is another one than the run was saved with.
-
-    That is no error: a teacher is in no checkpoint, and its path may have changed without it.
-    """
-    theirs, ours = saved.get("targets", {}), here["targets"]
+def doubts(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """A warning for what is another than in the saved run, or may be, and is in no checkpoint."""
+    yield from other_targets(saved, here)
+    yield from other_code(saved.get("code"), here["code"])
+    theirs, ours = saved.get("kept_by_modules", {}), here["kept_by_modules"]
     for name in [name for name in theirs if name in ours and theirs[name] != ours[name]]:
-        a, b = (_target(each[name]) for each in (theirs, ours))
-        shapes = " of other shapes" if a == b else ""
         yield (
-            f"another {name} than the checkpoint was saved with: it had {a}, this run has "
-            f"{b}{shapes}. A frozen model is in no checkpoint, so the run goes on with this one, "
-            "and its losses are not those of the run that was saved."
+            f"{name!r} had {theirs[name]} when the checkpoint was saved, and has {ours[name]}: no "
+            "state dict holds these, so the run goes on with those of this run. What a module "
+            "counts is a buffer, or goes into its get_extra_state."
         )
-
-
-def _target(told: Mapping[str, Any]) -> str:
-    path = f" {told['path']!r}" if told["path"] else ""
-    return f"{told['class']}{path} ({told['parameters']:,} parameters)"
 
 
 def _only(saved: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
@@ -63,11 +65,17 @@ def _only(saved: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
 
 
 def _described(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
-    for what in here:
-        ours, theirs = here[what], saved.get(what, {})
-        yield from _keys(what, theirs, ours)
+    whole = all(saved[what].keys() == here[what].keys() for what in NAMED)
+    for what in [what for what in here if what in saved]:  # older ones tell less
+        ours, theirs = here[what], saved[what]
+        if what in NAMED:
+            yield from _keys(what, theirs, ours)
+        elif what == MODULES and not whole:
+            continue  # other matches have other numbers: they are listed
+        advice = ORDER if what == MODULES else ""
         for name in [name for name in theirs if name in ours and theirs[name] != ours[name]]:
-            yield f"{what} {name!r}: the checkpoint has {theirs[name]!r}, this run {ours[name]!r}"
+            said = f"the checkpoint has {theirs[name]!r}, this run {ours[name]!r}"
+            yield f"{what} {name!r}: {said}{advice}"
 
 
 def _keys(what: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
@@ -80,9 +88,9 @@ def _keys(what: str, saved: Mapping[str, Any], here: Mapping[str, Any]) -> Itera
 def _tensors(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
     """Names, shapes and dtypes of the distiller's own tensors, and which of them are tied."""
     theirs, ours = _own(saved["tensors"]), _own(here["tensors"])
-    tied, now = saved["tied"], here["tied"]
+    tied, now, lazy = saved["tied"], here["tied"], here["lazy"]
     for name in [name for name in theirs if name not in ours]:
-        also = f" (here it is {now[name]!r})" if name in now else ""
+        also = f" (here it is {now[name]!r})" if name in now else LAZY if name in lazy else ""
         yield f"{name!r} is in the checkpoint, and not in this run{also}"
     for name in [name for name in ours if name not in theirs]:
         also = f" (there it is {tied[name]!r})" if name in tied else ""

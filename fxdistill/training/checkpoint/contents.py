@@ -4,16 +4,18 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fxdistill
-from fxdistill.base.tensors import is_placed
+from fxdistill.base.tensors import is_lazy, is_placed
 from fxdistill.distiller.distiller import Distiller
 from fxdistill.distiller.saved import second_names
 from fxdistill.errors import OptionError
 from fxdistill.training.checkpoint import optimizer as optimizers
 from fxdistill.training.checkpoint import tree
-from fxdistill.training.checkpoint.described import described, targets
+from fxdistill.training.checkpoint.code import PYTHON, code_of_all
+from fxdistill.training.checkpoint.described import described, kept_by_modules
+from fxdistill.training.checkpoint.targets import targets
 
 FORMAT = 1
 MODEL = "model/"  # before the names of the distiller's own tensors
@@ -57,6 +59,7 @@ def run_of(distiller: Any, optimizer: Any, schedulers: Any) -> Run:
 def contents(run: Run) -> Contents:
     """What there is to save now. The tensors are those of the run, not copies."""
     tensors: dict[str, Tensor] = {}
+    objective = run.distiller.objective
 
     def keep(path: str, tensor: Tensor) -> str:
         tensors[path] = tensor
@@ -66,6 +69,8 @@ def contents(run: Run) -> Contents:
         "format": FORMAT,
         "made_by": {"fxdistill": fxdistill.__version__, "torch": str(torch.__version__)},
         "described": described(run.distiller),
+        "kept_by_modules": kept_by_modules(run.distiller),
+        "code": {"python": PYTHON, "of": code_of_all(run.distiller.matches, objective)},
         "targets": targets(run.distiller),
         **_model(run.distiller, tensors),
         "optimizer": None
@@ -88,10 +93,12 @@ def contents(run: Run) -> Contents:
 def _model(distiller: Distiller, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The distiller's own part of the document; its tensors go to ``tensors``."""
     state = distiller.state_dict()
-    others = {}
+    others: dict[str, Any] = {}
+    lazy: list[str] = []
     for name, value in state.items():
-        if isinstance(value, (nn.UninitializedParameter, nn.UninitializedBuffer)):
-            continue  # a lazy layer that has not run yet: there is nothing to save
+        if is_lazy(value):
+            lazy.append(name)  # its layer has not run yet: there is nothing to save
+            continue
         if isinstance(value, Tensor):
             tensors[MODEL + name] = value.detach()
         else:
@@ -100,6 +107,7 @@ def _model(distiller: Distiller, tensors: dict[str, Tensor]) -> dict[str, Any]:
     tied = {name: first for name, first in second_names(distiller).items() if first in state}
     return {
         "others": others,
+        "lazy": lazy,
         "tied": tied,
         "metadata": tree.encode(dict(metadata), tree.no_tensors, "versions of modules"),
     }

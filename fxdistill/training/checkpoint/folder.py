@@ -81,7 +81,9 @@ def publish(part: Path, folder: Path, step: int, keep: int) -> Path:
         sync(folder)
         write_whole(folder / POINTER, f"{target.name}\n", durable=True)
     except BaseException:
-        _remove(target)
+        # The pointer may have been replaced before: then it names this one, which is whole.
+        if not _may_name(folder, target):
+            _remove(target)
         raise
     there = _numbered(folder)
     for old in sorted(there)[:-keep]:
@@ -101,6 +103,16 @@ def _numbered(folder: Path) -> dict[int, Path]:
         return {}
     matches = {path: _NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()}
     return dict(sorted((int(match[1]), path) for path, match in matches.items() if match))
+
+
+def _may_name(folder: Path, target: Path) -> bool:
+    """Whether the pointer names ``target``, or cannot be read: then nothing is removed."""
+    try:
+        return (folder / POINTER).read_text("utf-8").strip() == target.name
+    except FileNotFoundError:
+        return False
+    except (OSError, UnicodeDecodeError):
+        return True
 
 
 def _pointed(folder: Path) -> int | None:

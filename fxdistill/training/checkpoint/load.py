@@ -1,10 +1,10 @@
 """``load_checkpoint``: go on from a checkpoint, after every difference was looked for."""
 
-import copy
+import contextlib
 import functools
 import json
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxdistill.base.folders import as_path
 from fxdistill.base.tensors import is_placed
 from fxdistill.base.warn import warn
 from fxdistill.errors import FxDistillError, ResumeError, raise_together
-from fxdistill.training.checkpoint import compare, tree
+from fxdistill.training.checkpoint import compare, sealed, tree, undoing
 from fxdistill.training.checkpoint import folder as folders
 from fxdistill.training.checkpoint import optimizer as optimizers
 from fxdistill.training.checkpoint import rng as random_states
@@ -44,11 +45,14 @@ def load_checkpoint(
     """Restore the run that ``save_checkpoint`` saved; its losses go on bit for bit.
 
     The distiller is made as it was, by ``fxdistill.wrap`` with the same models and matches, and so
-    are the optimizer and the schedulers. A frozen teacher is in no checkpoint: a warning says where
-    it is another one, by its class, its path, or the shapes of its parameters. Whether the run is
-    on a mesh, and on how many ranks, may differ from the run that was saved; on several ranks all
-    of them call this. A rank that the saved run
-    did not have keeps its random states, with a warning, and gets the first rank's data position.
+    are the optimizer and the schedulers. A frozen teacher, or base below adapters, is in no
+    checkpoint: a warning says where it is another one, by its class, its path, or the shapes and
+    some values of its parameters. Warnings also name functions of your own with other code, and
+    modules of your own beside the models that keep other numbers or words.
+
+    Whether the run is on a mesh, and on how many ranks, may differ from the run that was saved; on
+    several ranks all of them call this. A rank that the saved run did not have keeps its random
+    states, with a warning, and gets the first rank's data position.
 
     Args:
         folder: The folder given to ``save_checkpoint``, for its latest checkpoint; or one of the
@@ -63,22 +67,31 @@ def load_checkpoint(
         The step and the data position of the checkpoint.
 
     Raises:
-        ResumeError: There is no checkpoint, a file of it is damaged, or it is of another run. The
-            text lists every difference: in models, matches and terms, in the names, shapes and
-            dtypes of tensors, in optimizer and schedulers (an optimizer that was not saved is one).
-            Nothing is changed then.
+        ResumeError: There is no checkpoint, a file of it is damaged (by its checksum), or it is of
+            another run. The text lists every difference: in models, matches (in their order, where
+            they have projections or losses that are modules), terms and options, in the names,
+            shapes and dtypes of tensors, in optimizer and schedulers (an optimizer that was not
+            saved is one). Or a scheduler or a module refuses its state. Nothing is changed then.
         OptionError: An argument is none of these.
     """
-    run, here = run_of(distiller, optimizer, schedulers), party()
+    run, here, target = run_of(distiller, optimizer, schedulers), party(), as_path(folder)
     now = contents(run)
-    place, document = _together(here, lambda: _checked(Path(folder), now))
+    place, document = _together(here, lambda: _checked(target, now, here))
     for text in compare.left_out(document, now.document):
         warn(f"{place} has more than is restored: {text} was not asked for")
-    for text in compare.other_targets(document, now.document):
+    for text in compare.doubts(document, now.document) if here.first else ():
         warn(f"{place}: {text}")
     own = _together(here, lambda: _own(place, document, here))
     found = _read(place, document, own, run, now, here)
-    _together(here, lambda: _restore(document, run, found))
+    undo: list[Callable[[], None]] = []
+    try:
+        # The distiller comes last: no rank begins with it before all others are done with the rest.
+        for restore in (_restore_beside, _restore_distiller):
+            _together(here, functools.partial(restore, document, run, found, undo))
+    except BaseException:  # here, on another rank, or by Ctrl-C
+        for back in reversed(undo):
+            back()
+        raise
     if rng and own["random"] is not None:
         random_states.restore(own["random"])
     elif rng:
@@ -98,19 +111,12 @@ def _together(here: Party, act: Callable[[], Any]) -> Any:
     return result
 
 
-def _checked(folder: Path, now: Contents) -> tuple[Path, Any]:
+def _checked(folder: Path, now: Contents, here: Party) -> tuple[Path, Any]:
     """The checkpoint and its document, which is of this run; ResumeError lists what is not."""
     place = folders.found(folder)
     document = _json(place / folders.CONTENTS)
     compare.require_format(document, str(place))
-    for name, size in document["files"].items():
-        path = place / name
-        if not path.is_file() or path.stat().st_size != size:
-            is_there = f"has {path.stat().st_size}" if path.is_file() else "is missing"
-            raise ResumeError(
-                f"{place} is damaged: {name} had {size} bytes and {is_there}. Load another "
-                f"checkpoint of {place.parent} by its path."
-            )
+    sealed.require_whole(document, place, here)
     raise_together(compare.differences(document, now.document))
     return place, document
 
@@ -187,30 +193,38 @@ def _parameter_of(name: str, parameters: dict[str, Any]) -> Tensor | None:
     return found
 
 
-def _restore(document: Any, run: Run, tensors: dict[str, Tensor]) -> None:
-    """Put everything in its place. The distiller comes last: nothing in it can fail any more."""
-    undo: list[Callable[[], None]] = []
-    try:
+def _restore_beside(
+    document: Any, run: Run, tensors: dict[str, Tensor], undo: list[Callable[[], None]]
+) -> None:
+    """Restore the optimizer and the schedulers; ``undo`` gains what takes each of them back."""
+    with _in_place():
+        undo.append(undoing.of_settings(run.distiller))  # which a Schedule sets
         if run.optimizer is not None:
             saved = document["optimizer"]
             state = optimizers.decode(saved, run.optimizer, run.distiller, tensors)
-            undo.append(_undo(run.optimizer, run.optimizer.state_dict()))
+            undo.append(undoing.of_optimizer(run.optimizer))
             optimizers.load(run.optimizer, state)
-        for scheduler, saved in zip(run.schedulers, document["schedulers"], strict=False):
-            undo.append(_undo(scheduler, copy.deepcopy(scheduler.state_dict())))
-            scheduler.load_state_dict(tree.decode(saved["state"], tensors))
+        for scheduler, told in zip(run.schedulers, document["schedulers"], strict=False):
+            undo.append(undoing.of_scheduler(scheduler))
+            scheduler.load_state_dict(tree.decode(told["state"], tensors))
+
+
+def _restore_distiller(
+    document: Any, run: Run, tensors: dict[str, Tensor], undo: list[Callable[[], None]]
+) -> None:
+    """Restore the distiller; ``undo`` gains what takes it back."""
+    with _in_place():
+        undo.append(undoing.of_distiller(run.distiller))
         run.distiller.load_state_dict(_model_state(document, run, tensors))
+
+
+@contextlib.contextmanager
+def _in_place() -> Iterator[None]:
+    """Raise ResumeError for whatever goes wrong inside."""
+    try:
+        yield
     except Exception as error:
-        for back in reversed(undo):
-            back()
         raise ResumeError(f"the checkpoint could not be put in place: {error}") from error
-
-
-def _undo(part: Any, state: Any) -> Callable[[], None]:
-    def back() -> None:
-        part.load_state_dict(state)
-
-    return back
 
 
 def _model_state(document: Any, run: Run, tensors: dict[str, Tensor]) -> Any:

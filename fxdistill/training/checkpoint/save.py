@@ -1,7 +1,6 @@
 """``save_checkpoint``: write a run to disk, whole or not at all."""
 
 import functools
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +8,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from fxdistill import parallel
 from fxdistill.base.figures import size
+from fxdistill.base.folders import as_path
 from fxdistill.errors import FxDistillError, OptionError, SaveError
 from fxdistill.training.checkpoint import folder as folders
 from fxdistill.training.checkpoint import rng as random_states
+from fxdistill.training.checkpoint import sealed, tree
 from fxdistill.training.checkpoint import tensors as stored
-from fxdistill.training.checkpoint import tree
 from fxdistill.training.checkpoint.contents import Contents, contents, run_of
 from fxdistill.training.checkpoint.ranks import Party, party
 
@@ -64,10 +64,10 @@ def save_checkpoint(
     Raises:
         OptionError: An argument is none of these, or holds what is no data. Nothing is written.
         SaveError: The disk is full or read-only, say. It names the path and the bytes that are
-            needed; on several ranks all of them raise it. The checkpoint before is whole.
+            needed; on several ranks all of them raise it. What ``latest`` names is whole.
     """
     _check(step, keep)
-    here, target = party(), Path(folder)
+    here, target = party(), as_path(folder)
     found = contents(run_of(distiller, optimizer, schedulers))
     own = {
         "data": tree.encode(data, tree.no_tensors, "data"),
@@ -82,8 +82,10 @@ def save_checkpoint(
         part = at.by_first(functools.partial(_begin, target))
         _write_tensors(part, found, at)
         at.by_all(functools.partial(_write_own, part, found, own, here))
-        seen = here.everyone(_files(part))
-        at.by_first(functools.partial(_write_document, part, found, seen))
+        seen = here.everyone(_files(part))  # and all ranks have written
+        common = set(seen[0]).intersection(*seen)
+        sums = here.everyone(at.by_all(functools.partial(sealed.sums, part, common, here)))
+        at.by_first(functools.partial(_write_document, part, found, seen, sums))
         whole: Path = at.by_first(functools.partial(folders.publish, part, target, step, keep))
     except BaseException:
         if part is not None and here.first:
@@ -151,7 +153,7 @@ def _write_own(part: Path, found: Contents, own: dict[str, Any], here: Party) ->
     if own["buffers"]:
         differing = {name: found.tensors[name] for name in own["buffers"]}
         stored.write_file(differing, part / RANKS / f"{here.rank}.safetensors")
-    _write_json(own, part / RANKS / f"{here.rank}.json")
+    sealed.write_json(own, part / RANKS / f"{here.rank}.json")
 
 
 def _files(part: Path) -> dict[str, int]:
@@ -160,8 +162,10 @@ def _files(part: Path) -> dict[str, int]:
     return {path.relative_to(part).as_posix(): path.stat().st_size for path in files}
 
 
-def _write_document(part: Path, found: Contents, seen: list[dict[str, int]]) -> None:
-    """Write the document, which has the sizes of all ranks' files: all of them are there now."""
+def _write_document(
+    part: Path, found: Contents, seen: list[dict[str, int]], sums: list[dict[str, int]]
+) -> None:
+    """Write the document, which has sizes and checksums of all ranks' files: they are there now."""
     sizes = _files(part)
     for rank, files in enumerate(seen):
         if apart := files.keys() - sizes.keys():
@@ -169,11 +173,9 @@ def _write_document(part: Path, found: Contents, seen: list[dict[str, int]]) -> 
                 f"rank 0 does not see what rank {rank} wrote ({min(apart)}): the folder must lie "
                 "on a disk that all ranks share"
             )
-    _write_json({**found.document, "files": sizes}, part / folders.CONTENTS)
-
-
-def _write_json(value: Any, path: Path) -> None:
-    path.write_text(json.dumps(value, allow_nan=False), "utf-8")
+    merged = {name: value for own in sums for name, value in own.items()}
+    document = {**found.document, "files": sizes, "crc32": merged}
+    sealed.write_json(sealed.sealed(document), part / folders.CONTENTS)
 
 
 def _failed(target: Path, needed: int, cause: OSError) -> SaveError:
@@ -186,7 +188,7 @@ def _failed(target: Path, needed: int, cause: OSError) -> SaveError:
     except OSError:
         free = "how much is free there cannot be told"
     try:
-        before = f"The checkpoint before, {folders.found(target).name}, is whole"
+        before = f"The latest checkpoint there, {folders.found(target).name}, is whole"
     except FxDistillError:
         before = "There is no checkpoint before it"
     return SaveError(

@@ -1,15 +1,23 @@
 """``transformers.Trainer`` around a distiller: what is logged, saved, chosen, resumed, refused."""
 
 import functools
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM, TrainerCallback
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaForCausalLM,
+    TrainerCallback,
+    default_data_collator,
+)
 
 import fxdistill
 from fxdistill.errors import BatchError, OptionError
@@ -208,6 +216,35 @@ def test_a_student_that_a_kill_has_left_out_is_written_by_the_run_that_goes_on(t
                 assert torch.equal(value, saved[f"student.{name}"]), (step, name)
 
 
+class Processor:
+    """A tokenizer, to Trainer."""
+
+    def save_pretrained(self, folder):
+        (Path(folder) / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize("lost", ["student1", "tokenizer.json"])
+def test_a_part_of_the_students_that_a_kill_has_left_out_is_written_too(tmp_path, lost):
+    """As by versions that wrote one student after the other, and then the tokenizer."""
+
+    def run(steps, **resume):
+        students = fxdistill.mutual([llama(1), llama(1)], compile=False)
+        given = {"processing_class": Processor(), "data_collator": default_data_collator}
+        given = {"callbacks": [SaveStudent()], "of_trainer": given}
+        steps = {"max_steps": steps, "save_strategy": "steps", "save_steps": 1}
+        trainer(students, tmp_path, **given, **steps).train(**resume)
+
+    run(1)
+    folder = tmp_path / "checkpoint-1" / "student"
+    names = ["student0", "student1", "tokenizer.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    gone = folder / lost
+    shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    run(2, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert sorted(path.name for path in folder.iterdir()) == names
+    LlamaForCausalLM.from_pretrained(folder / "student1")
+
+
 def test_projections_are_in_the_checkpoint_and_a_resumed_run_goes_on_exactly(tmp_path):
     """AdamW, a warm-up, dropout: the rest of the run is the same, bit for bit."""
 
@@ -288,6 +325,7 @@ def test_callbacks_want_a_distiller(tmp_path):
 def test_the_public_face_imports_nothing_before_it_is_asked():
     program = """
 import sys
+from pathlib import Path
 import fxdistill.trainers
 assert not {"torch", "transformers", "trl"} & sys.modules.keys()
 assert dir(fxdistill.trainers) and fxdistill.trainers is sys.modules["fxdistill.trainers"]
