@@ -197,6 +197,16 @@ def pools_tokens(layout: Layout) -> bool:
     return pooling_step(layout) is not None
 
 
+def keeps_samples(layout: Layout) -> bool:
+    """Whether the first axis, the samples, is the first one behind the layout too."""
+    for pattern, reduction in layout:
+        step = parse(pattern, reduction)
+        right = _groups(step.right, pattern)
+        if not step.left or not right or step.left[0] == (("...",),) or step.left[0] != right[0]:
+            return False
+    return True
+
+
 def keeps_tokens(layout: Layout, axis: int = 1) -> bool:
     """Whether the layout returns tokens in their order: ``[B, L, ...]`` or ``[B·L, ...]``.
 

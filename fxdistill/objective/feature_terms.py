@@ -18,7 +18,13 @@ from fxdistill.objective.between_samples import compared_on_ranks, sampled
 from fxdistill.objective.denominators import denominator, of_features, over_all, rescaled
 from fxdistill.objective.named_weights import named_of, require_named, times_named
 from fxdistill.objective.term import PAIRS, Term
-from fxdistill.objective.tokens import Batch, chosen_weights, feature_weights, lies_over
+from fxdistill.objective.tokens import (
+    Batch,
+    chosen_weights,
+    feature_weights,
+    is_weighed,
+    lies_over,
+)
 from fxdistill.objective.values import ordinary, projected, require_comparable
 
 Lookup = Callable[[Tower, Tap], Any]  # to a tensor, or to Attention for the port of that name
@@ -93,7 +99,7 @@ def compared(term: Term, lookup: Lookup, step: Step) -> Compared:
     """Both values of a match, laid out and projected, and the weights of their tokens."""
     s, t = (lookup(tower, tap) for tower, tap in term.taps)
     t = t.detach() if term.constant else t
-    s, t = _laid_out(term, s, t, step.batch, step.task)
+    s, t, counts = _laid_out(term, s, t, step.batch, step.task)
     if term.projection is not None:
         s = projected(step.beside.projections[term.projection], s, step.ranks)
     if (is_placed(s) or is_placed(t)) and not term.kind.named:
@@ -103,6 +109,7 @@ def compared(term: Term, lookup: Lookup, step: Step) -> Compared:
         weights = _weights(term, s[:, :, 0], step.batch, step.task)
     else:
         weights = _weights(term, s, step.batch, step.task)
+    weights = _times_counts(weights, counts, s)
     if any(term.channels_last) and (weights is None or weights.ndim == 1):
         s, t = (
             _channels_first(x, last) for x, last in zip((s, t), term.channels_last, strict=True)
@@ -150,9 +157,12 @@ def _by_sample(
 def _between_samples(term: Term, values: Compared, step: Step) -> Tensor:
     """The loss of a match whose samples are compared with each other, on however many ranks."""
     batch, task, of_samples = step.batch, step.task, None
-    if task == "classification":  # only padding is left out of the mean over a sample
+    if task == "classification" or _by_sample_alone(term, batch):
+        # Only padding is left out of the mean over a sample.
         of_samples = chosen_weights(batch)
         batch = batch._replace(loss_mask=None, token_weights=None, labels=None)
+    if any(term.pools_tokens) and values.weights is not None:
+        of_samples = values.weights  # with samples that are all padding
     of_student = _weights(term, values.student, batch, task)
     of_teacher = _weights(term, values.teacher, batch.of(term.of[1]), task)
     if (named := named_of(term, values.student, step.batch)) is not None:
@@ -197,21 +207,47 @@ def _weights(term: Term, value: Tensor, batch: Batch, task: Task | None) -> Tens
     return None
 
 
+def _by_sample_alone(term: Term, batch: Batch) -> bool:
+    """Whether a mask is ``[B]`` because its value has no tokens that it could be of."""
+    of_tokens = term.has_tokens and not (batch.tokens is None and batch.decoder_tokens is None)
+    chosen = chosen_weights(batch)
+    return not of_tokens and chosen is not None and chosen.ndim == 1
+
+
+def _times_counts(weights: Tensor | None, counts: Tensor | None, value: Tensor) -> Tensor | None:
+    """The weights of a value, times whether each of its samples has tokens that count."""
+    if counts is None or value.shape[0] != counts.shape[0]:
+        return weights
+    if weights is None:
+        return counts
+    return weights * counts.reshape(-1, *(1,) * (weights.ndim - 1))
+
+
 def _laid_out(
     term: Term, s: Tensor, t: Tensor, batch: Batch, task: Task | None
-) -> tuple[Tensor, Tensor]:
-    """Apply the layouts of a match to both values; pooling weighs each model's tokens."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Apply the layouts of a match to both values; pooling weighs each model's tokens.
+
+    The third is ``[B]``: 0 for samples whose tokens all weigh nothing in a pooling, 1 for others.
+    """
     ours, theirs = term.layouts
     if not ours and not theirs:
-        return s, t
+        return s, t, None
     if task == "classification":
         # Pooling leaves padding out; the loss applies the weight of the sample.
         batch = batch._replace(loss_mask=None, token_weights=None, labels=None)
     weights: list[Tensor | None] = []
-    for tower, value, pools in zip(term.of, (s, t), term.pools_tokens, strict=True):
+    counts: Tensor | None = None
+    ends = zip(term.of, (s, t), term.pools_tokens, term.keeps_samples, strict=True)
+    for tower, value, pools, keeps in ends:
         w = None
         if pools:
             seen = batch.of(tower)
             w = feature_weights(seen, task, term.stream, value, said=term.said_tokens)
-        weights.append(w if w is not None and w.ndim == 2 else None)
-    return arrange(s, ours, t, theirs, weights[0]), arrange(t, theirs, s, ours, weights[1])
+            w = w if w is not None and w.ndim == 2 else None
+            if w is not None and keeps and is_weighed(seen, term.stream):
+                some = (w != 0).any(1).to(w.dtype)
+                counts = some if counts is None else counts * some
+        weights.append(w)
+    s, t = arrange(s, ours, t, theirs, weights[0]), arrange(t, theirs, s, ours, weights[1])
+    return s, t, counts

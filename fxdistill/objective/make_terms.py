@@ -28,7 +28,7 @@ from fxdistill.losses.names import (
 from fxdistill.losses.samples import width_of_samples
 from fxdistill.mapping import projections
 from fxdistill.mapping.attends import is_named_attention
-from fxdistill.mapping.layout import Layout, keeps_tokens, layouts, pools_tokens
+from fxdistill.mapping.layout import Layout, keeps_samples, keeps_tokens, layouts, pools_tokens
 from fxdistill.mapping.match import Match
 from fxdistill.mapping.matches import Matches
 from fxdistill.mapping.projections import Width, structural_widths
@@ -93,6 +93,7 @@ def make_terms(
                     constant=tower is None,
                     keeps_tokens=keeps_tokens(both[0], _token_axis(student, tap)),
                     pools_tokens=_pools(_has_tokens(match, tap), both),
+                    keeps_samples=(keeps_samples(both[0]), keeps_samples(both[1])),
                     has_tokens=_has_tokens(match, tap),
                     said_tokens=match.tokens not in ("auto", None),
                     channels_last=(

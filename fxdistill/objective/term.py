@@ -35,6 +35,7 @@ class Term:
     # What the layouts do to tokens, stored so that tracing the step parses no pattern.
     keeps_tokens: bool = True
     pools_tokens: tuple[bool, bool] = (False, False)
+    keeps_samples: tuple[bool, bool] = (True, True)  # as the first axis
     of: tuple[Tower, Tower] = ("student", "teacher")
     constant: bool = False  # the second value is a target, though its model learns
     has_tokens: bool = True  # unless the match says that it has none

@@ -96,6 +96,12 @@ def attended(batch: Batch) -> Tensor | None:
     return mask.float() if mask is not None and mask.ndim == 2 else None
 
 
+def is_weighed(batch: Batch, stream: Stream) -> bool:
+    """Whether the call says that tokens of a stream weigh less than others, or nothing."""
+    mask = decoder_attended(batch) if stream == "decoder" else attended(batch)
+    return mask is not None or (stream != "encoder" and chosen_weights(batch) is not None)
+
+
 def decoder_attended(batch: Batch) -> Tensor | None:
     """The decoder's tokens that count, as weights ``[B, L]``; ``None`` where all of them do.
 
@@ -213,7 +219,8 @@ def feature_weights(
     A feature has tokens if it is ``[B, L, D]``, or flattened ``[B·L, D]``. One of more axes (a map
     ``[B, C, H, W]``, heads) has none, however its sizes agree with the tokens': unless that was
     ``said`` by ``Match(tokens=...)``; then a feature without their axes is an error. In
-    classification, loss_mask × token_weights is per sample, and scales all positions of the sample.
+    classification, and ``[B]`` where there are no tokens, loss_mask × token_weights is per sample,
+    and scales all positions of the sample.
     """
     tokens = batch.decoder_tokens if stream == "decoder" else batch.tokens
     chosen = None if stream == "encoder" else chosen_weights(batch)
@@ -222,8 +229,10 @@ def feature_weights(
         require_axes_of_tokens(feature, tokens)
     if task == "classification":
         return _sample_feature_weights(chosen, mask, tokens, feature, said)
-    if tokens is None:
-        return None
+    if tokens is None:  # then a mask can only be that of samples
+        require_samples(chosen, feature)
+        of_samples = chosen if chosen is not None and chosen.ndim == 1 else None
+        return _sample_feature_weights(of_samples, None, None, feature, said)
     if _on_its_own_grid(chosen, tokens, feature):
         return chosen
     if not lies_over(feature, tokens, said):
@@ -258,6 +267,18 @@ def lies_over(feature: Tensor, tokens: Tensor, said: bool) -> bool:
     if (axes == 3 or (said and axes > 3)) and tuple(feature.shape[:2]) == size:
         return True
     return (axes == 2 or (said and axes > 2)) and feature.shape[0] == size[0] * size[1]
+
+
+@check
+def require_samples(weights: Tensor | None, feature: Tensor) -> None:
+    """Raise BatchError where weights ``[B]`` are of other samples than a feature's."""
+    if weights is None or weights.ndim != 1 or feature.shape[0] % max(1, weights.shape[0]) == 0:
+        return
+    raise BatchError(
+        f"loss_mask and token_weights make weights of shape {shown(weights.shape)}, and a value "
+        f"that they weigh is {shown(feature.shape)}: they are per sample, [B], where a call has "
+        "no tokens"
+    )
 
 
 @check
