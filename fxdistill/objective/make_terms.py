@@ -106,7 +106,7 @@ def make_terms(
                     in_pairs=in_pairs,
                 )
             )
-    gather(problems, _check_queues, terms)
+    gather(problems, check_queues, terms)
     raise_together(problems)
     return tuple(terms)
 
@@ -118,7 +118,7 @@ def _is_map(match: Match, student: nn.Module, tap: Tap) -> bool:
     return second and as_they_are and is_named_attention(student.get_submodule(tap.path))
 
 
-def _check_queues(terms: Sequence[Term]) -> None:
+def check_queues(terms: Sequence[Term]) -> None:
     """Raise OptionError where two matches share a queue: it holds samples of one value."""
     seen: dict[int, str] = {}
     for term in terms:

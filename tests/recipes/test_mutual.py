@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxdistill
-from fxdistill import Importance, Match, errors
+from fxdistill import Importance, Match, errors, losses
 from toys import AOT, MODES, assert_same_gradients, gradients, tokens, toys, values
 
 TAU, MLP = 2.0, "blocks.0.mlp"
@@ -194,3 +194,14 @@ def test_every_two_vocabularies_must_fit():
 def test_bad_input(students, options, says):
     with pytest.raises(errors.FxDistillError, match=says):
         fxdistill.mutual(students, **options)
+
+
+@pytest.mark.parametrize("by", ["match", "default"])
+def test_one_queue_holds_samples_of_one_student(by):
+    """One object for all ordered pairs would mix what several students give."""
+    models, one = toys(1, 1), losses.CRD(size=4, width=4)
+    mapping = {MLP: Match(teacher=MLP, loss=one if by == "match" else None)}
+    options = {} if by == "match" else {"feature_loss": one}
+    with pytest.raises(errors.OptionError, match="share one CRD.*functools.partial") as said:
+        fxdistill.mutual(models, mapping, task="causal_lm", compile=False, **options)
+    assert f"'0<-1/{MLP}' and '1<-0/{MLP}'" in str(said.value)
