@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from fxdistill.distiller import dry, resized
+from fxdistill.distiller import channels, dry, resized
 from fxdistill.distiller.modes import Request, Steps
 from fxdistill.distiller.resized import Resize, Size
 from fxdistill.distiller.towers import Towers
@@ -43,12 +43,12 @@ class Seen(NamedTuple):
 
 
 def asks(objective: Objective, call: Call, towers: Towers, steps: Steps) -> bool:
-    """Whether a term leaves open what indexes its values, and sizes cannot tell.
+    """Whether a term or a head leaves open what indexes its values, and sizes cannot tell.
 
     Sizes tell where only a text is read, or only sound, and its length is none that a model has
     fixed.
     """
-    if _asks_for_channels(objective, call):
+    if _asks_for_channels(objective, call) or channels.asks(objective):
         return True
     batch = call.batch
     is_open = any(term.has_tokens and not term.said_tokens for term in objective.features)

@@ -149,7 +149,7 @@ def head_terms(
     value = step.lookup(head.student, head.tap)
     if head.has_module:
         module, rules = step.beside.heads[head.name], step.rules
-        value = made_logits(module, value, step.batch, rules.task, rules.ranks)
+        value = made_logits(head, module, value, step.batch, rules.task, rules.ranks)
     require_head(value, head.name, own, head.has_module)
     items = (step.batch.head_items or {}).get(head.name)
     made, found = predictions(value, step, head.shift, items), []

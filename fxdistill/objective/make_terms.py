@@ -34,7 +34,7 @@ from fxdistill.mapping.matches import Matches
 from fxdistill.mapping.projections import Width, structural_widths
 from fxdistill.mapping.resolve import tap_of
 from fxdistill.mapping.teachers import Teachers
-from fxdistill.models.adapters import plain
+from fxdistill.models.axes import channel_axis
 from fxdistill.models.conventions import Stream, Task, stream_of
 from fxdistill.models.tap import ATTENTION, Tap, Tower
 from fxdistill.objective.arrange import arranged_shape
@@ -239,12 +239,7 @@ def _has_tokens(match: Match, tap: Tap) -> bool:
 
 def _is_last(model: nn.Module, tap: Tap) -> bool:
     """Whether a value's last axis is its width: a layer that acts on that axis returns it."""
-    if tap.port != "output" or tap.reads is not None:
-        return False
-    module = plain(model.get_submodule(tap.path))
-    if type(module) is nn.LayerNorm:
-        return len(module.normalized_shape) == 1
-    return type(module) in (nn.Linear, nn.RMSNorm)
+    return channel_axis(model, tap) == -1
 
 
 def _pools(has_tokens: bool, both: tuple[Layout, Layout]) -> tuple[bool, bool]:

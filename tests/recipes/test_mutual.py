@@ -202,6 +202,6 @@ def test_one_queue_holds_samples_of_one_student(by):
     models, one = toys(1, 1), losses.CRD(size=4, width=4)
     mapping = {MLP: Match(teacher=MLP, loss=one if by == "match" else None)}
     options = {} if by == "match" else {"feature_loss": one}
-    with pytest.raises(errors.OptionError, match="share one CRD.*functools.partial") as said:
+    with pytest.raises(errors.OptionError, match=r"share one CRD.*functools\.partial") as said:
         fxdistill.mutual(models, mapping, task="causal_lm", compile=False, **options)
     assert f"'0<-1/{MLP}' and '1<-0/{MLP}'" in str(said.value)
