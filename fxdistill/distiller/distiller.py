@@ -11,7 +11,7 @@ from fxdistill import parallel
 from fxdistill.base.warn import warn
 from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.journal import Journal
-from fxdistill.distiller import after, channels, whose
+from fxdistill.distiller import after, whose
 from fxdistill.distiller.agreement import Agreement, agreement, evaluating
 from fxdistill.distiller.guard import (
     check_call,
@@ -234,8 +234,7 @@ class Distiller(StudentFace, Saved, Looking):
         """
         request = self._request(call)
         if not whose.is_fake(request):
-            features, why = whose.told(request, self._steps)
-            heads = channels.told(request, self._steps)
+            features, heads, why = whose.told(request, self._steps)
             self.objective = dataclasses.replace(self.objective, features=features, heads=heads)
             self._steps.told = not why
             kept = [note for note in self._notes if note != self._untold]

@@ -26,7 +26,7 @@ from fxdistill.models.tap import Tap, Tower
 from fxdistill.objective.arrange import arranged_shape
 from fxdistill.objective.call import Call, Inputs, grid_of
 from fxdistill.objective.objective import Objective
-from fxdistill.objective.term import Term
+from fxdistill.objective.term import HeadTerm, Term
 from fxdistill.objective.tokens import Batch
 
 End = tuple[Tower, Tap]
@@ -86,8 +86,10 @@ def _asks_for_channels(objective: Objective, call: Call) -> bool:
     return reads and any(resized.images(inputs) for inputs in call.inputs.values())
 
 
-def told(request: Request, steps: Steps) -> tuple[tuple[Term, ...], str]:
-    """The terms, with what their values are indexed by; and why that could not be told, or ``""``.
+def told(request: Request, steps: Steps) -> tuple[tuple[Term, ...], tuple[HeadTerm, ...], str]:
+    """The terms and the heads, with what their values are indexed by.
+
+    Beside them, why that could not be told of terms, or ``""``.
 
     A model that cannot run on fake tensors (because data decides its sizes) leaves the terms as
     they are: their values have tokens where their sizes agree.
@@ -99,7 +101,7 @@ def told(request: Request, steps: Steps) -> tuple[tuple[Term, ...], str]:
     if _asks_for_channels(request.objective, request.call):
         terms, untold = _with_channels(terms, request, steps)
         why = " ".join(filter(None, (why, untold)))
-    return terms, why
+    return terms, channels.told(request, steps), why
 
 
 def is_fake(request: Request) -> bool:

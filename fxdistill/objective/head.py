@@ -50,7 +50,8 @@ class Head:
             model's own output.
         module: What makes logits of that value: a module, or ``"auto"``, the mean over places or
             tokens where the student's logits have none, and a linear layer to as many classes. Of a
-            map the channels may be on axis 1 or last: the student is asked which. It lives in ``distiller.heads``, is trained and saved there, and is no part of the student.
+            map the channels may be on axis 1 or last: the student is asked which. It lives in
+            ``distiller.heads``, is trained and saved there, and is no part of the student.
         teacher: What the logit loss compares with: ``"logits"``, the teacher's logits; ``"self"``,
             the student's own logits, without gradient; or a path of the teacher with a port (of
             several teachers, of the first).

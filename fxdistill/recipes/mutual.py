@@ -137,7 +137,7 @@ def mutual(
         returns=towers[0] if options.outputs else None,
     )
     if objective.logits and objective.own_losses:
-        check_vocabularies(itertools.combinations(models.values(), 2), vocab_size)
+        check_vocabularies(itertools.combinations(models.items(), 2), vocab_size)
     weights = (logit_weight, feature_weight, label_weight, temperature)
     settings = settings_of(objective, None, weights)
     warn_of_zero_weights(objective.features)

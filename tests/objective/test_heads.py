@@ -336,8 +336,17 @@ def test_bad_input(heads, options, says):
     [
         (Head("blocks.0:output[3]"), "no tensor at port"),
         (Head(":nothing"), "no tensor at port"),
-        (Head("blocks.0", logit_weight=1.0), "vocabulary has 8 entries"),
-        (Head("embed", module=nn.Flatten(0, 1), label_weight=1.0), "pools and adds"),
+        (Head("blocks.0", logit_weight=1.0), rf"'a' gives \[.*, 8\].*, {VOCABULARY}\].*module"),
+        (Head("blocks.0"), rf"'a' gives \[.*, 8\].*, {VOCABULARY}\].*module"),
+        (Head("embed", module=nn.Linear(8, 9)), "its module has to make logits"),
+        (
+            Head(":logits", teacher="blocks.0", logit_weight=1.0),
+            r"head a's vocabulary has .* entries and the teacher's 8",
+        ),
+        (
+            Head("embed", module=nn.Flatten(0, 1), label_weight=1.0),
+            r"\[21, 8\].*has to make logits",
+        ),
     ],
 )
 def test_values_that_are_no_logits(compile, head, says):

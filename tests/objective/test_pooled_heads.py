@@ -135,3 +135,25 @@ def test_a_value_of_another_width_is_said():
     student.blocks = nn.ModuleList([nn.Conv2d(5, SIZE, 1)])
     with pytest.raises(errors.ShapeError, match=r"width 6, and this one is \[4, 5, 6, 6\]"):
         distiller(x, labels=torch.tensor([0, 1, 2, 0]))
+
+
+class Behind(nn.Module):
+    """A model whose last layer by definition is no classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.fc, self.other = nn.Linear(5, 5), nn.Linear(5, 3), nn.Linear(3, 7)
+
+    def forward(self, features):
+        return self.fc(self.first(features))
+
+
+def test_classes_are_those_of_the_logits():
+    """Without a run, the layer that is defined last is a guess, and the error says what to do."""
+    x, y = torch.randn(4, 5), torch.tensor([0, 1, 2, 0])
+    options = {"heads": {"exit": Head("first", module="auto")}, "task": "classification"}
+    distiller = fxdistill.wrap(Behind(), None, compile=False, **options)
+    with pytest.raises(errors.ShapeError, match=r"'exit' gives \[4, 7\].*example_inputs="):
+        distiller(x, labels=y)
+    distiller = fxdistill.wrap(Behind(), None, compile=False, example_inputs=(x,), **options)
+    assert "exit:labels" in distiller(x, labels=y).losses

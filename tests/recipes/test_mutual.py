@@ -173,7 +173,9 @@ def test_every_two_vocabularies_must_fit():
     models = [nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, size)) for size in (100, 104, 96)]
     for model in models:
         model.get_output_embeddings = functools.partial(lambda m: m[1], model)
-    with pytest.raises(errors.VocabularyError, match=r"104 entries and the teacher's 96"):
+    with pytest.raises(
+        errors.VocabularyError, match=r"student1's vocabulary has 104 entries and student2's 96"
+    ):
         fxdistill.mutual(models, task="causal_lm")
 
 
