@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxdistill import parallel
 from fxdistill.base.ranks import Ranks
 from fxdistill.base.tensors import is_placed
-from fxdistill.distiller import channels, dry, whose
+from fxdistill.distiller import channels, dry
 from fxdistill.distiller.distiller import Distiller
 from fxdistill.distiller.guard import check_call
 from fxdistill.distiller.modes import Request, Steps
@@ -152,7 +152,7 @@ def _with_channels(parts: Parts, examples: Inputs | None) -> Parts:
     if examples is None or not channels.asks(parts.objective):
         return parts
     request = _request(parts, examples)
-    if whose.is_fake(request):
+    if dry.is_fake(request):
         return parts
     heads = channels.told(request, Steps())
     return parts._replace(objective=replace(parts.objective, heads=heads))

@@ -7,16 +7,21 @@ stays, while the places follow.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fxdistill.distiller import dry, resized
 from fxdistill.distiller.modes import Request, Steps
+from fxdistill.distiller.towers import Model, Towers
+from fxdistill.mapping.projections import Width, structural_widths
 from fxdistill.models.axes import ChannelAxis
 from fxdistill.models.tap import Tap
-from fxdistill.objective.call import Inputs
+from fxdistill.objective.beside import Beside
+from fxdistill.objective.call import Inputs, sort_call
 from fxdistill.objective.objective import Objective
 from fxdistill.objective.term import HeadTerm
 from fxdistill.objective.tokens import Batch
@@ -36,7 +41,36 @@ def told(request: Request, steps: Steps) -> tuple[HeadTerm, ...]:
     heads = request.objective.heads
     if not asks(request.objective):
         return heads
-    alone = tuple(replace(h, logits=None, labels=None) for h in heads if _is_open(h))
+    seen = _seen(request, steps)
+    return tuple(
+        replace(h, channels=seen[h.tap].channels) if _is_open(h) and h.tap in seen else h
+        for h in heads
+    )
+
+
+class Axes(NamedTuple):
+    """How many axes a value has, and which has its channels, if that is known."""
+
+    number: int
+    channels: ChannelAxis | None
+
+
+def axes_of(student: nn.Module, paths: Iterable[str], examples: Inputs) -> dict[str, Axes]:
+    """The axes of what modules of a student return in a call like the examples, as far as known."""
+    heads = tuple(HeadTerm(path, Tap(path), pools=True) for path in paths)
+    towers = Towers({"student": Model(student)}, Beside.nothing(), "student")
+    call = sort_call(towers.modules, towers.main, None, *examples)
+    objective = Objective(features=(), heads=heads)
+    request = Request(towers, objective, call, torch.zeros(()))
+    if dry.is_fake(request):
+        return {}
+    return {tap.path: axes for tap, axes in _seen(request, Steps()).items()}
+
+
+def _seen(request: Request, steps: Steps) -> dict[Tap, Axes]:
+    """The axes of the values of open heads."""
+    open_heads = [h for h in request.objective.heads if _is_open(h)]
+    alone = tuple(replace(h, logits=None, labels=None) for h in open_heads)
     request = replace(request, objective=replace(request.objective, features=(), heads=alone))
     call, student = request.call, alone[0].student
     given, batch = call.inputs[student], call.batch.of(student)
@@ -47,12 +81,17 @@ def told(request: Request, steps: Steps) -> tuple[HeadTerm, ...]:
     ]
     # What a whole run tells is surer than what one tells that an error has stopped.
     runs.sort(key=lambda run: run[1] is not None)
-    return tuple(
-        replace(h, channels=_axis(h.tap, before, [values for values, _ in runs], batch))
-        if _is_open(h)
-        else h
-        for h in heads
-    )
+    values = [values for values, _ in runs]
+    width = structural_widths(request.towers.modules[student])
+    return {
+        h.tap: Axes(
+            before[h.tap].ndim,
+            _axis(h.tap, before, values, batch)
+            or _by_width(before[h.tap], width(h.tap, ()) if h.tap.path else None),
+        )
+        for h in alone
+        if h.tap in before
+    }
 
 
 def _is_open(head: HeadTerm) -> bool:
@@ -94,6 +133,14 @@ def _axis(
             return axis
     tokens = resized.size_of(batch.tokens)
     return -1 if value.ndim == 3 and tokens == tuple(value.shape[:2]) else None
+
+
+def _by_width(value: Tensor, known: Width | None) -> ChannelAxis | None:
+    """The one axis, of 1 and -1, that is as wide as the structure says."""
+    if known is None or value.ndim < 3:
+        return None
+    first, last = (value.shape[axis] == known.size for axis in (1, -1))
+    return None if first == last else 1 if first else -1
 
 
 def _stays(value: Tensor, other: Tensor) -> ChannelAxis | None:

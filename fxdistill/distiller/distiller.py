@@ -11,7 +11,7 @@ from fxdistill import parallel
 from fxdistill.base.warn import warn
 from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.journal import Journal
-from fxdistill.distiller import after, whose
+from fxdistill.distiller import after, dry, whose
 from fxdistill.distiller.agreement import Agreement, agreement, evaluating
 from fxdistill.distiller.guard import (
     check_call,
@@ -233,7 +233,7 @@ class Distiller(StudentFace, Saved, Looking):
         What could not be told is settled by the first step that runs: a call may be wrong itself.
         """
         request = self._request(call)
-        if not whose.is_fake(request):
+        if not dry.is_fake(request):
             features, heads, why = whose.told(request, self._steps)
             self.objective = dataclasses.replace(self.objective, features=features, heads=heads)
             self._steps.told = not why

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fxdistill.base.tensors import is_placed
 from fxdistill.compiler import capture
@@ -59,6 +59,14 @@ def fake_values(request: Request, steps: Steps) -> Mapping[tuple[Tower, Tap], Te
     if error is not None:
         raise error
     return values
+
+
+def is_fake(request: Request) -> bool:
+    """Whether there are no real models to run, as in a report of models without weights."""
+    held = [p for model in request.towers.modules.values() for p in model.parameters()]
+    inputs = tree_leaves([tuple(given) for given in request.call.inputs.values()])
+    tensors = [x for x in (*held, *inputs) if isinstance(x, Tensor)]
+    return any(isinstance(x, FakeTensor) or x.is_meta for x in tensors)
 
 
 def values_until_error(

@@ -13,8 +13,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves
 
 from fxdistill.distiller import channels, dry, resized
 from fxdistill.distiller.modes import Request, Steps
@@ -102,14 +100,6 @@ def told(request: Request, steps: Steps) -> tuple[tuple[Term, ...], tuple[HeadTe
         terms, untold = _with_channels(terms, request, steps)
         why = " ".join(filter(None, (why, untold)))
     return terms, channels.told(request, steps), why
-
-
-def is_fake(request: Request) -> bool:
-    """Whether there are no real models to run, as in a report of models without weights."""
-    held = [p for model in request.towers.modules.values() for p in model.parameters()]
-    inputs = tree_leaves([tuple(given) for given in request.call.inputs.values()])
-    tensors = [x for x in (*held, *inputs) if isinstance(x, Tensor)]
-    return any(isinstance(x, FakeTensor) or x.is_meta for x in tensors)
 
 
 # ---- tokens
