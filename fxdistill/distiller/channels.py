@@ -7,21 +7,18 @@ stays, while the places follow.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxdistill.distiller import dry, resized
 from fxdistill.distiller.modes import Request, Steps
-from fxdistill.distiller.towers import Model, Towers
 from fxdistill.mapping.projections import Width, structural_widths
 from fxdistill.models.axes import ChannelAxis
 from fxdistill.models.tap import Tap
-from fxdistill.objective.beside import Beside
-from fxdistill.objective.call import Inputs, sort_call
+from fxdistill.objective.call import Inputs
 from fxdistill.objective.objective import Objective
 from fxdistill.objective.term import HeadTerm
 from fxdistill.objective.tokens import Batch
@@ -41,9 +38,9 @@ def told(request: Request, steps: Steps) -> tuple[HeadTerm, ...]:
     heads = request.objective.heads
     if not asks(request.objective):
         return heads
-    seen = _seen(request, steps)
+    found = seen(request, steps)
     return tuple(
-        replace(h, channels=seen[h.tap].channels) if _is_open(h) and h.tap in seen else h
+        replace(h, channels=found[h.tap].channels) if _is_open(h) and h.tap in found else h
         for h in heads
     )
 
@@ -55,19 +52,7 @@ class Axes(NamedTuple):
     channels: ChannelAxis | None
 
 
-def axes_of(student: nn.Module, paths: Iterable[str], examples: Inputs) -> dict[str, Axes]:
-    """The axes of what modules of a student return in a call like the examples, as far as known."""
-    heads = tuple(HeadTerm(path, Tap(path), pools=True) for path in paths)
-    towers = Towers({"student": Model(student)}, Beside.nothing(), "student")
-    call = sort_call(towers.modules, towers.main, None, *examples)
-    objective = Objective(features=(), heads=heads)
-    request = Request(towers, objective, call, torch.zeros(()))
-    if dry.is_fake(request):
-        return {}
-    return {tap.path: axes for tap, axes in _seen(request, Steps()).items()}
-
-
-def _seen(request: Request, steps: Steps) -> dict[Tap, Axes]:
+def seen(request: Request, steps: Steps) -> dict[Tap, Axes]:
     """The axes of the values of open heads."""
     open_heads = [h for h in request.objective.heads if _is_open(h)]
     alone = tuple(replace(h, logits=None, labels=None) for h in open_heads)

@@ -198,10 +198,10 @@ def larger(inputs: Inputs) -> Inputs:
 
 
 def longer(inputs: Inputs, axis: int) -> Inputs:
-    """Inputs whose signals ``[B, C, T]`` or ``[B, T]`` are twice as long, along ``axis``."""
+    """Inputs whose numbers are twice as many along ``axis``: of a signal, or of images."""
 
     def change(name: str, value: Any) -> Any:
-        if not _is_more(name, value) or not axis < value.ndim < IMAGE_AXES:
+        if not _is_more(name, value) or axis >= value.ndim:
             return value
         return _empty(name, value, _with(value, axis, 2 * int(value.shape[axis])))
 

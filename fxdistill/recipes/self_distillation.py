@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from fxdistill.distiller.alone import axes_of
 from fxdistill.distiller.assemble import as_inputs
-from fxdistill.distiller.channels import Axes, axes_of
+from fxdistill.distiller.channels import Axes
 from fxdistill.errors import OptionError, PathError, did_you_mean
 from fxdistill.mapping.match import Match, Reduction
 from fxdistill.models.axes import channel_axis
