@@ -41,12 +41,17 @@ class Seen(NamedTuple):
 
 
 def asks(objective: Objective, call: Call, towers: Towers, steps: Steps) -> bool:
-    """Whether a term or a head leaves open what indexes its values, and sizes cannot tell.
+    """Whether a term or a head leaves open what indexes its values, and sizes cannot tell."""
+    return channels.asks(objective) or _of_terms(objective, call, towers, steps)
+
+
+def _of_terms(objective: Objective, call: Call, towers: Towers, steps: Steps) -> bool:
+    """Whether a term leaves that open.
 
     Sizes tell where only a text is read, or only sound, and its length is none that a model has
     fixed.
     """
-    if _asks_for_channels(objective, call) or channels.asks(objective):
+    if _asks_for_channels(objective, call):
         return True
     batch = call.batch
     is_open = any(term.has_tokens and not term.said_tokens for term in objective.features)
@@ -93,13 +98,16 @@ def told(request: Request, steps: Steps) -> tuple[tuple[Term, ...], tuple[HeadTe
     they are: their values have tokens where their sizes agree.
     """
     terms, why = request.objective.features, ""
+    heads = channels.told(request, steps)
+    if not _of_terms(request.objective, request.call, request.towers, steps):
+        return terms, heads, why
     is_open = any(term.has_tokens and not term.said_tokens for term in terms)
     if is_open and _has_grid(request.call.batch):
         terms, why = _with_tokens(terms, request, steps)
     if _asks_for_channels(request.objective, request.call):
         terms, untold = _with_channels(terms, request, steps)
         why = " ".join(filter(None, (why, untold)))
-    return terms, channels.told(request, steps), why
+    return terms, heads, why
 
 
 # ---- tokens
