@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxdistill import parallel
 from fxdistill.base.ranks import Ranks
 from fxdistill.base.tensors import is_placed
-from fxdistill.distiller import dry
+from fxdistill.distiller import channels, dry
 from fxdistill.distiller.distiller import Distiller
 from fxdistill.distiller.guard import check_call
 from fxdistill.distiller.modes import Request, Steps
@@ -109,10 +109,13 @@ def tried(parts: Parts, examples: Inputs | None) -> Distiller:
 
 
 def _made(parts: Parts, examples: Inputs | None, problems: list[FxDistillError]) -> Distiller:
+    parts = _with_channels(parts, examples)
     found, wrong = _beside(parts, _shapes(parts, examples))
-    if any(isinstance(error, ProjectionError) for error in wrong) and examples is None:
+    if any(isinstance(error, ProjectionError) for error in wrong):
         # Structure does not tell all widths: ask a run on fake tensors, if inputs can be made.
-        found, wrong = _beside(parts, _dummy_shapes(parts))
+        shown = _dummies(parts) if examples is None else examples
+        parts = _with_channels(parts, shown)
+        found, wrong = _beside(parts, _dummy_shapes(parts, shown), guess=True)
     problems += wrong
     objective, projections, heads = found
     objective.with_modules(losses := nn.ModuleList())
@@ -123,7 +126,7 @@ def _made(parts: Parts, examples: Inputs | None, problems: list[FxDistillError])
 
 
 def _beside(
-    parts: Parts, shapes: Shapes
+    parts: Parts, shapes: Shapes, *, guess: bool = False
 ) -> tuple[tuple[Objective, nn.ModuleList, nn.ModuleDict], list[FxDistillError]]:
     """The projections and the modules of heads, as far as widths are known, and the errors."""
     problems: list[FxDistillError] = []
@@ -131,16 +134,34 @@ def _beside(
     terms, projections = with_projections(
         parts.objective.features, parts.matches, modules, shapes, problems
     )
-    heads = make_heads(parts.objective, parts.heads, modules[parts.main], shapes, problems)
+    student = modules[parts.main]
+    heads = make_heads(parts.objective, parts.heads, student, shapes, problems, guess=guess)
     return (replace(parts.objective, features=terms), projections, heads), problems
 
 
-def _dummy_shapes(parts: Parts) -> Shapes:
-    """The shapes at the taps on inputs made for each model; empty where that cannot be told."""
+def _dummies(parts: Parts) -> Inputs | None:
+    """Inputs made for each model; ``None`` where one does not tell what it takes."""
     made = {tower: dummy_inputs(model.module) for tower, model in parts.models.items()}
     if any(inputs is None for inputs in made.values()):
+        return None
+    return Inputs((), {f"{tower}_inputs": inputs for tower, inputs in made.items()})
+
+
+def _with_channels(parts: Parts, examples: Inputs | None) -> Parts:
+    """The parts, with what the student tells of the values of heads that pool."""
+    if examples is None or not channels.asks(parts.objective):
+        return parts
+    request = _request(parts, examples)
+    if dry.is_fake(request):
+        return parts
+    heads = channels.told(request, Steps())
+    return parts._replace(objective=replace(parts.objective, heads=heads))
+
+
+def _dummy_shapes(parts: Parts, examples: Inputs | None) -> Shapes:
+    """The shapes at the taps on inputs made for each model; empty where that cannot be told."""
+    if examples is None:
         return {}
-    examples = Inputs((), {f"{tower}_inputs": inputs for tower, inputs in made.items()})
     try:
         values = dry.fake_values(_request(parts, examples), Steps())
     except StepError:

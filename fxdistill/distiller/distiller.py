@@ -11,7 +11,7 @@ from fxdistill import parallel
 from fxdistill.base.warn import warn
 from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.journal import Journal
-from fxdistill.distiller import after, whose
+from fxdistill.distiller import after, dry, whose
 from fxdistill.distiller.agreement import Agreement, agreement, evaluating
 from fxdistill.distiller.guard import (
     check_call,
@@ -228,14 +228,14 @@ class Distiller(StudentFace, Saved, Looking):
     # Models are run on fake tensors, which dynamo does not trace.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _tell_tokens(self, call: Call) -> None:
-        """Find out, once, which matched values have tokens; fake models leave it open.
+        """Find out, once, which values have tokens, and channels; fake models leave it open.
 
         What could not be told is settled by the first step that runs: a call may be wrong itself.
         """
         request = self._request(call)
-        if not whose.is_fake(request):
-            features, why = whose.told(request, self._steps)
-            self.objective = dataclasses.replace(self.objective, features=features)
+        if not dry.is_fake(request):
+            features, heads, why = whose.told(request, self._steps)
+            self.objective = dataclasses.replace(self.objective, features=features, heads=heads)
             self._steps.told = not why
             kept = [note for note in self._notes if note != self._untold]
             self._notes, self._untold = (*kept, *([why] if why else [])), why

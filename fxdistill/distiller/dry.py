@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fxdistill.base.tensors import is_placed
 from fxdistill.compiler import capture
@@ -55,16 +55,38 @@ def fake_values(request: Request, steps: Steps) -> Mapping[tuple[Tower, Tap], Te
     attributes and random numbers stay as they are. Raises what the models raise where data decides,
     and StepError where they may communicate: a hook would gather fake parameters for good.
     """
+    values, error = values_until_error(request, steps)
+    if error is not None:
+        raise error
+    return values
+
+
+def is_fake(request: Request) -> bool:
+    """Whether there are no real models to run, as in a report of models without weights."""
+    held = [p for model in request.towers.modules.values() for p in model.parameters()]
+    inputs = tree_leaves([tuple(given) for given in request.call.inputs.values()])
+    tensors = [x for x in (*held, *inputs) if isinstance(x, Tensor)]
+    return any(isinstance(x, FakeTensor) or x.is_meta for x in tensors)
+
+
+def values_until_error(
+    request: Request, steps: Steps
+) -> tuple[Mapping[tuple[Tower, Tap], Tensor], Exception | None]:
+    """As ``fake_values``, with what the models raise beside the values that they gave before."""
     if _may_communicate(request.towers.modules.values()):
-        raise StepError("the models communicate with other ranks")
+        return {}, StepError("the models communicate with other ranks")
     request = _of_shapes(request)
     objective = request.objective
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, _for_shapes(request.towers.modules.values(), mode):
         inputs = tree_map(lambda x: _like(x, mode), dict(request.call.inputs))
+        error = None
         with tapping(request, steps, capturing=True) as table:
-            run_towers(request.towers, objective, inputs)
-        return values_of(table)
+            try:
+                run_towers(request.towers, objective, inputs)
+            except Exception as raised:  # of the models' own code
+                error = raised
+        return values_of(table), error
 
 
 def _may_communicate(models: Iterable[nn.Module]) -> bool:

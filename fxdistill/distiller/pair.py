@@ -8,7 +8,8 @@ from fxdistill.base.warn import warn
 from fxdistill.errors import FrozenStudentError, MatchWarning, OptionError
 from fxdistill.models.adapters import adapters_of, merged_in
 from fxdistill.models.landmarks import vocabulary_of
-from fxdistill.objective.vocabulary import require_padding_only
+from fxdistill.models.tap import Tower
+from fxdistill.objective.vocabulary import named_model, require_padding_only
 
 
 def check_trainable(student: nn.Module) -> None:
@@ -53,13 +54,15 @@ def check_targets(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def check_vocabularies(
-    pairs: Iterable[tuple[nn.Module, nn.Module]], vocab_size: int | None
+    pairs: Iterable[tuple[tuple[Tower, nn.Module], tuple[Tower, nn.Module]]],
+    vocab_size: int | None,
 ) -> None:
     """Raise VocabularyError now and not in the first step, where the heads tell their widths.
 
-    ``pairs`` are the models whose logits are compared, a student first.
+    ``pairs`` are the models whose logits are compared, by their towers, a student first.
     """
-    for student, teacher in pairs:
+    for (learning, student), (teaching, teacher) in pairs:
         ours, theirs = vocabulary_of(student), vocabulary_of(teacher)
         if ours is not None and theirs is not None:
-            require_padding_only(ours, theirs, vocab_size)
+            names = (named_model(learning), named_model(teaching))
+            require_padding_only(ours, theirs, vocab_size, names)

@@ -197,6 +197,17 @@ def larger(inputs: Inputs) -> Inputs:
     return _each(inputs, change)
 
 
+def longer(inputs: Inputs, axis: int) -> Inputs:
+    """Inputs whose numbers are twice as many along ``axis``: of a signal, or of images."""
+
+    def change(name: str, value: Any) -> Any:
+        if not _is_more(name, value) or axis >= value.ndim:
+            return value
+        return _empty(name, value, _with(value, axis, 2 * int(value.shape[axis])))
+
+    return _each(inputs, change)
+
+
 def _each(inputs: Inputs, change: Any) -> Inputs:
     args = tuple(change(str(i), value) for i, value in enumerate(inputs.args))
     return Inputs(args, {name: change(name, value) for name, value in inputs.kwargs.items()})

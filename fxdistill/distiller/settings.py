@@ -45,6 +45,16 @@ class Settings:
         Raises OptionError, and changes nothing, where a name is unknown or a value is not a finite
         number.
         """
+        self.values = {**self.values, **self.checked(weights, teachers, values)}
+        self.forget()
+
+    def checked(
+        self,
+        weights: Mapping[str, Setting] | None,
+        teachers: TeacherWeights | None,
+        values: Mapping[str, Setting],
+    ) -> dict[str, Setting]:
+        """What ``set`` would change, by the names of the settings; raises what it raises."""
         for name in values:
             if name == THRESHOLD:
                 self._require_threshold(values[name])
@@ -59,8 +69,7 @@ class Settings:
         if teachers is not None:
             new |= teacher_settings(teachers, self.teachers)
         check_settings(new)
-        self.values = {**self.values, **new}
-        self.forget()
+        return new
 
     def _require_threshold(self, value: Setting) -> None:
         if self.importance is None:

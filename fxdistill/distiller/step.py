@@ -17,6 +17,7 @@ from fxdistill.objective.term import LOGITS
 from fxdistill.objective.tokens import Batch
 from fxdistill.taps.attention import lookup
 from fxdistill.taps.markers import begin, check, further_logits, keep, named, tap, verified
+from fxdistill.taps.ports import tensors_at
 
 
 def step(
@@ -75,10 +76,14 @@ def _tap_logits(output: Any, tower: Tower) -> None:
 
 
 def further_fields(output: Any) -> str:
-    """The fields of an output that are logits beside its own, as those of MTP heads."""
+    """The tensors of an output that are logits beside its own, as those of MTP heads.
+
+    They are named as ports: of a list each entry, ``"mtp_logits[0], mtp_logits[1]"``.
+    """
     if not isinstance(output, Mapping):
         return ""
-    return ", ".join(name for name in output if "logits" in str(name) and name != "logits")
+    fields = [name for name in output if "logits" in str(name) and name != "logits"]
+    return ", ".join([port for name in fields for port in tensors_at(output[name], str(name))])
 
 
 @check

@@ -13,10 +13,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves
 
-from fxdistill.distiller import dry, resized
+from fxdistill.distiller import channels, dry, resized
 from fxdistill.distiller.modes import Request, Steps
 from fxdistill.distiller.resized import Resize, Size
 from fxdistill.distiller.towers import Towers
@@ -26,7 +24,7 @@ from fxdistill.models.tap import Tap, Tower
 from fxdistill.objective.arrange import arranged_shape
 from fxdistill.objective.call import Call, Inputs, grid_of
 from fxdistill.objective.objective import Objective
-from fxdistill.objective.term import Term
+from fxdistill.objective.term import HeadTerm, Term
 from fxdistill.objective.tokens import Batch
 
 End = tuple[Tower, Tap]
@@ -43,7 +41,12 @@ class Seen(NamedTuple):
 
 
 def asks(objective: Objective, call: Call, towers: Towers, steps: Steps) -> bool:
-    """Whether a term leaves open what indexes its values, and sizes cannot tell.
+    """Whether a term or a head leaves open what indexes its values, and sizes cannot tell."""
+    return channels.asks(objective) or _of_terms(objective, call, towers, steps)
+
+
+def _of_terms(objective: Objective, call: Call, towers: Towers, steps: Steps) -> bool:
+    """Whether a term leaves that open.
 
     Sizes tell where only a text is read, or only sound, and its length is none that a model has
     fixed.
@@ -86,28 +89,25 @@ def _asks_for_channels(objective: Objective, call: Call) -> bool:
     return reads and any(resized.images(inputs) for inputs in call.inputs.values())
 
 
-def told(request: Request, steps: Steps) -> tuple[tuple[Term, ...], str]:
-    """The terms, with what their values are indexed by; and why that could not be told, or ``""``.
+def told(request: Request, steps: Steps) -> tuple[tuple[Term, ...], tuple[HeadTerm, ...], str]:
+    """The terms and the heads, with what their values are indexed by.
+
+    Beside them, why that could not be told of terms, or ``""``.
 
     A model that cannot run on fake tensors (because data decides its sizes) leaves the terms as
     they are: their values have tokens where their sizes agree.
     """
     terms, why = request.objective.features, ""
+    heads = channels.told(request, steps)
+    if not _of_terms(request.objective, request.call, request.towers, steps):
+        return terms, heads, why
     is_open = any(term.has_tokens and not term.said_tokens for term in terms)
     if is_open and _has_grid(request.call.batch):
         terms, why = _with_tokens(terms, request, steps)
     if _asks_for_channels(request.objective, request.call):
         terms, untold = _with_channels(terms, request, steps)
         why = " ".join(filter(None, (why, untold)))
-    return terms, why
-
-
-def is_fake(request: Request) -> bool:
-    """Whether there are no real models to run, as in a report of models without weights."""
-    held = [p for model in request.towers.modules.values() for p in model.parameters()]
-    inputs = tree_leaves([tuple(given) for given in request.call.inputs.values()])
-    tensors = [x for x in (*held, *inputs) if isinstance(x, Tensor)]
-    return any(isinstance(x, FakeTensor) or x.is_meta for x in tensors)
+    return terms, heads, why
 
 
 # ---- tokens

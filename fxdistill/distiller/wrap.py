@@ -172,7 +172,9 @@ def wrap(
         returns="student" if options.outputs else None,
     )
     if objective.logits and objective.own_losses:
-        check_vocabularies([(student, each) for each in teachers.models.values()], vocab_size)
+        check_vocabularies(
+            [(("student", student), each) for each in teachers.models.items()], vocab_size
+        )
     settings = settings_of(
         objective, heads, (logit_weight, feature_weight, label_weight, temperature)
     )

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -19,6 +19,7 @@ from fxdistill.errors import (
 )
 from fxdistill.losses.names import Loss
 from fxdistill.mapping.teachers import Teachers
+from fxdistill.models.axes import channel_axis
 from fxdistill.models.conventions import Task
 from fxdistill.models.tap import Tap, Tower, module_names
 from fxdistill.objective.term import LOGITS, HeadTerm, LabelTerm, LogitTerm
@@ -48,8 +49,9 @@ class Head:
             that module, ``"blocks.3:output[1]"`` a part of it, ``":mtp_logits[0]"`` a part of the
             model's own output.
         module: What makes logits of that value: a module, or ``"auto"``, the mean over places or
-            tokens where the student's logits have none, and a linear layer to as many classes. It
-            lives in ``distiller.heads``, is trained and saved there, and is no part of the student.
+            tokens where the student's logits have none, and a linear layer to as many classes. Of a
+            map the channels may be on axis 1 or last: the student is asked which. It lives in
+            ``distiller.heads``, is trained and saved there, and is no part of the student.
         teacher: What the logit loss compares with: ``"logits"``, the teacher's logits; ``"self"``,
             the student's own logits, without gradient; or a path of the teacher with a port (of
             several teachers, of the first).
@@ -142,7 +144,10 @@ def _term(
             "logit_weight= (with a logit_loss) say from what"
         )
     shift, has_module = head.shift or 1, head.module is not None
-    return HeadTerm(name, tap, shift, has_module, logits, labels, target)
+    term = HeadTerm(name, tap, shift, has_module, logits, labels, target)
+    if not isinstance(head.module, str):
+        return term
+    return replace(term, pools=True, channels=channel_axis(student, tap))
 
 
 def _targets(name: str, head: Head, teachers: Teachers) -> tuple[tuple[Tower, ...], Tap]:

@@ -24,6 +24,8 @@ from fxdistill.objective.term import LOGITS, HeadTerm, LabelTerm, LogitTerm
 from fxdistill.objective.tokens import Batch, align_labels, prediction_weights
 from fxdistill.objective.values import ordinary
 from fxdistill.objective.vocabulary import (
+    differ_by_padding,
+    named_model,
     require_numbers_of_classes,
     require_task,
     require_vocabulary_last,
@@ -78,6 +80,7 @@ class Predictions(NamedTuple):
     given: Tensor | None
     counts: Tensor
     shift: int = 1
+    of: str = ""  # what makes them, for errors: a head; else the model
 
     def by(self, factors: Tensor, ranks: Ranks | None) -> "Predictions":
         """The predictions with their importance; a given number of items stays what it is."""
@@ -149,10 +152,11 @@ def head_terms(
     value = step.lookup(head.student, head.tap)
     if head.has_module:
         module, rules = step.beside.heads[head.name], step.rules
-        value = made_logits(module, value, step.batch, rules.task, rules.ranks)
-    require_head(value, head.name, own, head.has_module)
+        value = made_logits(head, module, value, step.batch, rules.task, rules.ranks)
+    makes = "auto" if head.pools else "module" if head.has_module else ""
+    require_head(value, head.name, own, makes, step.rules.own_losses, step.rules.vocab_size)
     items = (step.batch.head_items or {}).get(head.name)
-    made, found = predictions(value, step, head.shift, items), []
+    made, found = predictions(value, step, head.shift, items)._replace(of=f"head {head.name}"), []
     if (logits := head.logits) is not None:
         targets = [step.lookup(*end) for end in head.targets]
         ahead = head.shift - 1 if head.target == LOGITS and made.task == "causal_lm" else 0
@@ -176,7 +180,11 @@ def _divergence(
 ) -> tuple[Tensor, Tensor | None]:
     """The value of a term, and the importance of its predictions."""
     rules, tau = step.rules, step.weights.temperature
-    cut = [shared_vocabulary(made.logits, target, rules.vocab_size) for target in targets]
+    learns = made.of or named_model(term.student)
+    cut = [
+        shared_vocabulary(made.logits, target, rules.vocab_size, (learns, named_model(tower)))
+        for target, tower in zip(targets, term.teachers, strict=True)
+    ]
     size = min(s.shape[-1] for s, _ in cut)
     # Padding columns that one teacher lacks have probability zero in the mean of all.
     students, teachers = zip(*((_cut(s, size), _cut(t, size)) for s, t in cut), strict=True)
@@ -247,22 +255,45 @@ def _on_labels(term: LabelTerm, made: Predictions, step: LogitStep) -> Tensor:
 
 
 @check
-def require_head(logits: Any, name: str, own: Tensor | None, classes: bool) -> None:
+def require_head(
+    logits: Any,
+    name: str,
+    own: Tensor | None,
+    makes: str,
+    own_losses: bool,
+    vocab_size: int | None,
+) -> None:
     """Raise ShapeError unless a head's value is logits on the grid of the model's ``own``.
 
-    With ``classes``, there must also be as many of them.
+    A module (``makes``: ``"auto"`` or ``"module"``) makes as many as these; a value of the
+    student's may have other padding of the vocabulary, and with losses of the user's any width.
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         what = str(logits.dtype) if isinstance(logits, Tensor) else type(logits).__name__
         raise ShapeError(f"head {name!r} gives {what}, and logits are floating point numbers")
     if own is None:
         return
-    if logits.shape[:-1] != own.shape[:-1] or (classes and logits.shape[-1] != own.shape[-1]):
-        raise ShapeError(
-            f"head {name!r} gives {shown(logits.shape)}, and the student's own logits are "
-            f"{shown(own.shape)}: name a value with these axes, or give the head a module that "
-            'makes such logits (module="auto" pools and adds a linear layer)'
+    alike = logits.shape[-1] == own.shape[-1]
+    if not makes:
+        sizes = (logits.shape[-1], own.shape[-1])
+        alike = not own_losses or differ_by_padding(*sizes, vocab_size)
+    if alike and logits.shape[:-1] == own.shape[:-1]:
+        return
+    advice = (
+        "name a value with these axes, or give the head a module that makes such logits "
+        '(module="auto" pools and adds a linear layer)'
+    )
+    if makes == "module":
+        advice = "its module has to make logits with these axes"
+    if makes == "auto":
+        advice = (
+            'its module="auto" was made for other logits. Give wrap(..., example_inputs={...}), '
+            "from which they are read, or the module itself: module="
         )
+    raise ShapeError(
+        f"head {name!r} gives {shown(logits.shape)}, and the student's own logits are "
+        f"{shown(own.shape)}: {advice}"
+    )
 
 
 def _cut(logits: Tensor, size: int) -> Tensor:

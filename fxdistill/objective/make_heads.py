@@ -8,8 +8,7 @@ from fxdistill.errors import FxDistillError, ProjectionError, gather
 from fxdistill.mapping.projections import structural_widths
 from fxdistill.models.landmarks import logits_module_of, vocabulary_of
 from fxdistill.models.structure import stacks_of
-from fxdistill.models.tap import Tap, module_names
-from fxdistill.models.weights import output_width
+from fxdistill.models.weights import output_width, weights_in
 from fxdistill.objective.head import Head
 from fxdistill.objective.make_terms import Shapes
 from fxdistill.objective.objective import Objective
@@ -23,10 +22,14 @@ def make_heads(
     student: nn.Module,
     shapes: Shapes,
     problems: list[FxDistillError],
+    *,
+    guess: bool = False,
 ) -> nn.ModuleDict:
     """The modules of heads by name; widths come from ``shapes``, or from the model's structure.
 
-    A head whose module cannot be made is left out, and the error is added to ``problems``.
+    A head whose module cannot be made is left out, and the error is added to ``problems``. With
+    ``guess``, the layer that is defined last, outside of lists, is taken for the classifier of a
+    model that names none; the first step checks it.
     """
     found = nn.ModuleDict()
     for term in objective.heads:
@@ -34,14 +37,18 @@ def make_heads(
         if isinstance(module, nn.Module):
             found[term.name] = module
         elif module is not None:
-            made = gather(problems, _pooled, term, objective, student, shapes)
+            made = gather(problems, _pooled, term, objective, student, shapes, guess)
             if made is not None:
                 found[term.name] = made
     return found
 
 
-def _pooled(term: HeadTerm, objective: Objective, student: nn.Module, shapes: Shapes) -> PooledHead:
-    width, classes = _width(student, term.tap, shapes), _classes(student, shapes)
+def _pooled(
+    term: HeadTerm, objective: Objective, student: nn.Module, shapes: Shapes, guess: bool
+) -> PooledHead:
+    width, classes = _width(student, term, shapes), _classes(student, shapes)
+    if classes is None and guess:
+        classes = _of_last_layer(student)
     if width is None or classes is None:
         what = "the width of its value" if width is None else "the number of the student's classes"
         raise ProjectionError(
@@ -57,11 +64,12 @@ def _pooled(term: HeadTerm, objective: Objective, student: nn.Module, shapes: Sh
     return PooledHead(width, classes, pools=pools, **factory)
 
 
-def _width(student: nn.Module, tap: Tap, shapes: Shapes) -> int | None:
-    """The channels of a map, or the last axis of another value."""
-    if (value := shapes.get(("student", tap))) is not None:
-        return int(value.shape[1] if value.ndim == 4 else value.shape[-1])
-    known = structural_widths(student)(tap, ()) if tap.path else None
+def _width(student: nn.Module, term: HeadTerm, shapes: Shapes) -> int | None:
+    """The size of the axis that has the channels, or else the width that the structure tells."""
+    value = shapes.get((term.student, term.tap))
+    if value is not None and (value.ndim < 3 or term.channels is not None):
+        return int(value.shape[1 if term.channels == 1 and value.ndim > 2 else -1])
+    known = structural_widths(student)(term.tap, ()) if term.tap.path else None
     return None if known is None else known.size
 
 
@@ -69,12 +77,19 @@ def _classes(student: nn.Module, shapes: Shapes) -> int | None:
     """The number of classes, or of entries of the vocabulary, of the student's own logits."""
     if (logits := shapes.get(("student", LOGITS))) is not None:
         return int(logits.shape[-1])
-    if (known := vocabulary_of(student)) is not None:
-        return known
+    return vocabulary_of(student)
+
+
+def _of_last_layer(student: nn.Module) -> int | None:
+    """The classes of the layer behind a model's blocks, or of the last one of a plain model."""
     stacks = stacks_of(student)
-    path = logits_module_of(student, stacks)
-    if path is None and not stacks:  # the last layer of a plain model; the first step checks it
-        *_, path = module_names(student) or ("",)
-        path = path if isinstance(student.get_submodule(path), nn.Linear) else None
-    found = None if path is None else output_width(student.get_submodule(path))
-    return None if found is None else found[0]
+    if (path := logits_module_of(student, stacks)) is not None:
+        found = output_width(student.get_submodule(path))
+        return None if found is None else found[0]
+    weights = [] if stacks else weights_in(student, "")
+    # Layers in lists behind it may be those of further heads.
+    alone = [w for w in weights if not any(part.isdigit() for part in w.path.split("."))]
+    if not weights:
+        return None
+    last = (alone or weights)[-1]
+    return last.fan_out if isinstance(student.get_submodule(last.path), nn.Linear) else None

@@ -34,7 +34,7 @@ from fxdistill.mapping.matches import Matches
 from fxdistill.mapping.projections import Width, structural_widths
 from fxdistill.mapping.resolve import tap_of
 from fxdistill.mapping.teachers import Teachers
-from fxdistill.models.adapters import plain
+from fxdistill.models.axes import channel_axis
 from fxdistill.models.conventions import Stream, Task, stream_of
 from fxdistill.models.tap import ATTENTION, Tap, Tower
 from fxdistill.objective.arrange import arranged_shape
@@ -107,7 +107,7 @@ def make_terms(
                     in_pairs=in_pairs,
                 )
             )
-    gather(problems, _check_queues, terms)
+    gather(problems, check_queues, terms)
     raise_together(problems)
     return tuple(terms)
 
@@ -119,7 +119,7 @@ def _is_map(match: Match, student: nn.Module, tap: Tap) -> bool:
     return second and as_they_are and is_named_attention(student.get_submodule(tap.path))
 
 
-def _check_queues(terms: Sequence[Term]) -> None:
+def check_queues(terms: Sequence[Term]) -> None:
     """Raise OptionError where two matches share a queue: it holds samples of one value."""
     seen: dict[int, str] = {}
     for term in terms:
@@ -240,12 +240,7 @@ def _has_tokens(match: Match, tap: Tap) -> bool:
 
 def _is_last(model: nn.Module, tap: Tap) -> bool:
     """Whether a value's last axis is its width: a layer that acts on that axis returns it."""
-    if tap.port != "output" or tap.reads is not None:
-        return False
-    module = plain(model.get_submodule(tap.path))
-    if type(module) is nn.LayerNorm:
-        return len(module.normalized_shape) == 1
-    return type(module) in (nn.Linear, nn.RMSNorm)
+    return channel_axis(model, tap) == -1
 
 
 def _pools(has_tokens: bool, both: tuple[Layout, Layout]) -> tuple[bool, bool]:

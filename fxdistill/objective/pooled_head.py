@@ -4,16 +4,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxdistill.base.figures import shown
 from fxdistill.base.ranks import Ranks
+from fxdistill.errors import ShapeError
+from fxdistill.models.axes import ChannelAxis
 from fxdistill.models.conventions import Task
+from fxdistill.objective.term import HeadTerm
 from fxdistill.objective.tokens import Batch, attended
 from fxdistill.objective.values import projected
+from fxdistill.taps.markers import check
 
 
 class PooledHead(nn.Module):
     """A linear layer behind a mean over places or tokens, where the logits have none.
 
-    Maps ``[B, C, H, W]`` are averaged over their places. Of values ``[B, L, D]`` the tokens that
+    Maps ``[B, *places, C]`` are averaged over their places. Of values ``[B, L, D]`` the tokens that
     the attention mask has are averaged; with ``pools=False`` each token keeps its logits.
     """
 
@@ -25,7 +30,7 @@ class PooledHead(nn.Module):
     def forward(self, value: Tensor, weights: Tensor | None = None) -> Tensor:
         """The logits of ``value``; ``weights`` ``[B, L]`` say which of its tokens count."""
         if self.pools and value.ndim > 3:
-            value = value.flatten(2).mean(2)
+            value = value.flatten(1, -2).mean(1)
         elif self.pools and value.ndim == 3:
             value = _mean(value, weights)
         made: Tensor = self.linear(value)
@@ -41,11 +46,50 @@ def _mean(value: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def made_logits(
-    module: nn.Module, value: Tensor, batch: Batch, task: Task | None, ranks: Ranks | None
+    head: HeadTerm,
+    module: nn.Module,
+    value: Tensor,
+    batch: Batch,
+    task: Task | None,
+    ranks: Ranks | None,
 ) -> Tensor:
-    """What a head's module makes of a value; a ``PooledHead`` gets the attention mask."""
+    """What a head's module makes of a value.
+
+    A ``PooledHead`` gets the attention mask, and the value with its channels last.
+    """
+    if isinstance(module, PooledHead):
+        value = _channels_last(head, module.linear.in_features, value, batch)
     mask = attended(batch) if task == "classification" else None
     fits = mask is not None and value.ndim == 3 and tuple(mask.shape) == tuple(value.shape[:2])
     if fits and mask is not None and isinstance(module, PooledHead):
         return projected(module, value, ranks, mask)
     return projected(module, value, ranks)
+
+
+def _channels_last(head: HeadTerm, width: int, value: Tensor, batch: Batch) -> Tensor:
+    """``value`` with the axis last that the layer reads: it is known, or the one of its width."""
+    axis, sizes = head.channels, (value.shape[1], value.shape[-1]) if value.ndim > 2 else ()
+    if axis is None and sizes and sizes[0] != sizes[1]:
+        axis = 1 if sizes[0] == width else -1
+    if axis is None and value.ndim == 3 and (tokens := batch.tokens) is not None:
+        axis = -1 if tokens.shape[:2] == value.shape[:2] else None
+    require_width(head.name, width, value, axis)
+    return value.movedim(1, -1) if axis == 1 and value.ndim > 2 else value
+
+
+@check
+def require_width(name: str, width: int, value: Tensor, axis: ChannelAxis | None) -> None:
+    """Raise ShapeError unless a layer of ``width`` can read that axis of a head's value."""
+    advice = "give it the module itself: module=, which maps this value to logits"
+    if axis is None and value.ndim > 2:
+        raise ShapeError(
+            f"head {name!r} with module='auto': whether axis 1 or the last of its value "
+            f"{shown(value.shape)} has the channels cannot be told, because the student cannot be "
+            f"run on inputs of another size; {advice}"
+        )
+    if value.ndim < 2 or value.shape[1 if axis == 1 else -1] != width:
+        raise ShapeError(
+            f"head {name!r} with module='auto' was made for values of width {width}, and this one "
+            f"is {shown(value.shape)}: give wrap(..., example_inputs={{...}}), from which it is "
+            f"read, or {advice}"
+        )

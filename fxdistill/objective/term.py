@@ -8,6 +8,7 @@ from typing import Literal
 
 from fxdistill.losses.names import Compared, Kind, Loss, kind_of
 from fxdistill.mapping.layout import Layout
+from fxdistill.models.axes import ChannelAxis
 from fxdistill.models.conventions import Stream
 from fxdistill.models.tap import ATTENTION, Tap, Tower
 
@@ -124,6 +125,8 @@ class HeadTerm:
     logits: LogitTerm | None = None
     labels: LabelTerm | None = None
     target: Tap = LOGITS
+    pools: bool = False  # module="auto" has made its module
+    channels: ChannelAxis | None = None  # the axis of the value that such a module reads
     student: Tower = "student"
 
     @property

@@ -2,22 +2,31 @@
 
 from torch import Tensor
 
-from fxdistill.base.figures import shown
+from fxdistill.base.figures import number, shown
 from fxdistill.errors import BatchError, LogitsError, ShapeError, TaskError, VocabularyError
+from fxdistill.models.tap import Tower
 from fxdistill.objective.tokens import Batch
 from fxdistill.taps.markers import check
 
 PADDING_LIMIT = 0.05
 
 
+def named_model(tower: Tower) -> str:
+    """A model by its place, for errors: ``the student``, ``student0``, ``teacher big``."""
+    if tower in ("student", "teacher"):
+        return f"the {tower}"
+    return tower if tower.rstrip("0123456789") in ("student", "teacher") else f"teacher {tower}"
+
+
 def shared_vocabulary(
-    student: Tensor, teacher: Tensor, vocab_size: int | None
+    student: Tensor, teacher: Tensor, vocab_size: int | None, names: tuple[str, str]
 ) -> tuple[Tensor, Tensor]:
     """Cut both logits to the shared entries: the padding behind them gets probability zero.
 
-    ``vocab_size`` is the number of shared entries; ``None`` takes the smaller vocabulary.
+    ``vocab_size`` is the number of shared entries; ``None`` takes the smaller vocabulary. Errors
+    call both by ``names``.
     """
-    require_vocabulary(student, teacher, vocab_size)
+    require_vocabulary(student, teacher, vocab_size, names)
     size = min(student.shape[-1], teacher.shape[-1]) if vocab_size is None else vocab_size
     if student.shape[-1] != size:
         student = student[..., :size]
@@ -27,28 +36,42 @@ def shared_vocabulary(
 
 
 @check
-def require_vocabulary(student: Tensor, teacher: Tensor, vocab_size: int | None) -> None:
+def require_vocabulary(
+    student: Tensor, teacher: Tensor, vocab_size: int | None, names: tuple[str, str]
+) -> None:
     """Raise where logits differ in a leading axis, or in the vocabulary by more than padding."""
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ShapeError(
-            f"the student's logits are {shown(student.shape)}, the teacher's "
+            f"{names[0]}'s logits are {shown(student.shape)}, {names[1]}'s "
             f"{shown(teacher.shape)}: they must agree in all but the vocabulary."
         )
-    require_padding_only(student.shape[-1], teacher.shape[-1], vocab_size)
+    require_padding_only(student.shape[-1], teacher.shape[-1], vocab_size, names)
 
 
-def require_padding_only(v_s: int, v_t: int, vocab_size: int | None) -> None:
+def require_padding_only(
+    v_s: int, v_t: int, vocab_size: int | None, names: tuple[str, str]
+) -> None:
     """Raise VocabularyError where two vocabularies differ by more than padding columns."""
-    if vocab_size is not None and vocab_size > min(v_s, v_t):
+    if differ_by_padding(v_s, v_t, vocab_size):
+        return
+    ours, theirs = names
+    if vocab_size is not None:
         raise VocabularyError(
-            f"vocab_size={vocab_size}, but the student has {v_s} columns and the teacher {v_t}."
+            f"vocab_size={vocab_size}, but {ours} has {number(v_s)} columns and {theirs} "
+            f"{number(v_t)}."
         )
-    if vocab_size is None and abs(v_s - v_t) > PADDING_LIMIT * max(v_s, v_t):
-        raise VocabularyError(
-            f"the student's vocabulary has {v_s} entries and the teacher's {v_t}: more than "
-            "padding. If they do share their first entries, say how many are real: vocab_size=...; "
-            "if the tokenizers differ, use logit_loss=None."
-        )
+    raise VocabularyError(
+        f"{ours}'s vocabulary has {number(v_s)} entries and {theirs}'s {number(v_t)}: more than "
+        "padding. If they do share their first entries, say how many are real: vocab_size=...; "
+        "if the tokenizers differ, use logit_loss=None."
+    )
+
+
+def differ_by_padding(a: int, b: int, vocab_size: int | None) -> bool:
+    """Whether two vocabularies may be one but for padding columns behind its entries."""
+    if vocab_size is not None:
+        return vocab_size <= min(a, b)
+    return abs(a - b) <= PADDING_LIMIT * max(a, b)
 
 
 @check

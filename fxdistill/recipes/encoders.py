@@ -1,53 +1,80 @@
 """What presets ask of a transformer: its layers, where these attend, and its last hidden state."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
+from fxdistill.distiller.alone import calls_of
 from fxdistill.errors import OptionError, StructureError
 from fxdistill.mapping.attends import is_named_attention
+from fxdistill.models.dummy_inputs import dummy_inputs
 from fxdistill.models.landmarks import norms_of
 from fxdistill.models.structure import Block, Stack, stacks_of
+from fxdistill.objective.call import Inputs
 
 _CROSS = ("cross", "encdec", "encoder_attn")
 _HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads")
 
 
+_DEPTHS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+
+
+class Layer(NamedTuple):
+    """One layer: a block, and which call of it, where layers share weights."""
+
+    block: Block
+    call: int = 0
+
+    def at(self, path: str) -> str:
+        """A module of the block as a match names it: ``path@k`` for the k-th further call."""
+        return f"{path}@{self.call}" if self.call else path
+
+    @property
+    def path(self) -> str:
+        """The layer as a match names it."""
+        return self.at(self.block.path)
+
+
 @dataclass(frozen=True)
 class Layers:
-    """The blocks of a model that is one stack of them; ``of`` names the model in errors."""
+    """The layers of a model in their order; ``of`` names the model in errors.
+
+    They are the blocks of one stack, and where these share weights their calls.
+    """
 
     model: nn.Module
     of: str
     preset: str
-    stack: Stack
+    layers: tuple[Layer, ...]
 
     @property
     def width(self) -> int | None:
         """The width of the stream between blocks, if it can be told."""
-        return self.stack.blocks[0].width
+        return self.layers[0].block.width
 
     @property
     def heads(self) -> int | None:
         """The number of heads of queries, if config or attention says it."""
-        attends = self.model.get_submodule(self.attention(self.stack.blocks[0]))
+        attends = self.model.get_submodule(self.attention(Layer(self.layers[0].block)))
         for module in (getattr(self.model, "config", None), *attends.modules()):
             for name in _HEADS:
                 if type(found := getattr(module, name, None)) is int:
                     return found
         return None
 
-    def attention(self, block: Block) -> str:
-        """The module of a block that attends, for the port "attention"."""
+    def attention(self, layer: Layer) -> str:
+        """The module of a layer that attends, for the port "attention"."""
+        block = layer.block
         within = self.model.get_submodule(block.path)
         for name, module in within.named_modules():
             told = f"{name} {type(module).__name__}".lower()
             of_itself = is_named_attention(module) and not any(word in told for word in _CROSS)
             if name and of_itself and not isinstance(module, nn.MultiheadAttention):
-                return f"{block.path}.{name}"
+                return layer.at(f"{block.path}.{name}")
         named = [part.path for part in block.of("mixer") if part.kind == "attention"]
         if named and not isinstance(self.model.get_submodule(named[0]), nn.MultiheadAttention):
-            return named[0]
+            return layer.at(named[0])
         kinds = ", ".join(part.kind for part in block.of("mixer")) or "nothing that mixes tokens"
         raise StructureError(
             f"{self.preset} compares attention, and {self.of} block {block.path!r} has none that "
@@ -72,7 +99,26 @@ def layers_of(model: nn.Module, of: str, preset: str) -> Layers:
             f"{preset} reads what layers return, and those of the {of} ({name}) are lists, which "
             "return nothing"
         )
-    return Layers(model, of, preset, stacks[0])
+    return Layers(model, of, preset, _layers(model, stacks[0], of, preset))
+
+
+def _layers(model: nn.Module, stack: Stack, of: str, preset: str) -> tuple[Layer, ...]:
+    """The blocks, or their calls where the config says that there are more layers than blocks."""
+    once = tuple(Layer(block) for block in stack.blocks)
+    config = getattr(model, "config", None)
+    depths = [n for name in _DEPTHS if type(n := getattr(config, name, None)) is int]
+    if not depths or depths[0] <= len(once):
+        return once
+    made, blocks = dummy_inputs(model), {block.path: block for block in stack.blocks}
+    calls = None if made is None else calls_of(model, blocks, Inputs((), made))
+    if calls is None:
+        raise StructureError(
+            f"{preset}: the config of the {of} ({type(model).__name__}) says {depths[0]} layers, "
+            f"and there are {len(once)} modules ({', '.join(blocks)}): they share weights, and "
+            "which of them runs when cannot be told. Name the calls in a mapping of your own: "
+            f'"{stack.blocks[0].path}@1" is the second call of a module.'
+        )
+    return tuple(Layer(blocks[tap.path], tap.call) for tap in calls)
 
 
 def last_hidden(model: nn.Module, of: str, preset: str) -> str:
@@ -86,8 +132,8 @@ def last_hidden(model: nn.Module, of: str, preset: str) -> str:
     if prefix and isinstance(getattr(model, prefix, None), nn.Module):
         return str(prefix)
     layers = layers_of(model, of, preset)
-    (norm,) = norms_of(model, [layers.stack])
-    return norm or layers.stack.blocks[-1].path
+    (norm,) = norms_of(model, stacks_of(model))
+    return norm or layers.layers[-1].path
 
 
 def hidden_size(model: nn.Module) -> int | None:

@@ -32,7 +32,7 @@ from fxdistill.models.conventions import Task, find_task
 from fxdistill.models.given import check_models
 from fxdistill.models.tap import Tower
 from fxdistill.objective.importance import Importance, require_importance
-from fxdistill.objective.make_terms import make_terms
+from fxdistill.objective.make_terms import check_queues, make_terms
 from fxdistill.objective.objective import Objective
 from fxdistill.objective.term import LabelTerm, LogitTerm, Target, Term
 
@@ -137,7 +137,7 @@ def mutual(
         returns=towers[0] if options.outputs else None,
     )
     if objective.logits and objective.own_losses:
-        check_vocabularies(itertools.combinations(models.values(), 2), vocab_size)
+        check_vocabularies(itertools.combinations(models.items(), 2), vocab_size)
     weights = (logit_weight, feature_weight, label_weight, temperature)
     settings = settings_of(objective, None, weights)
     warn_of_zero_weights(objective.features)
@@ -211,5 +211,7 @@ def _of_pairs(
             replace(term, name=f"{i}<-{j}/{term.name}", of=(a, b), constant=True)
             for term in made or ()
         ]
+    if not problems:  # a pair's own matches may share a queue, too: it would be said twice
+        gather(problems, check_queues, terms)
     raise_together(problems)
     return matches, tuple(terms)

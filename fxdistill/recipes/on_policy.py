@@ -15,6 +15,7 @@ from fxdistill.distiller.agreement import evaluating
 from fxdistill.distiller.distiller import Distiller
 from fxdistill.distiller.looking import averaging_ranks
 from fxdistill.errors import BatchError, OptionError, ShapeError
+from fxdistill.models.conventions import named_keywords
 from fxdistill.models.devices import check_devices
 from fxdistill.models.landmarks import asked
 
@@ -61,7 +62,10 @@ def rollout(
     Returns:
         A dict of int64 tensors ``[B, P + N]`` (``[B, pad_to]``; B times ``num_return_sequences``):
         ``input_ids``; ``attention_mask``, 1 on prompts and generated tokens up to the first end
-        token, included; ``loss_mask``, 1 on these generated tokens.
+        token, included; ``loss_mask``, 1 on these generated tokens. With ``attention_mask``, also
+        ``position_ids`` where a model's ``forward`` names them (any model of a distiller, else the
+        student): 0 on padding and on the first token of a prompt, as ``generate`` counts them.
+        Models with absolute positions would otherwise count the padding.
 
     Raises:
         OptionError: The student cannot generate, or the lengths exceed the student's positions or
@@ -70,9 +74,9 @@ def rollout(
         ShapeError: ``generate`` returns something else than prompts and tokens behind them.
         MeshError: ``wrap(mesh=...)`` has made the student tensor parallel; give ``generate``.
     """
-    model, placed = student, None
+    model, placed, reading = student, None, [student]
     if isinstance(student, Distiller):
-        model = student.models[student.main]
+        model, reading = student.models[student.main], list(student.models.values())
         placed = student if generate is None else None
     mask = _checked_mask(prompts, attention_mask)
     check_devices(model, "student", (), {"prompts": prompts, "attention_mask": mask})
@@ -98,6 +102,10 @@ def rollout(
     _require_positions(model, ids.shape[1], "the texts that generate= returned")
     batch = _batch(ids, rows, ends, pad)
     _require_vocabulary(model, batch["input_ids"])
+    # Where a mask is given, even of ones: all batches of a loop have the same inputs.
+    if attention_mask is not None and any("position_ids" in named_keywords(m) for m in reading):
+        attended = batch["attention_mask"].cumsum(1)
+        batch["position_ids"] = (attended - 1).clamp(min=0)
     return batch if pad_to is None else _padded(batch, pad, pad_to)
 
 

@@ -14,8 +14,8 @@ from torch import nn
 from fxdistill.errors import CountError, OptionError
 from fxdistill.losses.attention import attention_mse, relation_kl
 from fxdistill.mapping.match import Match
-from fxdistill.models.structure import Block
 from fxdistill.recipes.encoders import (
+    Layer,
     Layers,
     hidden_size,
     last_hidden,
@@ -153,7 +153,7 @@ def tinybert(student: nn.Module, teacher: nn.Module, *, prediction: bool = True)
     require_equal(name, "numbers of heads", s.heads, t.heads)
     project = None if s.width is not None and s.width == t.width else "auto"
     scores = functools.partial(attention_mse, scores=True)
-    first = s.stack.blocks[0].path, t.stack.blocks[0].path
+    first = s.layers[0].path, t.layers[0].path
     hidden: dict[str, Any] = {"loss": "mse", "project": project}
     mapping = [Match(*first, student_port="input", teacher_port="input", **hidden)]
     for a, b in _uniform(s, t, name):
@@ -209,7 +209,7 @@ def minilm(
         raise OptionError(f"minilm: version={version!r}: 1 or 2")
     name = "minilm" if version == 2 else "minilm(version=1)"
     s, t = (layers_of(m, of, name) for m, of in _both(student, teacher, name))
-    ends = s.attention(s.stack.blocks[-1]), t.attention(_layer(t, teacher_layer))
+    ends = s.attention(s.layers[-1]), t.attention(_layer(t, teacher_layer))
     if version == 1:
         if heads is not None:
             raise OptionError(f"{name} compares heads as they are: heads={heads} is of version 2")
@@ -289,19 +289,19 @@ def _both(
     return found
 
 
-def _uniform(s: Layers, t: Layers, preset: str) -> list[tuple[Block, Block]]:
+def _uniform(s: Layers, t: Layers, preset: str) -> list[tuple[Layer, Layer]]:
     """Each student layer with the last teacher layer of its share."""
-    n, m = len(s.stack.blocks), len(t.stack.blocks)
+    n, m = len(s.layers), len(t.layers)
     if n > m:
         raise CountError(
             f"{preset} gives each student layer a teacher layer of its own, and the student has "
             f"{n} layers, the teacher {m}"
         )
-    return [(s.stack.blocks[i], t.stack.blocks[-(-(i + 1) * m // n) - 1]) for i in range(n)]
+    return [(s.layers[i], t.layers[-(-(i + 1) * m // n) - 1]) for i in range(n)]
 
 
-def _layer(layers: Layers, index: int) -> Block:
-    count = len(layers.stack.blocks)
+def _layer(layers: Layers, index: int) -> Layer:
+    count = len(layers.layers)
     if type(index) is not int or not -count <= index < count:
         raise OptionError(f"minilm: teacher_layer={index!r}, and the teacher has {count} layers")
-    return layers.stack.blocks[index]
+    return layers.layers[index]

@@ -1,22 +1,27 @@
 """``be_your_own_teacher``: the deepest classifier of a model teaches its earlier exits."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
+from fxdistill.distiller.alone import axes_of
+from fxdistill.distiller.assemble import as_inputs
+from fxdistill.distiller.channels import Axes
 from fxdistill.errors import OptionError, PathError, did_you_mean
 from fxdistill.mapping.match import Match, Reduction
-from fxdistill.mapping.projections import structural_widths
+from fxdistill.models.axes import channel_axis
+from fxdistill.models.dummy_inputs import dummy_inputs
 from fxdistill.models.tap import Tap
+from fxdistill.objective.call import Inputs
 from fxdistill.objective.head import Head
 from fxdistill.recipes.numbers import require
 from fxdistill.recipes.preset import Preset
 
 _NAME = "be_your_own_teacher"
-_MAPS: Reduction = ("b c h w -> b c", "mean")
-_TOKENS: Reduction = ("b l d -> b d", "mean")
+_PLACES = {3: "l", 4: "h w", 5: "t h w"}  # by the number of axes
 Pooling = Reduction | str | None
 
 
@@ -30,6 +35,7 @@ def be_your_own_teacher(
     temperature: float = 3.0,
     module: Any = "auto",
     reduce: Pooling = "auto",
+    example_inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
 ) -> Preset:
     """Self-distillation with early exits: ``wrap(student, None, **preset)``.
 
@@ -53,13 +59,15 @@ def be_your_own_teacher(
         reduce: What makes features ``[B, D]`` of a block's output, as in ``Match``: ``"auto"``
             takes the mean over the places of maps, as the paper's bottlenecks end, and over tokens;
             ``None`` if a block gives ``[B, D]``. Other widths are mapped by a linear layer.
+        example_inputs: Inputs of a call, as in ``wrap``. Where blocks are more than convolutions,
+            the student is run on these, without computing anything, to see which axes are places.
 
     Returns:
         Arguments for ``wrap``: ``heads`` named ``exit0``, ``exit1``, ..., and ``mapping``.
 
     Raises:
-        OptionError: There are fewer than two blocks, one is listed twice, or a number is out of
-            range.
+        OptionError: There are fewer than two blocks, one is listed twice, a number is out of range,
+            or it cannot be told which axes of a block's output are places.
         PathError: The student has no such block.
     """
     paths = _checked(student, blocks, deepest)
@@ -86,8 +94,7 @@ def be_your_own_teacher(
         "label_loss": "cross_entropy",
     }
     if feature > 0:
-        widths = structural_widths(student)
-        pooled = [_pooling(student, path, widths, reduce) for path in paths]
+        pooled = _poolings(student, paths, reduce, example_inputs)
         arguments["mapping"] = [
             _match_of_itself(path, last, (own, pooled[-1]))
             for path, own in zip(exits, pooled, strict=False)
@@ -122,19 +129,49 @@ def _match_of_itself(
     return Match(path, last, **options)
 
 
-def _pooling(student: nn.Module, path: str, widths: Any, said: Pooling) -> Reduction | None:
-    """How a block's output becomes ``[B, D]``: by its structure, unless that is said."""
+def _poolings(
+    student: nn.Module, paths: list[str], said: Pooling, examples: Any
+) -> list[Reduction | None]:
+    """How each block's output becomes ``[B, D]``: by its axes, unless that is said."""
     if said is None or isinstance(said, tuple):
-        return said
+        return [said] * len(paths)
     if said != "auto":
         raise OptionError(f"{_NAME}: reduce={said!r}: 'auto', None, or (pattern, 'mean')")
-    known = widths(Tap(path, "output"), ())
+    shown = as_inputs(examples)
+    found = {path: axes for path in paths if (axes := _by_convolutions(student, path))}
+    if shown is not None or len(found) < len(paths):
+        if shown is None and (made := dummy_inputs(student)) is not None:
+            shown = Inputs((), made)
+        if shown is not None:
+            seen = axes_of(student, paths, shown)
+            found |= {p: axes for p, axes in seen.items() if p not in found or axes.channels}
+    return [_reduction(path, found.get(path)) for path in paths]
+
+
+def _by_convolutions(student: nn.Module, path: str) -> Axes | None:
+    """The axes of a block all of whose weights are convolutions of maps, and their norms."""
     block = student.get_submodule(path)
-    convolves = any(isinstance(m, nn.Conv2d) for m in block.modules())
-    if convolves or (known is not None and known.is_map):
-        return _MAPS
-    mixes = any("attention" in type(m).__name__.lower() for m in block.modules())
-    return _TOKENS if mixes else None
+    weighed = [
+        m for m in block.modules() if list(m.parameters(False)) and not isinstance(m, nn.PReLU)
+    ]
+    places = {len(m.kernel_size) for m in weighed if isinstance(m, _ConvNd)}
+    if len(places) != 1 or any(channel_axis(m, Tap("")) != 1 for m in weighed):
+        return None
+    return Axes(2 + places.pop(), 1)
+
+
+def _reduction(path: str, axes: Axes | None) -> Reduction | None:
+    """The mean over all axes but the channels; none of ``[B, D]``."""
+    if axes is not None and axes.number == 2:
+        return None
+    if axes is None or axes.channels is None or axes.number not in _PLACES:
+        raise OptionError(
+            f"{_NAME}: which axes of what {path!r} returns are places cannot be told from the "
+            "student's structure. Give example_inputs=, the inputs of a call, or say it: "
+            "reduce=('b h w c -> b c', 'mean'), or None for features [B, D]"
+        )
+    places = _PLACES[axes.number]
+    return f"b c {places} -> b c" if axes.channels == 1 else f"b {places} c -> b c", "mean"
 
 
 def _checked(student: nn.Module, blocks: Iterable[str], deepest: str | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
@@ -21,6 +22,7 @@ from fxdistill.graph.halves import Halves
 from fxdistill.graph.sections import Paths, section_of
 from fxdistill.losses.attention import map_shape
 from fxdistill.losses.names import loss_name
+from fxdistill.models.conventions import Task
 from fxdistill.models.landmarks import head_path, roles_in
 from fxdistill.objective.call import Call
 from fxdistill.objective.objective import Objective
@@ -108,16 +110,29 @@ def _report(
 
 def _further_logits(subject: Subject, table: TapTable) -> Iterator[str]:
     """Notes on logits that a model which learns returns and no head trains."""
-    for tower, fields in table.further.items():
-        ports = [
-            h.tap.port for h in subject.objective.heads if (h.student, h.tap.path) == (tower, "")
-        ]
-        unread = [f for f in fields.split(", ") if not any(f in port for port in ports)]
-        if unread and tower not in subject.frozen:
-            yield (
-                f"the {tower} also returns {', '.join(unread)}, which no head trains: "
-                f'wrap(..., heads={{"name": fxdistill.Head(":{unread[0]}")}})'
-            )
+    objective = subject.objective
+    for tower, ports in table.further.items():
+        heads = [h for h in objective.heads if (h.student, h.tap.path) == (tower, "")]
+        read = {head.tap.port.removeprefix("output.") for head in heads}
+        inside = tuple(port + sign for port in read for sign in "[.")  # of one entry: its list
+        all_ports = ports.split(", ")
+        unread = [port for port in all_ports if port not in read and not port.startswith(inside)]
+        if not unread or tower in subject.frozen or tower in subject.teachers:
+            continue
+        found = f"the {tower} also returns {', '.join(unread)}, which no head trains: "
+        if tower != "student":  # of several students, which have no heads
+            yield f"{found}students that teach each other learn from their own logits alone"
+            continue
+        named = ", ".join(_suggested(port, objective.task) for port in unread)
+        yield f"{found}wrap(..., heads={{{named}}})"
+
+
+def _suggested(port: str, task: Task | None) -> str:
+    """A head for logits at ``port``: the k-th of a causal model's look k + 2 tokens ahead."""
+    place = re.search(r"\[(\d+)\]$", port)
+    ahead = f", shift={int(place[1]) + 2}" if place and task == "causal_lm" else ""
+    name = re.sub(r"\W+", "_", port).strip("_")
+    return f'"{name}": fxdistill.Head(":{port}"{ahead})'
 
 
 def _objective(subject: Subject, call: Call) -> Objective:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,51 +13,22 @@ from fxdistill.errors import TapError
 from fxdistill.models.tap import Reader, Tap, Tower
 from fxdistill.taps import attention
 from fxdistill.taps.markers import note_localised, raw, reject, tap
+from fxdistill.taps.ports import elements, first_tensor, select, tensors_at
 from fxdistill.taps.table import capturing
-
-SELECTOR = re.compile(r"\[\d+\]|\.\w+")
-
-
-def pick(value: Any, port: str) -> Tensor | None:
-    """Find the tensor that ``port`` selects from the inputs or the output of a module.
-
-    ``"output"`` and ``"input"`` select the first tensor, ``[i]`` an element, ``.field`` a field or
-    key; one may follow another (``"output.mtp_logits[0]"``).
-    """
-    for selector in SELECTOR.findall(port):
-        if selector.startswith("["):
-            value = list(_elements(value))[int(selector[1:-1])]
-        else:
-            name = selector[1:]
-            value = value[name] if isinstance(value, Mapping) else getattr(value, name)
-    return _first_tensor(value)
-
-
-def _first_tensor(value: Any) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value
-    for element in _elements(value):
-        if (found := _first_tensor(element)) is not None:
-            return found
-    return None
-
-
-def _elements(value: Any) -> Iterable[Any]:
-    if isinstance(value, (tuple, list)):
-        return value
-    if isinstance(value, Mapping):
-        return value.values()
-    if hasattr(value, "__dataclass_fields__"):
-        return [getattr(value, name) for name in value.__dataclass_fields__]
-    return ()
 
 
 def _take(value: Any, tower: Tower, path: str, port: str, required: bool) -> None:
     try:
-        found = pick(value, port)
+        value_at = select(value, port)
     except (IndexError, KeyError, AttributeError):
-        found = None
-    if found is not None:
+        value_at = None
+    found = first_tensor(value_at)
+    # "output" and "input" mean the first tensor; a port that goes on has to name one.
+    named = port not in ("output", "input") and not isinstance(value_at, Tensor)
+    several = tensors_at(value_at, port) if named else []
+    if len(several) > 1 and required:
+        reject(tower, path, port, _of_several(several, tower, path, port))
+    elif found is not None:
         tap(found, tower, path, port)
     elif required:
         reject(tower, path, port, _no_port(value, tower, path, port))
@@ -74,6 +44,13 @@ def _compute(
         return
     text = f"the port {port} of {tower} module {path!r} returned a {type(value).__name__}: a tensor"
     reject(tower, path, port, text)
+
+
+def _of_several(several: list[str], tower: Tower, path: str, port: str) -> str:
+    shown = ", ".join(map(repr, several[:8])) + (", ..." if len(several) > 8 else "")
+    return (
+        f"{tower} module {path!r} has {len(several)} tensors at port {port!r}: name one of {shown}"
+    )
 
 
 def _no_port(value: Any, tower: Tower, path: str, port: str) -> str:
@@ -251,7 +228,7 @@ def _watch_styles(model: nn.Module) -> list[Any]:
 
 def _see_output(marker: Callable[..., None]) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        values = (output,) if isinstance(output, Tensor) else _elements(output)
+        values = (output,) if isinstance(output, Tensor) else elements(output)
         marker(*[value for value in values if isinstance(value, Tensor)])
 
     return hook

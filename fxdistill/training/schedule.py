@@ -31,7 +31,8 @@ class Schedule:
 
     Raises:
         OptionError: A name is unknown, a weight names no term, there is nothing to change, or a
-            value is one that ``set`` refuses, now or at a later step. Nothing is changed.
+            value is one that ``set`` refuses, now or at a later step (of callables of your own
+            only now: a later step calls them). Nothing is changed.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Schedule:
             )
         for name, curve in _flat(asked).items():
             _check(name, curve)
+        _check_later(distiller, asked)
         self.distiller = distiller
         self.schedules = asked
         self.last_step = 0
@@ -91,7 +93,9 @@ class Schedule:
         )
         loaded = {n: c if saved[n] == OWN else _restored(n, saved[n]) for n, c in own.items()}
         before = self.schedules, self.last_step
-        self.schedules = _replaced(self.schedules, loaded)
+        replaced = _replaced(self.schedules, loaded)
+        _check_later(self.distiller, replaced)
+        self.schedules = replaced
         self.last_step = state["last_step"]
         try:
             self._apply()
@@ -199,6 +203,40 @@ def _check(name: str, curve: Any) -> None:
                 f"{name}={curve!r}: a schedule of fxdistill.schedules, a callable step -> value, "
                 "or a number"
             )
+
+
+def _check_later(distiller: Distiller, asked: Mapping[str, Any]) -> None:
+    """Raise OptionError for what ``set`` would refuse at a step that is still to come.
+
+    What it takes are ranges of numbers, and weights of teachers that are not all 0. So all
+    schedules are looked at wherever one of them turns. A callable of the user's own is not called
+    before its step: 1, which any setting can be, stands in for it.
+    """
+    for step in sorted({n for curve in _flat(asked).values() for n in _turns(curve)}):
+        values = {name: _at(_known(c), step) for name, c in asked.items() if _turns_within(c)}
+        weights, teachers = values.pop("weights", None), values.pop("teacher_weights", None)
+        try:
+            distiller._settings.checked(weights, teachers, values)
+        except OptionError as error:
+            raise OptionError(f"at step {step}: {error}" if step else str(error)) from None
+
+
+def _turns(curve: Any) -> tuple[int, ...]:
+    return curve.turns if isinstance(curve, Curve) else ()
+
+
+def _turns_within(curve: Any) -> bool:
+    """Whether a schedule, or one in a tuple or dict, is of this package."""
+    return any(isinstance(part, Curve) for part in _flat(curve).values())
+
+
+def _known(curve: Any) -> Any:
+    """The same tree, with 1 for each callable of the user's own."""
+    if isinstance(curve, Mapping):
+        return {name: _known(part) for name, part in curve.items()}
+    if isinstance(curve, (tuple, list)):
+        return tuple(map(_known, curve))
+    return 1.0 if callable(curve) and not isinstance(curve, Curve) else curve
 
 
 def _read(state: Any) -> dict[str, Any]:

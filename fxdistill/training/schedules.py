@@ -33,6 +33,11 @@ class Curve(ABC):
     def extremes(self) -> tuple[Value, ...]:
         """Values between which, or which alone, all others lie."""
 
+    @property
+    @abstractmethod
+    def turns(self) -> tuple[int, ...]:
+        """The steps at which it has its extremes; between two of them it is monotone."""
+
     @abstractmethod
     def __call__(self, step: int) -> Value:
         """The value at ``step``, counted from 0."""
@@ -78,6 +83,11 @@ class Ramp(Curve):
         """Both ends."""
         return self.start, self.end
 
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """The steps of both ends."""
+        return self.after, self.after + self.steps
+
 
 @dataclass(frozen=True, repr=False)
 class Steps(Curve):
@@ -103,6 +113,11 @@ class Steps(Curve):
         """All values."""
         return tuple(value for _, value in self.entries)
 
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """The steps at which a value begins."""
+        return tuple(at for at, _ in self.entries)
+
 
 @dataclass(frozen=True, repr=False)
 class Stages(Curve):
@@ -127,6 +142,11 @@ class Stages(Curve):
     def extremes(self) -> tuple[Value, ...]:
         """All values."""
         return self.values
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """The steps at which a value begins."""
+        return tuple(i * self.every for i in range(len(self.values)))
 
 
 def linear(start: Any, end: Any, steps: int, after: int = 0) -> Ramp:

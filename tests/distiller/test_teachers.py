@@ -378,7 +378,7 @@ def test_teachers_with_other_vocabularies():
         sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1}
         return LlamaForCausalLM(LlamaConfig(vocab_size=size, num_hidden_layers=1, **sizes))
 
-    with pytest.raises(errors.VocabularyError, match=r"64 entries and the teacher's 128"):
+    with pytest.raises(errors.VocabularyError, match=r"64 entries and teacher1's 128"):
         fxdistill.wrap(model(64), [model(64), model(128)])
 
 

@@ -336,8 +336,17 @@ def test_bad_input(heads, options, says):
     [
         (Head("blocks.0:output[3]"), "no tensor at port"),
         (Head(":nothing"), "no tensor at port"),
-        (Head("blocks.0", logit_weight=1.0), "vocabulary has 8 entries"),
-        (Head("embed", module=nn.Flatten(0, 1), label_weight=1.0), "pools and adds"),
+        (Head("blocks.0", logit_weight=1.0), rf"'a' gives \[.*, 8\].*, {VOCABULARY}\].*module"),
+        (Head("blocks.0"), rf"'a' gives \[.*, 8\].*, {VOCABULARY}\].*module"),
+        (Head("embed", module=nn.Linear(8, 9)), "its module has to make logits"),
+        (
+            Head(":logits", teacher="blocks.0", logit_weight=1.0),
+            r"head a's vocabulary has .* entries and the teacher's 8",
+        ),
+        (
+            Head("embed", module=nn.Flatten(0, 1), label_weight=1.0),
+            r"\[21, 8\].*has to make logits",
+        ),
     ],
 )
 def test_values_that_are_no_logits(compile, head, says):
@@ -368,9 +377,36 @@ def test_report_names_logits_that_no_head_trains():
     student, teacher = further()
     ids = tokens()
     options = {"task": "causal_lm", "compile": AOT}
-    says = "the student also returns mtp_logits, which no head trains"
-    found = fxdistill.wrap(student, teacher, **options).report(ids)
-    assert [note for note in found.notes if says in note]
-    heads = {"second": Head(":mtp_logits[0]", shift=2)}
-    found = fxdistill.wrap(student, teacher, heads=heads, **options).report(ids)
-    assert not [note for note in found.notes if says in note]
+
+    def notes(heads):
+        found = fxdistill.wrap(student, teacher, heads=heads, **options).report(ids)
+        return [note for note in found.notes if "also returns" in note]
+
+    (note,) = notes({})
+    assert "the student also returns mtp_logits[0], mtp_logits[1], which no head trains" in note
+    second = {"second": Head(":mtp_logits[0]", shift=2)}
+    (note,) = notes(second)
+    advised = 'heads={"mtp_logits_1": fxdistill.Head(":mtp_logits[1]", shift=3)}'
+    assert "returns mtp_logits[1], which" in note
+    assert advised in note
+    assert not notes({**second, **eval(advised.removeprefix("heads="), {"fxdistill": fxdistill})})
+
+
+def test_report_advises_no_heads_to_students_that_have_none():
+    distiller = fxdistill.mutual(further(), task="causal_lm", compile=AOT)
+    notes = [n for n in distiller.report(tokens(), labels=tokens()).notes if "also returns" in n]
+    assert [note.split(",")[0] for note in notes] == [
+        f"the student{i} also returns mtp_logits[0]" for i in range(2)
+    ]
+    assert not [note for note in notes if "wrap" in note]
+
+
+@pytest.mark.parametrize("compile", [False, AOT], ids=["eager", "graph"])
+def test_a_list_of_logits_is_not_its_first_entry(compile):
+    student, _ = further()
+    heads = {"second": Head(":mtp_logits", shift=2)}
+    options = {"task": "causal_lm", "compile": compile}
+    distiller = fxdistill.wrap(student, None, heads=heads, **options)
+    says = r"2 tensors.*'output\.mtp_logits\[0\]', 'output\.mtp_logits\[1\]'"
+    with pytest.raises(errors.PortError, match=says):
+        distiller(tokens(), labels=tokens())

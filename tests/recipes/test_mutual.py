@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxdistill
-from fxdistill import Importance, Match, errors
+from fxdistill import Importance, Match, errors, losses
 from toys import AOT, MODES, assert_same_gradients, gradients, tokens, toys, values
 
 TAU, MLP = 2.0, "blocks.0.mlp"
@@ -173,7 +173,9 @@ def test_every_two_vocabularies_must_fit():
     models = [nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, size)) for size in (100, 104, 96)]
     for model in models:
         model.get_output_embeddings = functools.partial(lambda m: m[1], model)
-    with pytest.raises(errors.VocabularyError, match=r"104 entries and the teacher's 96"):
+    with pytest.raises(
+        errors.VocabularyError, match=r"student1's vocabulary has 104 entries and student2's 96"
+    ):
         fxdistill.mutual(models, task="causal_lm")
 
 
@@ -194,3 +196,14 @@ def test_every_two_vocabularies_must_fit():
 def test_bad_input(students, options, says):
     with pytest.raises(errors.FxDistillError, match=says):
         fxdistill.mutual(students, **options)
+
+
+@pytest.mark.parametrize("by", ["match", "default"])
+def test_one_queue_holds_samples_of_one_student(by):
+    """One object for all ordered pairs would mix what several students give."""
+    models, one = toys(1, 1), losses.CRD(size=4, width=4)
+    mapping = {MLP: Match(teacher=MLP, loss=one if by == "match" else None)}
+    options = {} if by == "match" else {"feature_loss": one}
+    with pytest.raises(errors.OptionError, match=r"share one CRD.*functools\.partial") as said:
+        fxdistill.mutual(models, mapping, task="causal_lm", compile=False, **options)
+    assert f"'0<-1/{MLP}' and '1<-0/{MLP}'" in str(said.value)

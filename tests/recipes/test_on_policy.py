@@ -47,7 +47,9 @@ def test_the_masks_end_with_the_first_end_token():
     assert torch.equal(made["input_ids"], torch.cat([ids, new], 1))
     assert torch.equal(made["attention_mask"], torch.cat([mask, counted], 1))
     assert torch.equal(made["loss_mask"], torch.cat([torch.zeros(3, 5).long(), counted], 1))
-    assert list(made) == ["input_ids", "attention_mask", "loss_mask"]
+    places = [[0, 1, 2, 3, 4, 5, 6, 6, 6], [0, 0, 0, 1, 2, 3, 3, 3, 3], list(range(9))]
+    assert made["position_ids"].tolist() == places
+    assert list(made) == ["input_ids", "attention_mask", "loss_mask", "position_ids"]
 
 
 def test_end_and_padding_can_be_said_and_the_length_be_fixed():
@@ -66,6 +68,8 @@ def test_end_and_padding_can_be_said_and_the_length_be_fixed():
     without_end = rollout(Toy(1), ids, generate=given)
     assert without_end["loss_mask"].sum(1).tolist() == [4, 4, 4]
     assert bool((without_end["attention_mask"] == 1).all())
+    assert "position_ids" not in {**made, **without_end}  # nothing to count for this model
+    assert "position_ids" not in rollout(llama(), ids, generate=given)  # nor without padding
 
 
 def test_it_writes_what_the_student_writes_in_eval_mode():
@@ -84,6 +88,38 @@ def test_it_writes_what_the_student_writes_in_eval_mode():
         for j in range(first, first + int(made["loss_mask"][row].sum())):
             assert int(student(text[:, :j]).logits[0, -1].argmax()) == int(text[0, j])
     assert not made["input_ids"].is_inference()
+
+
+def test_positions_do_not_count_the_padding():
+    """GPT-2 has absolute positions: the loss is that of each text without its padding."""
+    sizes = {"n_embd": 16, "n_head": 2, "n_positions": 24, "eos_token_id": END, "pad_token_id": PAD}
+    student, teacher = (
+        hf.GPT2LMHeadModel(
+            hf.GPT2Config(
+                vocab_size=V, n_layer=n, **sizes, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0
+            )
+        )
+        for n in (1, 2)
+    )
+    nn.init.normal_(student.transformer.wpe.weight)  # far apart, so that a shift is seen
+    nn.init.normal_(teacher.transformer.wpe.weight)
+    ids, mask = prompts()
+    distiller = fxdistill.wrap(student, teacher, logit_loss="reverse_kl", compile=False)
+    batch = rollout(distiller, ids, mask, max_new_tokens=5, do_sample=False, pad_to=12)
+    loss = distiller(**batch).loss
+    parameters = list(student.parameters())
+    ours = torch.autograd.grad(loss, parameters)
+
+    total, count = 0.0, 0
+    for row in range(3):
+        first, new = int(mask[row].argmax()), int(batch["loss_mask"][row].sum())
+        text = batch["input_ids"][row : row + 1, first : 5 + new]
+        s, t = (m(text).logits[:, -new - 1 : -1].log_softmax(-1) for m in (student, teacher))
+        total = total + (s.exp() * (s - t.detach())).sum()
+        count += new
+    torch.testing.assert_close(loss, total / count)
+    for a, b in zip(ours, torch.autograd.grad(total / count, parameters), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_random_numbers_come_from_the_generator_and_the_global_state_stays():

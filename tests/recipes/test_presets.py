@@ -195,6 +195,65 @@ def test_tinybert(width, prediction):
     assert len(distiller.projections) == (0 if width == 16 else 3)
 
 
+def test_layers_that_share_weights_are_calls():
+    """ALBERT has one layer, which it calls as often as its config says."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    config = hf.AlbertConfig(vocab_size=V, embedding_size=8, num_hidden_layers=2, **sizes)
+    student, teacher = spread(hf.AlbertForMaskedLM(config)), bert(4)
+    batch, _ = text()
+    mask = batch["attention_mask"].float()
+    layer = "albert.encoder.albert_layer_groups.0.albert_layers.0"
+    attention = student.get_submodule(f"{layer}.attention")
+
+    def squares(h, g):
+        return ((h - g.detach()) ** 2).mean(-1)[mask == 1].mean()
+
+    def expected(_):
+        hidden, states = [], teacher(**batch, output_hidden_states=True).hidden_states
+        hook = student.get_submodule(layer).register_forward_hook(
+            lambda module, args, out: hidden.extend([*(() if hidden else args[:1]), out])
+        )
+        student(**batch)
+        hook.remove()
+        total = squares(hidden[0], states[0])
+        for s, t in ((0, 1), (1, 3)):
+            q, k = (
+                m(hidden[s]).unflatten(-1, (2, -1)).transpose(1, 2)
+                for m in (attention.query, attention.key)
+            )
+            p, r, _ = attention_inputs(teacher, batch, t)[1]
+            apart = (scores(q, k) - scores(p, r).detach()) ** 2
+            of_keys = (apart * mask[:, None, None]).sum(-1, keepdim=True)
+            total = total + over_maps(of_keys / mask.sum(1)[:, None, None, None], mask)
+            total = total + squares(hidden[s + 1], states[t + 1])
+        return total
+
+    preset = presets.tinybert(student, teacher, prediction=False)
+    assert [m.student for m in preset["mapping"][3:]] == [f"{layer}.attention@1", f"{layer}@1"]
+    compared(student, teacher, preset, batch, expected)
+    last = presets.minilm(teacher, student, teacher_layer=-2)["mapping"][0]
+    assert last.teacher == f"{layer}.attention"
+
+
+class Sharing(nn.Module):
+    """A model that says how many layers it has, and does not run without its own inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = hf.PreTrainedConfig(num_hidden_layers=3)
+        self.layers = nn.ModuleList([bert(1).bert.encoder.layer[0]])
+
+    def forward(self, own):
+        for _ in range(3):
+            own = self.layers[0](own)
+        return own
+
+
+def test_sharing_that_cannot_be_followed_is_said():
+    with pytest.raises(StructureError, match=r"3 layers, and there are 1 .*share weights.*@1"):
+        presets.tinybert(Sharing(), bert(4))
+
+
 @pytest.mark.parametrize("heads", [None, 4])
 def test_minilm_of_other_widths_and_heads(heads):
     student, teacher = bert(1, 16, 2), bert(3, 24, 3 if heads is None else 4)

@@ -194,6 +194,44 @@ def test_a_wrong_schedule_fails_when_it_is_made_and_changes_nothing(settings, te
     assert distiller.settings == before
 
 
+def taught_by_two():
+    torch.manual_seed(0)
+    options = {"importance": fxdistill.Importance("divergence", threshold=0.1), "compile": False}
+    return fxdistill.wrap(Toy(1), [Toy(1), Toy(2)], task="causal_lm", **options)
+
+
+DOWN = schedules.linear(1.0, 0.0, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"threshold": schedules.linear(1.0, -1.0, 4)}, r"at step 4: .*threshold=-1\.0"),
+        ({"threshold": schedules.piecewise({0: 0.1, 7: -0.5})}, "at step 7: "),
+        ({"teacher_weights": (DOWN, DOWN)}, "at step 4: .*not all of them 0"),
+        ({"teacher_weights": (DOWN, schedules.stages([1.0, 0.0, 1.0], every=5))}, "at step 5: "),
+        ({"teacher_weights": schedules.linear((1.0, 0.0), (-1.0, 1.0), 3)}, "at step 3: .*least 0"),
+        ({"teacher_weights": (lambda step: 1.0, schedules.linear(1.0, -1.0, 4))}, "at step 4: "),
+    ],
+)
+def test_what_set_refuses_later_fails_when_the_schedule_is_made(settings, text):
+    distiller = taught_by_two()
+    before = distiller.settings
+    with pytest.raises(OptionError, match=text):
+        Schedule(distiller, **settings)
+    assert distiller.settings == before
+
+
+def test_what_set_takes_at_every_step_is_taken():
+    up = schedules.cosine(0.0, 1.0, 4, after=1)
+    schedule = Schedule(taught_by_two(), teacher_weights=(DOWN, up), threshold=DOWN)
+    for _ in range(6):
+        schedule.step()
+    assert schedule.values["teacher_weights"] == (0.0, 1.0)
+    own = Schedule(taught_by_two(), teacher_weights=(lambda step: 1.0 + step, DOWN))
+    own.step()
+
+
 def test_what_is_no_distiller_is_refused():
     with pytest.raises(OptionError, match=r"this is a DataParallel\. Pass the distiller inside"):
         Schedule(torch.nn.DataParallel(toy()), temperature=2.0)
@@ -265,15 +303,21 @@ def test_a_schedule_is_copied_with_its_distiller():
         assert schedule.distiller.settings["temperature"] == 4.0
 
 
-def test_tuples_and_dicts_of_schedules_are_handed_on_as_such():
-    """As ``set(teacher_weights=...)`` takes them: ``Schedule`` knows no keyword by name."""
-    distiller, seen = toy(), []
-    distiller.set = lambda **settings: seen.append(settings)
-    half = schedules.linear(1.0, 0.0, 2)
-    schedule = Schedule(distiller, teacher_weights=(half, 1.0), by_name={"big": half})
+HALF = schedules.linear(1.0, 0.0, 2)
+
+
+@pytest.mark.parametrize("given", [(HALF, 1.0), {"teacher0": HALF, "teacher1": 1.0}])
+def test_tuples_and_dicts_of_schedules_are_handed_on_as_such(given):
+    distiller = taught_by_two()
+    schedule = Schedule(distiller, teacher_weights=given)
+
+    def weights():
+        return [distiller.settings[f"teacher_weights.teacher{i}"] for i in range(2)]
+
     schedule.step()
-    assert seen[-1] == {"teacher_weights": (0.5, 1.0), "by_name": {"big": 0.5}}
+    assert weights() == [0.5, 1.0]
     saved = json.loads(json.dumps(schedule.state_dict()))
     schedule.step()
+    assert weights() == [0.0, 1.0]
     schedule.load_state_dict(saved)
-    assert seen[-1] == {"teacher_weights": (0.5, 1.0), "by_name": {"big": 0.5}}
+    assert weights() == [0.5, 1.0]
