@@ -368,6 +368,7 @@ def _widths(
             arranged_shape(values[0], ours, values[1], theirs),
             arranged_shape(values[1], theirs, values[0], ours),
             s is not None and not s.is_map,
+            (s is not None and s.is_map, t is not None and t.is_map),
         )
     except LayoutError as error:
         raise LayoutError(f"student {str(term.student)!r}: {error}") from None
