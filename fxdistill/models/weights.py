@@ -97,6 +97,14 @@ _NORMS_OF_MAPS: tuple[tuple[tuple[type[nn.Module], ...], int], ...] = (
 )
 
 
+def is_channels_first(module: nn.Module) -> bool:
+    """Whether a module's values of three axes are ``[B, C, L]``, as torch defines its class."""
+    return isinstance(plain(module), _OF_CHANNELS) or convolved_axes(module) > 0
+
+
+_OF_CHANNELS = (nn.BatchNorm1d, nn.InstanceNorm1d, nn.GroupNorm, nn.SyncBatchNorm)
+
+
 def convolved_axes(module: nn.Module) -> int:
     """Over how many axes a convolution goes: 1, 2 or 3; 0 for any other module."""
     module = plain(module)
