@@ -158,7 +158,8 @@ def check_options(
 ) -> tuple[Loss | None, tuple[Layout, Layout] | None]:
     """The loss and the layouts of a match; errors in its options are added to ``problems``."""
     gather(problems, projections.check_option, match, student)
-    loss = gather(problems, loss_of, match.loss or default, FEATURE_LOSSES, "loss")
+    what = "loss" if match.loss else "feature_loss"
+    loss = gather(problems, loss_of, match.loss or default, FEATURE_LOSSES, what)
     gather(problems, _check_shapes, match, loss)
     gather(problems, _check_attention, match, loss)
     gather(problems, _check_tokens, match)
