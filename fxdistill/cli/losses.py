@@ -17,6 +17,7 @@ from fxdistill.losses.names import (
     OF_MAPS,
     OF_PLACES,
     OF_SAMPLES,
+    options_of,
 )
 
 _WIDE = 1000  # columns of output that other programs read line by line
@@ -28,8 +29,6 @@ FAMILIES: dict[str, tuple[Any, ...]] = {
     "logits": tuple(LOGIT_LOSSES.values()),
     "labels": tuple(LABEL_LOSSES.values()),
 }
-# What the terms give a loss, and no user: the values, their weights, the temperature of logits.
-_GIVEN = ("student", "teacher", "student_logits", "teacher_logits", "labels", "weights")
 
 
 def losses(args: argparse.Namespace, out: TextIO) -> int:
@@ -48,7 +47,5 @@ def losses(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _options(loss: Any) -> Iterator[str]:
-    for name, parameter in inspect.signature(loss).parameters.items():
-        of_logits = name == "temperature" and "student_logits" in inspect.signature(loss).parameters
-        if name not in _GIVEN and not of_logits:
-            yield f"{name}={parameter.default!r}"
+    for name, parameter in options_of(loss).items():
+        yield f"{name}={parameter.default!r}"

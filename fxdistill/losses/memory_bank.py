@@ -31,7 +31,8 @@ class Embedding(nn.Module):
         self.to(device)
         for layer, width in ((self.of_student, student), (self.of_teacher, teacher)):
             with torch.no_grad():
-                layer(torch.zeros(1, width, device=device))  # the first call makes its parameters
+                # The first call makes its parameters, in the dtype that the module has by now.
+                layer(torch.zeros(1, width, device=device, dtype=layer.weight.dtype))
 
 
 def _fitting(samples: Tensor, layer: nn.Linear, name: str) -> Tensor:

@@ -1,6 +1,7 @@
 """The losses by name."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -147,14 +148,51 @@ def aligns_labels(loss: Any) -> bool:
 
 
 def loss_of(loss: Any, table: dict[str, Loss], what: str) -> Loss:
-    """Turn a name or a callable into a loss; ``what`` names the argument in the error."""
+    """Turn a name or a callable into a loss; ``what`` names the argument in the error.
+
+    Raises OptionError for what is no loss, and for a partial of a loss with an option it lacks.
+    """
     if isinstance(loss, str) and loss in table:
         return _ready(table[loss])
     if callable(loss):
+        _check_options(loss, what)
         return _ready(loss)
     raise OptionError(
         f"{what}={loss!r} is no loss. Nearest: {did_you_mean(str(loss), table)}; all of them: "
         f"{', '.join(table)}; or pass a callable (functools.partial for options)."
+    )
+
+
+# What a step gives a loss, and no user: the values, their weights, the temperature of logits.
+_GIVEN = ("student", "teacher", "student_logits", "teacher_logits", "labels", "weights")
+
+
+def options_of(loss: Any) -> dict[str, inspect.Parameter]:
+    """The options of a loss of this package, by name."""
+    known = dict(inspect.signature(loss).parameters)
+    given = (*_GIVEN, "temperature") if "student_logits" in known else _GIVEN
+    return {name: parameter for name, parameter in known.items() if name not in given}
+
+
+def _check_options(loss: Any, what: str) -> None:
+    """Raise OptionError for a partial of a loss of this package with an option that it lacks."""
+    plain = plain_loss(loss)
+    if not isinstance(loss, functools.partial) or not any(plain is f for f in _NAMED):
+        return
+    known, name = options_of(plain), loss_name(loss)
+    wrong = next((option for option in loss.keywords if option not in known), None)
+    if wrong is None:
+        return
+    asked = f"{what}=functools.partial({name}, {wrong}={loss.keywords[wrong]!r})"
+    if wrong == "temperature" and wrong in inspect.signature(plain).parameters:
+        raise OptionError(f"{asked}: the temperature of logits is an option of wrap, temperature=")
+    if wrong in inspect.signature(plain).parameters:
+        raise OptionError(f"{asked}: the step gives a loss its {wrong}. Leave it out.")
+    if not known:
+        raise OptionError(f"{asked}: {name} has no options")
+    raise OptionError(
+        f"{asked}: {name} has no such option. Nearest: {did_you_mean(wrong, known)}; all of them: "
+        f"{', '.join(known)}"
     )
 
 

@@ -225,23 +225,25 @@ def keeps_tokens(layout: Layout, axis: int = 1) -> bool:
     return axis == 1
 
 
-def width_after(layout: Layout, size: int, is_map: bool) -> tuple[int, bool] | None:
-    """The width after a layout, and whether it is that of a feature map; ``None`` if it is lost.
+def width_after(layout: Layout, size: int, places: int) -> tuple[int, int] | None:
+    """The width after a layout, and the axes of the map's places; ``None`` if it is lost.
 
-    The width is the second of the four axes of a feature map, and the last axis of any other value.
+    The width is the second axis of a feature map ``[B, C, H, W]`` or ``[B, C, T, H, W]``, and the
+    last axis of any other value, which has no ``places``. As second of three axes it is lost: a
+    pattern that ends in ``b c l`` makes ``l`` the width.
     """
     for pattern, reduction in layout:
         step = parse(pattern, reduction)
-        if step.ellipsis is not None and is_map:
+        if step.ellipsis is not None and places:
             return None
-        group = step.left[1 if is_map else -1]
+        group = step.left[1 if places else -1]
         if group == (("...",),) or len(group) != 1 or len(group[0]) != 1:
             return None
         (right,) = [_groups(step.right, pattern)]
-        places = [i for i, g in enumerate(right) if g == group]
-        if len(places) != 1:
+        found = [i for i, g in enumerate(right) if g == group]
+        if len(found) != 1:
             return None
-        is_map = len(right) == 4 and places[0] == 1
-        if not is_map and places[0] != len(right) - 1:
+        places = len(right) - 2 if len(right) in (4, 5) and found[0] == 1 else 0
+        if not places and found[0] != len(right) - 1:
             return None
-    return size, is_map
+    return size, places

@@ -27,7 +27,7 @@ class Match:
         project: The layer that maps the student's value to the teacher's width: ``None`` (the
             shapes must agree), ``"linear"``, ``"auto"`` (a linear layer only where the widths
             differ), or a module, which several matches may share. A linear layer acts on the last
-            axis; feature maps ``[B, C, H, W]`` get a 1×1 convolution instead. torch initialises
+            axis; feature maps ``[B, C, *places]`` get a 1×1 convolution instead. torch initialises
             both: weights and biases uniform in ±1/√(student's width).
         rearrange: An einops pattern for both sides, or a pair ``(student's, teacher's)``, either of
             which may be ``None``. A group may drop leading or trailing entries, such as the class

@@ -1,7 +1,7 @@
 """Projections: layers that map a student's value to the teacher's width.
 
 The distiller owns them and trains them with the student; exporting the student leaves them out. A
-linear layer acts on the last axis, a 1×1 convolution on feature maps ``[B, C, H, W]``. torch
+linear layer acts on the last axis, a 1×1 convolution on feature maps ``[B, C, *places]``. torch
 initialises both: weights and biases uniform in ±1/√(student's width).
 """
 
@@ -17,17 +17,25 @@ from fxdistill.mapping.match import Match
 from fxdistill.models.landmarks import embedding_of
 from fxdistill.models.structure import TOKEN_MLP, stacks_of
 from fxdistill.models.tap import Tap
-from fxdistill.models.weights import output_width, weight_of
+from fxdistill.models.weights import convolved_axes, output_width, weight_of
 
 KINDS = ("auto", "linear")
 
 
 @dataclass(frozen=True)
 class Width:
-    """A value's width; it is the second axis of a feature map, or the last axis of other values."""
+    """A value's width; it is the second axis of a feature map, or the last axis of other values.
+
+    ``places`` are the axes behind it in a map: 1 of ``[B, C, L]``, 2 of ``[B, C, H, W]``, or 3.
+    """
 
     size: int
-    is_map: bool = False
+    places: int = 0
+
+    @property
+    def is_map(self) -> bool:
+        """Whether the width is the second axis."""
+        return self.places > 0
 
 
 def check_option(match: Match, student: nn.Module) -> None:
@@ -75,23 +83,39 @@ def made(
     device, dtype = (None, None) if first is None else (first.device, first.dtype)
     # Create it on the device: moving it would reassign its parameters, which fake tensors refuse.
     if student.is_map:
-        return nn.Conv2d(student.size, teacher.size, 1, device=device, dtype=dtype)
+        convolution = _CONVOLUTIONS[student.places]
+        return convolution(student.size, teacher.size, 1, device=device, dtype=dtype)
     return nn.Linear(student.size, teacher.size, device=device, dtype=dtype)
 
 
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
 def widths_by_shape(
-    student: Sequence[int], teacher: Sequence[int], channels_last: bool
+    student: Sequence[int],
+    teacher: Sequence[int],
+    channels_last: bool,
+    channels_first: tuple[bool, bool] = (False, False),
 ) -> tuple[Width, Width]:
     """The widths of a student and a teacher value, from their shapes.
 
-    Values with four axes are taken for feature maps ``[B, C, H, W]``, unless their shapes agree in
-    all axes but the last. Where they agree in all axes, ``channels_last`` decides.
+    Values of four or five axes are taken for feature maps ``[B, C, *places]``, unless their shapes
+    agree in all axes but the last. Where they agree in all axes, ``channels_last`` decides. One of
+    three axes is a map ``[B, C, L]`` where ``channels_first`` knows it.
     """
     s, t = list(student), list(teacher)
     last = s[:-1] == t[:-1] and (s[-1] != t[-1] or channels_last)
-    is_map = len(s) == 4 and not last
-    axis = 1 if is_map else -1
-    return Width(s[axis], is_map), Width(t[axis], is_map)
+    maps = len(s) in _MAP_AXES and not last
+    found = [
+        Width(shape[1], len(shape) - 2)
+        if (maps and len(shape) in _MAP_AXES) or (first and len(shape) == 3)
+        else Width(shape[-1])
+        for shape, first in zip((s, t), channels_first, strict=True)
+    ]
+    return found[0], found[1]
+
+
+_MAP_AXES = (4, 5)
 
 
 def structural_widths(model: nn.Module) -> Callable[[Tap, Layout], Width | None]:
@@ -105,15 +129,17 @@ def structural_widths(model: nn.Module) -> Callable[[Tap, Layout], Width | None]
         if block.width is not None:
             # A module around the blocks (a stage, an encoder) returns what its last block returns.
             outer = itertools.accumulate(block.path.split("."), lambda a, b: f"{a}.{b}")
-            known.update((path, Width(block.width, block.is_map)) for path in outer)
+            places = 2 if block.is_map else 0
+            known.update((path, Width(block.width, places)) for path in outer)
             for part in block.parts:
-                is_map = block.is_map and part.kind == "convolution"
-                known[part.path] = Width(block.width, is_map or part.kind == TOKEN_MLP)
+                of_part = 1 if part.kind == TOKEN_MLP else 0  # [B, C, L]
+                of_part = places if part.kind == "convolution" else of_part
+                known[part.path] = Width(block.width, of_part)
 
     first = stacks[0].blocks[0] if stacks else None
     embedding = embedding_of(model, stacks)
     if embedding is not None and first is not None and first.width_in is not None:
-        known.setdefault(embedding, Width(first.width_in, first.is_map))
+        known.setdefault(embedding, Width(first.width_in, 2 if first.is_map else 0))
 
     def width(tap: Tap, layout: Layout) -> Width | None:
         module = model.get_submodule(tap.path)
@@ -121,12 +147,12 @@ def structural_widths(model: nn.Module) -> Callable[[Tap, Layout], Width | None]
             leaf = output_width(module)
             found = Width(*leaf) if leaf is not None else known.get(tap.path)
         elif tap.port == "input" and (weight := weight_of(module, "")) is not None:
-            found = Width(weight.fan_in, isinstance(module, nn.Conv2d))
+            found = Width(weight.fan_in, convolved_axes(module))
         else:
             found = None
         if found is None or not layout:
             return found
-        after = width_after(layout, found.size, found.is_map)
+        after = width_after(layout, found.size, found.places)
         return None if after is None else Width(*after)
 
     return width

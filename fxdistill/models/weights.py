@@ -73,12 +73,39 @@ def norm_width(module: nn.Module) -> int | None:
     return parameters[0].numel()
 
 
-def output_width(module: nn.Module) -> tuple[int, bool] | None:
-    """The width of a leaf's output, and whether that is a feature map ``[B, C, H, W]``."""
+def output_width(module: nn.Module) -> tuple[int, int] | None:
+    """The width of a leaf's output, and the number of axes of its places.
+
+    That number is 2 of a feature map ``[B, C, H, W]``, and 0 where the width is the last axis.
+    """
     if (weight := weight_of(module, "")) is not None:
-        return weight.fan_out, isinstance(plain(module), (nn.Conv2d, nn.Conv1d, nn.Conv3d))
+        return weight.fan_out, convolved_axes(module)
     if isinstance(embedding := plain(module), nn.Embedding):
-        return embedding.embedding_dim, False
+        return embedding.embedding_dim, 0
     if (width := norm_width(module)) is not None:
-        return width, isinstance(module, (nn.BatchNorm2d, nn.GroupNorm))
+        axes = next((axes for kinds, axes in _NORMS_OF_MAPS if isinstance(module, kinds)), 0)
+        return width, axes
     return None
+
+
+# A BatchNorm1d is not among them, since it mostly takes [B, C]. A GroupNorm or a SyncBatchNorm may
+# have any axes, and mostly takes images; where shapes are known, these decide.
+_NORMS_OF_MAPS: tuple[tuple[tuple[type[nn.Module], ...], int], ...] = (
+    ((nn.InstanceNorm1d,), 1),
+    ((nn.BatchNorm3d, nn.InstanceNorm3d), 3),
+    ((nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm, nn.SyncBatchNorm), 2),
+)
+
+
+def is_channels_first(module: nn.Module) -> bool:
+    """Whether a module's values of three axes are ``[B, C, L]``, as torch defines its class."""
+    return isinstance(plain(module), _OF_CHANNELS) or convolved_axes(module) > 0
+
+
+_OF_CHANNELS = (nn.BatchNorm1d, nn.InstanceNorm1d, nn.GroupNorm, nn.SyncBatchNorm)
+
+
+def convolved_axes(module: nn.Module) -> int:
+    """Over how many axes a convolution goes: 1, 2 or 3; 0 for any other module."""
+    module = plain(module)
+    return len(module.kernel_size) if isinstance(module, _ConvNd) else 0

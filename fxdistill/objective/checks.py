@@ -30,6 +30,7 @@ from fxdistill.losses.names import Compared, loss_name, needs_queries
 from fxdistill.models.tap import ATTENTION, Tap, Tower
 from fxdistill.models.weights import weight_of
 from fxdistill.objective.arrange import arranged_shape
+from fxdistill.objective.channels_first import AXES, are_first, tokens_first
 from fxdistill.objective.term import Term
 from fxdistill.taps.attention import value_of
 from fxdistill.taps.table import TapTable, not_executed
@@ -221,14 +222,41 @@ def _shapes(
         projection = projections[term.projection]
         if (wrong := _dtype_problem(s_name, student, projection)) is not None:
             return [wrong]
+        if term.channels_first[0] and len(s) == AXES and isinstance(projection, nn.Linear):
+            return [_no_convolution(s_name, s, projection)]
         projected = projected_shape(s, projection, f"{s_name!r} -> {t_name!r}")
         if isinstance(projected, ProjectionError):
             return [projected]
         if projected is None:  # a user's module: the step checks the shape that it returns
             return []
         s = projected
+    try:
+        first = are_first(term.channels_first, s, t)
+    except LayoutError as error:
+        return [LayoutError(f"{' and '.join(_named(term))}: {error}")]
+    if all(first) and term.compares == "shapes" and (s[0], s[2]) == (t[0], t[2]) and s[1] != t[1]:
+        return [_other_channels(s_name, s, t_name, t)]
+    s, t = tokens_first(s, first[0]), tokens_first(t, first[1])
     problem = comparison_problem(s, t, term.compares, s_name, t_name, loss_name(term.loss))
     return [] if problem is None else [problem]
+
+
+def _no_convolution(name: str, shape: Sequence[int], made: nn.Linear) -> ProjectionError:
+    """The error for a norm's value ``[B, C, L]`` that was taken for ``[B, C]``."""
+    return ProjectionError(
+        f"the projection of {name!r} was made for a value [B, C], and it is {shown(shape)}, "
+        "[B, C, L]: give wrap(..., example_inputs={...}), from which that is read, or "
+        f"project=nn.Conv1d({made.in_features}, {made.out_features}, 1)"
+    )
+
+
+def _other_channels(s_name: str, s: Sequence[int], t_name: str, t: Sequence[int]) -> ShapeError:
+    """The error for two values ``[B, C, L]`` of other channels."""
+    return ShapeError(
+        f"student {s_name!r} is {shown(s)} and teacher {t_name!r} is {shown(t)}, [B, C, L]: a loss "
+        "needs equal shapes; project the student: Match(..., project='auto' or "
+        f"nn.Conv1d({s[1]}, {t[1]}, 1))."
+    )
 
 
 def _dtype_problem(name: str, value: Tensor, projection: nn.Module) -> DtypeError | None:

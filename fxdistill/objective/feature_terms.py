@@ -15,6 +15,7 @@ from fxdistill.models.tap import Tap, Tower
 from fxdistill.objective.arrange import arrange
 from fxdistill.objective.beside import Beside
 from fxdistill.objective.between_samples import compared_on_ranks, sampled
+from fxdistill.objective.channels_first import AXES, as_tokens
 from fxdistill.objective.denominators import denominator, of_features, over_all, rescaled
 from fxdistill.objective.named_weights import named_of, require_named, times_named
 from fxdistill.objective.term import PAIRS, Term
@@ -102,6 +103,8 @@ def compared(term: Term, lookup: Lookup, step: Step) -> Compared:
     s, t, counts = _laid_out(term, s, t, step.batch, step.task)
     if term.projection is not None:
         s = projected(step.beside.projections[term.projection], s, step.ranks)
+    if True in term.channels_first:
+        s, t = as_tokens(term, s, t)
     if (is_placed(s) or is_placed(t)) and not term.kind.named:
         s, t = on_every_rank(s), on_every_rank(t)
     if term.is_map and s.ndim == t.ndim == 4 and term.kind.sees == "places":
@@ -196,7 +199,7 @@ def _share_of_items(values: Compared, items: Tensor, ranks: Ranks | None) -> Ten
 
 
 def _weights(term: Term, value: Tensor, batch: Batch, task: Task | None) -> Tensor | None:
-    if not term.has_tokens:
+    if not term.has_tokens or (term.channels_first[0] and value.ndim == AXES):
         batch = batch._replace(tokens=None, attention_mask=None)
         return feature_weights(batch, task, "tokens", value)
     if term.by_teacher:

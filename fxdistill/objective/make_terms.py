@@ -34,10 +34,17 @@ from fxdistill.mapping.matches import Matches
 from fxdistill.mapping.projections import Width, structural_widths
 from fxdistill.mapping.resolve import tap_of
 from fxdistill.mapping.teachers import Teachers
-from fxdistill.models.axes import channel_axis
+from fxdistill.models.adapters import plain
 from fxdistill.models.conventions import Stream, Task, stream_of
 from fxdistill.models.tap import ATTENTION, Tap, Tower
 from fxdistill.objective.arrange import arranged_shape
+from fxdistill.objective.channels_first import (
+    are_first,
+    is_last,
+    known_first,
+    token_axis,
+    tokens_first,
+)
 from fxdistill.objective.term import GLOBAL_SETTINGS, PAIRS, THRESHOLD, Term
 
 RESERVED = ("loss", "logits", "labels", "features", PAIRS, THRESHOLD, *GLOBAL_SETTINGS)
@@ -91,15 +98,16 @@ def make_terms(
                     layouts=both,
                     of=("student", "student" if tower is None else tower),
                     constant=tower is None,
-                    keeps_tokens=keeps_tokens(both[0], _token_axis(student, tap)),
+                    keeps_tokens=keeps_tokens(both[0], token_axis(student, tap)),
                     pools_tokens=_pools(_has_tokens(match, tap), both),
                     keeps_samples=(keeps_samples(both[0]), keeps_samples(both[1])),
                     has_tokens=_has_tokens(match, tap),
                     said_tokens=match.tokens not in ("auto", None),
                     channels_last=(
-                        _is_last(student, tap),
-                        _is_last(other, tap_of(match, "teacher")),
+                        is_last(student, tap),
+                        is_last(other, tap_of(match, "teacher")),
                     ),
+                    channels_first=known_first(match, (student, other), both, is_named(loss)),
                     by_teacher=match.tokens == "teacher",
                     compares="anything" if match.shapes == "any" else compares(loss),
                     weights=match.weights,
@@ -151,7 +159,8 @@ def check_options(
 ) -> tuple[Loss | None, tuple[Layout, Layout] | None]:
     """The loss and the layouts of a match; errors in its options are added to ``problems``."""
     gather(problems, projections.check_option, match, student)
-    loss = gather(problems, loss_of, match.loss or default, FEATURE_LOSSES, "loss")
+    what = "loss" if match.loss else "feature_loss"
+    loss = gather(problems, loss_of, match.loss or default, FEATURE_LOSSES, what)
     gather(problems, _check_shapes, match, loss)
     gather(problems, _check_attention, match, loss)
     gather(problems, _check_tokens, match)
@@ -214,7 +223,7 @@ def _check_token_axis(match: Match, student: nn.Module, tap: Tap) -> None:
     as_it_is = match.rearrange is None and match.reduce is None and tap.port == "output"
     if match.tokens in ("auto", None) or not as_it_is or tap.reads is not None:
         return
-    if isinstance(student.get_submodule(tap.path), nn.Conv1d):
+    if isinstance(plain(student.get_submodule(tap.path)), nn.Conv1d):
         raise OptionError(
             f"tokens={match.tokens!r} for {match.student!r}: a 1-D convolution returns [B, C, L], "
             "with its tokens last. rearrange='b c l -> b l c' brings them to the second axis."
@@ -238,11 +247,6 @@ def _has_tokens(match: Match, tap: Tap) -> bool:
     return match.tokens is not None and not (match.tokens == "auto" and sees)
 
 
-def _is_last(model: nn.Module, tap: Tap) -> bool:
-    """Whether a value's last axis is its width: a layer that acts on that axis returns it."""
-    return channel_axis(model, tap) == -1
-
-
 def _pools(has_tokens: bool, both: tuple[Layout, Layout]) -> tuple[bool, bool]:
     """Whether each side's layout pools tokens; a value without tokens is pooled as it is."""
     if not has_tokens:
@@ -260,12 +264,6 @@ def _check_shapes(match: Match, loss: Loss | None) -> None:
             f"shapes='any' for {match.student!r}: {loss_name(loss)} compares values of equal "
             "shapes. Give a loss of your own, project=, rearrange= or reduce=."
         )
-
-
-def _token_axis(model: nn.Module, tap: Tap) -> int:
-    """The token axis of a value: a 1-D convolution returns ``[B, C, L]``, with tokens last."""
-    channels_first = isinstance(model.get_submodule(tap.path), (nn.Conv1d, nn.BatchNorm1d))
-    return 2 if channels_first and tap.port == "output" else 1
 
 
 def asks_for_width(terms: Sequence[Term], matches: Matches) -> bool:
@@ -327,7 +325,11 @@ def _of_samples(term: Term, shapes: Shapes) -> tuple[Width, Width] | None:
     s, t = (shapes[end] for end in term.taps)
     (ours, theirs), tokens = term.layouts, term.said_tokens
     sides = arranged_shape(s, ours, t, theirs), arranged_shape(t, theirs, s, ours)
-    widths = [Width(width_of_samples(side, tokens)) for side in sides]
+    first = are_first(term.channels_first, *sides)
+    widths = [
+        Width(width_of_samples(tokens_first(side, is_first), tokens))
+        for side, is_first in zip(sides, first, strict=True)
+    ]
     return widths[0], widths[1]
 
 
@@ -360,10 +362,18 @@ def _widths(
         return s, t
     values = [shapes[end] for end in ends]
     try:
-        return projections.widths_by_shape(
+        sides = (
             arranged_shape(values[0], ours, values[1], theirs),
             arranged_shape(values[1], theirs, values[0], ours),
+        )
+        known = [
+            (width is not None and width.is_map) or first
+            for width, first in zip((s, t), term.channels_first, strict=True)
+        ]
+        return projections.widths_by_shape(
+            *sides,
             s is not None and not s.is_map,
+            are_first(known, *sides),
         )
     except LayoutError as error:
         raise LayoutError(f"student {str(term.student)!r}: {error}") from None

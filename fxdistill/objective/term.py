@@ -42,6 +42,8 @@ class Term:
     has_tokens: bool = True  # unless the match says that it has none
     said_tokens: bool = False  # the match says whose tokens the values have
     channels_last: tuple[bool, bool] = (False, False)  # the values are maps [B, *places, C]
+    # Values of three axes are [B, C, L]; None: their modules do not tell.
+    channels_first: tuple[bool | None, bool | None] = (None, None)
     by_teacher: bool = False  # the tokens of the teacher's own inputs weigh the values
     compares: Compared = "shapes"  # what must agree in the two values
     weights: str | None = None  # the name of weights that the call brings

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from fxdistill.base.ranks import Ranks
 from fxdistill.models.conventions import Task
+from fxdistill.objective.channels_first import AXES
 from fxdistill.objective.term import Term
 from fxdistill.objective.tokens import Batch, lies_over
 
@@ -44,6 +45,7 @@ def _whose(term: Term, task: Task | None, batch: Batch | None, value: Tensor | N
         tokens = batch.decoder_tokens if term.stream == "decoder" else batch.tokens
     known = batch is not None and value is not None
     over = tokens is not None and value is not None and lies_over(value, tokens, term.said_arranged)
+    over &= not (term.channels_first[0] and value is not None and value.ndim == AXES)
     if not term.has_tokens or (known and not over):
         return "samples" if classified else "nothing"
     whose = "the teacher's tokens" if term.by_teacher else _OF_STREAM[term.stream]

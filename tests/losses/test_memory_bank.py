@@ -6,8 +6,10 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from fxdistill import errors, losses
+import fxdistill
+from fxdistill import Match, errors, losses
 
 
 def embedded(bank, s, t):
@@ -106,3 +108,23 @@ def test_a_saved_queue_goes_on_where_it_stopped():
 def test_sizes_that_make_no_sense_are_errors(options):
     with pytest.raises(errors.OptionError, match="greater than 0"):
         losses.CRD(**options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_it_may_be_cast_before_wrap_makes_its_layers(dtype):
+    """The lazy layers, which wrap makes, keep the dtype that the module was cast to."""
+    torch.manual_seed(0)
+    student, teacher = (nn.Sequential(nn.Linear(4, n)).to(dtype) for n in (6, 8))
+    loss = losses.CRD(width=5, size=8).to(dtype)
+    match = [Match("0", "0", loss=loss)]
+    off = {"logit_loss": None, "label_loss": None, "compile": False}
+    distiller = fxdistill.wrap(student, teacher, match, **off)
+    assert {x.dtype for x in loss.parameters()} == {dtype} == {loss.queue.dtype}
+    x = torch.randn(3, 4, dtype=dtype)
+    assert distiller(x).loss.item() == 0.0  # no negatives yet
+    plain = copy.deepcopy(loss)
+    found = distiller(x).loss
+    torch.testing.assert_close(found, plain(student(x), teacher(x)))
+    assert found > 0
+    found.backward()
+    assert student[0].weight.grad.dtype == dtype

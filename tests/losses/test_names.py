@@ -1,11 +1,16 @@
 """Every loss that has a name is compared with an oracle, and on meshes: no list forgets one."""
 
 import re
+from functools import partial
 from pathlib import Path
 
+import pytest
+from torch import nn
+
+import fxdistill
 import matrix
 import oracle
-from fxdistill import losses
+from fxdistill import Match, errors, losses
 from fxdistill.losses.fused.formulas import DIVERGENCES
 from fxdistill.losses.names import FEATURE_LOSSES, LABEL_LOSSES, LOGIT_LOSSES, OF_PLACES
 
@@ -91,3 +96,23 @@ def test_every_loss_has_its_formula_source_and_use_on_the_page_of_its_family():
     for name, cells in rows.items():
         assert len(cells) == 4, name
         assert all(cells), name
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"logit_loss": partial(losses.jsd, bete=0.1)}, r"logit_loss=.*jsd, bete=0.1.*'beta'; all"),
+        ({"logit_loss": partial(losses.jsd, temperature=2.0)}, r"option of wrap, temperature="),
+        ({"label_loss": partial(losses.cross_entropy, ignore_index=0)}, "all of them: label_smoo"),
+        ({"feature_loss": partial(losses.mse, scale=1)}, r"feature_loss=.*mse has no options"),
+        ({"mapping": partial(losses.distance_wise, normalise="max")}, r"loss=.*'normalize'"),
+        ({"mapping": partial(losses.gram, weights=None)}, "the step gives a loss its weights"),
+        ({"mapping": partial(losses.CRD, sizes=3)}, r"CRD, sizes=3.*'size'.*temperature, in_batch"),
+    ],
+)
+def test_an_option_that_a_loss_lacks_is_an_error_of_wrap(given, said):
+    """The heads have the losses of ``wrap``; what a step gives a loss would overwrite an option."""
+    loss = given.pop("mapping", None)
+    mapping = {"0": Match(teacher="0", loss=loss)}
+    with pytest.raises(errors.OptionError, match=said):
+        fxdistill.wrap(*(nn.Sequential(nn.Linear(4, 3)) for _ in range(2)), mapping, **given)

@@ -187,15 +187,17 @@ def test_what_becomes_of_tokens(pattern: str, reduction: str, keeps: bool, pools
 
 
 @pytest.mark.parametrize(
-    ("pattern", "is_map", "wanted"),
+    ("pattern", "places", "wanted"),
     [
-        ("b c h w -> b (h w) c", True, (7, False)),
-        ("b c h w -> b c", True, (7, False)),
-        ("b (1 + h w) c -> b c h w", False, (7, True)),
-        ("b n c -> b c", False, (7, False)),
-        ("b n (h c) -> b n h c", False, None),
-        ("b n c -> b c n", False, None),
+        ("b c h w -> b (h w) c", 2, (7, 0)),
+        ("b c h w -> b c", 2, (7, 0)),
+        ("b c l -> b l c", 1, (7, 0)),
+        ("b c t h w -> b c h w", 3, (7, 2)),
+        ("b (1 + h w) c -> b c h w", 0, (7, 2)),
+        ("b n c -> b c", 0, (7, 0)),
+        ("b n (h c) -> b n h c", 0, None),
+        ("b n c -> b c n", 0, None),
     ],
 )
-def test_where_the_width_goes(pattern: str, is_map: bool, wanted: tuple[int, bool] | None) -> None:
-    assert width_after(one(pattern, "mean"), 7, is_map) == wanted
+def test_where_the_width_goes(pattern: str, places: int, wanted: tuple[int, int] | None) -> None:
+    assert width_after(one(pattern, "mean"), 7, places) == wanted

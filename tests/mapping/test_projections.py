@@ -208,6 +208,52 @@ def test_layouts_follow_other_shapes_without_more_graphs(llamas: Any) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 2
 
 
+class Convolved(nn.Module):
+    """A convolution over 1, 2 or 3 axes, whose output has as many samples as channels."""
+
+    def __init__(self, convolution: Any, width: int) -> None:
+        super().__init__()
+        self.conv, self.head = convolution(3, width, 1), nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).flatten(2).mean(-1))
+
+
+@pytest.mark.parametrize("port", ["output", "input"])
+@pytest.mark.parametrize("examples", [False, True], ids=["structure", "examples"])
+@pytest.mark.parametrize(
+    ("convolution", "places"),
+    [(nn.Conv1d, (7,)), (nn.ConvTranspose2d, (2, 4)), (nn.Conv3d, (2, 4, 5))],
+)
+def test_maps_are_projected_over_their_channels_in_any_number_of_axes(
+    convolution: Any, places: tuple[int, ...], examples: bool, port: str
+) -> None:
+    """With as many samples as channels, a convolution of other axes would mix the samples."""
+    torch.manual_seed(0)
+    student, teacher = Convolved(convolution, 5), Convolved(convolution, 6)
+    width = 5 if port == "output" else 3
+    x = torch.randn(
+        width, 3, *places, requires_grad=True
+    )  # else a match of the input teaches nothing
+    match = Match("conv", "conv", loss="mse", project="linear", student_port=port)
+    distiller = fxdistill.wrap(
+        student,
+        teacher,
+        [match],
+        logit_loss=None,
+        label_loss=None,
+        compile=False,
+        example_inputs=(x,) if examples else None,
+    )
+    (made,) = distiller.projections
+    assert type(made) is [nn.Conv1d, nn.Conv2d, nn.Conv3d][len(places) - 1]
+    value = student.conv(x) if port == "output" else x
+    linear = torch.einsum("oc,bc...->bo...", made.weight.flatten(1), value)
+    wanted = linear + made.bias.reshape(-1, *(1,) * len(places))
+    out = distiller(x)
+    torch.testing.assert_close(out.loss, F.mse_loss(wanted, teacher.conv(x)))
+
+
 def test_auto_makes_a_layer_only_where_widths_differ() -> None:
     student, teacher = build("LlamaForCausalLM", 1, 32), build("LlamaForCausalLM", 2, 32)
     path = "model.layers.0.mlp"
