@@ -234,7 +234,8 @@ class Distiller(StudentFace, Saved, Looking):
         """
         request = self._request(call)
         if not whose.is_fake(request):
-            features, why = whose.told(request, self._steps)
+            features, why, doubts = whose.told(request, self._steps)
+            self._warnings = {**dict.fromkeys(doubts, False), **self._warnings}
             self.objective = dataclasses.replace(self.objective, features=features)
             self._steps.told = not why
             kept = [note for note in self._notes if note != self._untold]
