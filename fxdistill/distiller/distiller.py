@@ -234,8 +234,8 @@ class Distiller(StudentFace, Saved, Looking):
         """
         request = self._request(call)
         if not dry.is_fake(request):
-            features, heads, why = whose.told(request, self._steps)
-            self.objective = dataclasses.replace(self.objective, features=features, heads=heads)
+            self.objective, why, doubts = whose.told(request, self._steps)
+            self._warnings = {**dict.fromkeys(doubts, False), **self._warnings}
             self._steps.told = not why
             kept = [note for note in self._notes if note != self._untold]
             self._notes, self._untold = (*kept, *([why] if why else [])), why

@@ -1,6 +1,7 @@
 """Learn about a step without computing it: for checks, for reports, for widths and tokens."""
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -52,8 +53,9 @@ def fake_values(request: Request, steps: Steps) -> Mapping[tuple[Tower, Tap], Te
     """All matched values as fake tensors, from running the models on fake inputs as they are.
 
     The code of the models runs, without graphs and without computing anything. Parameters, buffers,
-    attributes and random numbers stay as they are. Raises what the models raise where data decides,
-    and StepError where they may communicate: a hook would gather fake parameters for good.
+    attributes and random numbers stay as they are, and torch logs no error. Raises what the models
+    raise where data decides, and StepError where they may communicate: a hook would gather fake
+    parameters for good.
     """
     values, error = values_until_error(request, steps)
     if error is not None:
@@ -78,7 +80,7 @@ def values_until_error(
     request = _of_shapes(request)
     objective = request.objective
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode, _for_shapes(request.towers.modules.values(), mode):
+    with mode, _without_log(), _for_shapes(request.towers.modules.values(), mode):
         inputs = tree_map(lambda x: _like(x, mode), dict(request.call.inputs))
         error = None
         with tapping(request, steps, capturing=True) as table:
@@ -87,6 +89,21 @@ def values_until_error(
             except Exception as raised:  # of the models' own code
                 error = raised
         return values_of(table), error
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+    """Keep torch from logging what fails on fake tensors: that is an answer here, and no fault."""
+
+    def nothing(record: logging.LogRecord) -> bool:
+        return False
+
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addFilter(nothing)
+    try:
+        yield
+    finally:
+        log.removeFilter(nothing)
 
 
 def _may_communicate(models: Iterable[nn.Module]) -> bool:

@@ -134,7 +134,7 @@ def _is_more(name: str, value: Any) -> bool:
 
 
 def images(inputs: Inputs) -> set[str]:
-    """The names of the inputs that are images ``[..., C, H, W]``, or videos."""
+    """The names of the inputs that are images or videos, with channels before or behind."""
     return {
         name
         for name, value in named(inputs).items()
@@ -184,15 +184,21 @@ def _shape(value: Tensor, size: Size, length: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def larger(inputs: Inputs) -> Inputs:
-    """Inputs whose images are twice as high and four times as wide."""
+def larger(inputs: Inputs, *, channels_last: bool = False) -> Inputs:
+    """Inputs whose images are twice as high and four times as wide.
+
+    They are ``[..., C, H, W]``, or ``[..., H, W, C]`` with ``channels_last``.
+    """
     which = images(inputs)
+    behind = 1 if channels_last else 0
 
     def change(name: str, value: Any) -> Any:
         if name not in which:
             return value
-        *leading, height, width = value.shape
-        return _empty(name, value, (*leading, 2 * height, 4 * width))
+        shape = list(value.shape)
+        shape[-2 - behind] *= 2
+        shape[-1 - behind] *= 4
+        return _empty(name, value, tuple(shape))
 
     return _each(inputs, change)
 

@@ -9,7 +9,9 @@ axis that stays.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,7 +26,7 @@ from fxdistill.models.tap import Tap, Tower
 from fxdistill.objective.arrange import arranged_shape
 from fxdistill.objective.call import Call, Inputs, grid_of
 from fxdistill.objective.objective import Objective
-from fxdistill.objective.term import HeadTerm, Term
+from fxdistill.objective.term import Term
 from fxdistill.objective.tokens import Batch
 
 End = tuple[Tower, Tap]
@@ -89,25 +91,35 @@ def _asks_for_channels(objective: Objective, call: Call) -> bool:
     return reads and any(resized.images(inputs) for inputs in call.inputs.values())
 
 
-def told(request: Request, steps: Steps) -> tuple[tuple[Term, ...], tuple[HeadTerm, ...], str]:
-    """The terms and the heads, with what their values are indexed by.
+class Told(NamedTuple):
+    """The objective, with what indexes its values; and why that could not be told, or ``""``.
 
-    Beside them, why that could not be told of terms, or ``""``.
+    ``doubts`` are to be warned of: a guess at the channels may compare the wrong axes.
+    """
+
+    objective: Objective
+    why: str
+    doubts: tuple[str, ...]
+
+
+def told(request: Request, steps: Steps) -> Told:
+    """Tell what indexes the values of all terms, and of heads that pool.
 
     A model that cannot run on fake tensors (because data decides its sizes) leaves the terms as
     they are: their values have tokens where their sizes agree.
     """
     terms, why = request.objective.features, ""
-    heads = channels.told(request, steps)
-    if not _of_terms(request.objective, request.call, request.towers, steps):
-        return terms, heads, why
+    objective = replace(request.objective, heads=channels.told(request, steps))
+    if not _of_terms(objective, request.call, request.towers, steps):
+        return Told(objective, why, ())
     is_open = any(term.has_tokens and not term.said_tokens for term in terms)
     if is_open and _has_grid(request.call.batch):
         terms, why = _with_tokens(terms, request, steps)
+    untold = ""
     if _asks_for_channels(request.objective, request.call):
         terms, untold = _with_channels(terms, request, steps)
-        why = " ".join(filter(None, (why, untold)))
-    return terms, heads, why
+    whys = tuple(filter(None, (why, untold)))
+    return Told(replace(objective, features=terms), " ".join(whys), whys[-1:] if untold else ())
 
 
 # ---- tokens
@@ -268,12 +280,12 @@ def _with_channels(
 ) -> tuple[tuple[Term, ...], str]:
     """The terms, with the maps whose channels are last: the other axes follow the image's size.
 
-    Models that take images of one size alone leave them on axis 1; then also why, for a note.
+    Models that take images of one size alone leave them on axis 1; then also why, for a warning.
     """
     small: Mapping[End, Tensor] = {}
     try:
         small = _values(request, steps, _same)
-        large = _values(request, steps, resized.larger)
+        large = _larger(request, steps)
     except Exception as error:  # of the models' own code
         return terms, _untold_channels(terms, small, error)
     told = tuple(
@@ -285,15 +297,27 @@ def _with_channels(
     return told, ""
 
 
+def _larger(request: Request, steps: Steps) -> Mapping[End, Tensor]:
+    """All values of larger images, whose channels are first, or else last: the models take one."""
+    try:
+        return _values(request, steps, resized.larger)
+    except Exception:  # of the models' own code: of a linear layer over the channels, for one
+        with suppress(Exception):  # what stops the usual layout is what is told then
+            return _values(request, steps, partial(resized.larger, channels_last=True))
+        raise
+
+
 def _untold_channels(terms: Sequence[Term], values: Mapping[End, Tensor], error: Exception) -> str:
-    """The note that channels are taken to be on axis 1; empty where no value is known as a map."""
+    """The text that channels are taken to be on axis 1; empty where no value is known as a map."""
     names = [
         term.name
         for term in terms
         if _reads_channels(term)
         and any(
-            not known and end in values and values[end].ndim >= resized.IMAGE_AXES
-            for end, known in zip(term.taps, term.channels_last, strict=True)
+            not (last or first) and end in values and values[end].ndim >= resized.IMAGE_AXES
+            for end, last, first in zip(
+                term.taps, term.channels_last, term.channels_first, strict=True
+            )
         )
     ]
     if not names:

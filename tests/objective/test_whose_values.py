@@ -14,7 +14,7 @@ from transformers import (
 )
 
 import fxdistill
-from fxdistill import Match
+from fxdistill import Match, errors
 
 AOT = {"backend": "aot_eager"}
 OPTIONS = {"logit_loss": None, "label_loss": None}
@@ -315,7 +315,7 @@ class OfOneSize(Windows):
         return super().forward(pixel_values)
 
 
-def test_where_the_models_cannot_tell_a_note_says_so():
+def test_where_the_models_cannot_tell_a_warning_and_a_note_say_so(caplog):
     """Maps are then taken to have their channels on axis 1."""
     torch.manual_seed(0)
     student, teacher = OfOneSize(), OfOneSize()
@@ -324,7 +324,39 @@ def test_where_the_models_cannot_tell_a_note_says_so():
     options = {**OPTIONS, "task": "classification", "compile": False}
     distiller = fxdistill.wrap(student, teacher, match, **options)
     s, t = student.value(pixels), teacher.value(pixels).detach()
-    same_step(student, distiller(pixel_values=pixels).loss, (s - t).norm(dim=1).mean())
+    with pytest.warns(errors.MatchWarning, match="of stage are taken to be on axis 1") as given:
+        found = distiller(pixel_values=pixels).loss
+    same_step(student, found, (s - t).norm(dim=1).mean())
+    assert len(given) == 1
+    distiller(pixel_values=pixels)  # it is given once
+    assert not [x for x in caplog.records if x.name == "torch._subclasses.fake_tensor"]
     said = " ".join(str(distiller.summary()).split())
     assert "the channels of stage are taken to be on axis 1" in said
     assert "ValueError: images of 12 × 12" in said
+
+
+class Given(nn.Module):
+    """Images have their channels last, and so has what a module without weights makes of them."""
+
+    def __init__(self, width=6):
+        super().__init__()
+        self.linear, self.stage, self.head = nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 4)
+
+    def forward(self, pixel_values):
+        return self.head(self.stage(self.linear(pixel_values)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("examples", [False, True], ids=["first call", "examples"])
+def test_images_with_their_channels_last_are_made_larger_too(examples, caplog):
+    """What fails on the way (a linear layer over an image's width) reaches no log."""
+    torch.manual_seed(0)
+    student, teacher = Given(), Given()
+    pixels = torch.randn(2, 5, 4, 3)
+    match = {"stage": Match(teacher="stage", loss="attention_transfer")}
+    given = {"example_inputs": {"pixel_values": pixels}} if examples else {}
+    options = {**OPTIONS, "task": "classification", "compile": False}
+    distiller = fxdistill.wrap(student, teacher, match, **options, **given)
+    s, t = (model.linear(pixels).tanh().square().sum(-1).flatten(1) for model in (student, teacher))
+    wanted = (F.normalize(s) - F.normalize(t.detach())).square().mean()
+    same_step(student, distiller(pixel_values=pixels).loss, wanted)
+    assert not [x for x in caplog.records if x.name == "torch._subclasses.fake_tensor"]
