@@ -9,7 +9,7 @@ stays, while the places follow.
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from fxdistill.models.axes import ChannelAxis
 from fxdistill.models.tap import Tap
 from fxdistill.objective.call import Inputs
 from fxdistill.objective.objective import Objective
+from fxdistill.objective.pooled_head import PooledHead
 from fxdistill.objective.term import HeadTerm
 from fxdistill.objective.tokens import Batch
 
@@ -39,10 +40,14 @@ def told(request: Request, steps: Steps) -> tuple[HeadTerm, ...]:
     if not asks(request.objective):
         return heads
     found = seen(request, steps)
-    return tuple(
+    settled = tuple(
         replace(h, channels=found[h.tap].channels) if _is_open(h) and h.tap in found else h
         for h in heads
     )
+    for head in settled:
+        if head.pools and head.name in (made := request.towers.beside.heads):
+            cast(PooledHead, made[head.name]).channels = head.channels  # it is called alone, too
+    return settled
 
 
 class Axes(NamedTuple):

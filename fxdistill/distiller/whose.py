@@ -21,6 +21,7 @@ from fxdistill.distiller.modes import Request, Steps
 from fxdistill.distiller.resized import Resize, Size
 from fxdistill.distiller.towers import Towers
 from fxdistill.errors import StepError
+from fxdistill.models.axes import places_of_convolutions
 from fxdistill.models.conventions import Stream
 from fxdistill.models.tap import Tap, Tower
 from fxdistill.objective.arrange import arranged_shape
@@ -287,7 +288,7 @@ def _with_channels(
         small = _values(request, steps, _same)
         large = _larger(request, steps)
     except Exception as error:  # of the models' own code
-        return terms, _untold_channels(terms, small, error)
+        return terms, _untold_channels(terms, small, request, error)
     told = tuple(
         replace(term, channels_last=_are_last(term, small, large))
         if _reads_channels(term)
@@ -307,14 +308,18 @@ def _larger(request: Request, steps: Steps) -> Mapping[End, Tensor]:
         raise
 
 
-def _untold_channels(terms: Sequence[Term], values: Mapping[End, Tensor], error: Exception) -> str:
+def _untold_channels(
+    terms: Sequence[Term], values: Mapping[End, Tensor], request: Request, error: Exception
+) -> str:
     """The text that channels are taken to be on axis 1; empty where no value is known as a map."""
     names = [
         term.name
         for term in terms
         if _reads_channels(term)
         and any(
-            not (last or first) and end in values and values[end].ndim >= resized.IMAGE_AXES
+            not (last or first or _is_of_convolutions(end, request))
+            and end in values
+            and values[end].ndim >= resized.IMAGE_AXES
             for end, last, first in zip(
                 term.taps, term.channels_last, term.channels_first, strict=True
             )
@@ -326,6 +331,15 @@ def _untold_channels(terms: Sequence[Term], values: Mapping[End, Tensor], error:
         f"the channels of {', '.join(names)} are taken to be on axis 1, because the models cannot "
         f"be run on images of another size ({_said(error)}). rearrange= brings them there."
     )
+
+
+def _is_of_convolutions(end: End, request: Request) -> bool:
+    """Whether a value comes from a block of convolutions, which leave the channels on axis 1."""
+    tower, tap = end
+    if tap.port != "output" or tap.reads is not None:
+        return False
+    block = request.towers.modules[tower].get_submodule(tap.path)
+    return places_of_convolutions(block) is not None
 
 
 def _same(inputs: Inputs) -> Inputs:

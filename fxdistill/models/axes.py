@@ -23,3 +23,17 @@ def channel_axis(model: nn.Module, tap: Tap) -> ChannelAxis | None:
     if type(module) is nn.LayerNorm:  # a class that inherits from it may move axes before it
         return -1 if len(module.normalized_shape) == 1 else None
     return -1 if type(module) in (nn.Linear, nn.RMSNorm, nn.Embedding) else None
+
+
+def places_of_convolutions(block: nn.Module) -> int | None:
+    """How many axes of places the output of a block has whose weights are all convolutions.
+
+    Norms over channels may be among them. ``None``: other weights may have moved the channels.
+    """
+    weighed = [
+        m for m in block.modules() if list(m.parameters(False)) and not isinstance(m, nn.PReLU)
+    ]
+    places = {len(m.kernel_size) for m in weighed if isinstance(m, _ConvNd)}
+    if len(places) != 1 or any(channel_axis(m, Tap("")) != 1 for m in weighed):
+        return None
+    return places.pop()

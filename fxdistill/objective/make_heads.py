@@ -61,7 +61,7 @@ def _pooled(
     logits = shapes.get((term.student, LOGITS))
     by_token = objective.task in ("causal_lm", "masked_lm", "seq2seq")
     pools = logits.ndim == 2 if logits is not None else not by_token
-    return PooledHead(width, classes, pools=pools, **factory)
+    return PooledHead(width, classes, pools=pools, channels=term.channels, **factory)
 
 
 def _width(student: nn.Module, term: HeadTerm, shapes: Shapes) -> int | None:

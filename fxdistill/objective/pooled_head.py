@@ -18,23 +18,42 @@ from fxdistill.taps.markers import check
 class PooledHead(nn.Module):
     """A linear layer behind a mean over places or tokens, where the logits have none.
 
-    Maps ``[B, *places, C]`` are averaged over their places. Of values ``[B, L, D]`` the tokens that
-    the attention mask has are averaged; with ``pools=False`` each token keeps its logits.
+    Maps are averaged over their places. Of values ``[B, L, D]`` the tokens that the attention mask
+    has are averaged; with ``pools=False`` each token keeps its logits. ``channels`` is the axis
+    that the layer reads, 1 or -1; ``None``: the one of these that is as wide as the layer, and
+    where both are, axis 1 of maps and the last of other values.
     """
 
-    def __init__(self, width: int, classes: int, *, pools: bool, **factory: Any) -> None:
+    def __init__(
+        self,
+        width: int,
+        classes: int,
+        *,
+        pools: bool,
+        channels: ChannelAxis | None = None,
+        **factory: Any,
+    ) -> None:
         super().__init__()
-        self.pools = pools
+        self.pools, self.channels = pools, channels
         self.linear = nn.Linear(width, classes, **factory)
 
     def forward(self, value: Tensor, weights: Tensor | None = None) -> Tensor:
         """The logits of ``value``; ``weights`` ``[B, L]`` say which of its tokens count."""
+        value = value.movedim(1, -1) if self._axis(value) == 1 else value
         if self.pools and value.ndim > 3:
             value = value.flatten(1, -2).mean(1)
         elif self.pools and value.ndim == 3:
             value = _mean(value, weights)
         made: Tensor = self.linear(value)
         return made
+
+    def _axis(self, value: Tensor) -> ChannelAxis:
+        if value.ndim < 3:
+            return -1
+        first, last = (value.shape[axis] == self.linear.in_features for axis in (1, -1))
+        if self.channels is not None or first == last:
+            return self.channels or (1 if value.ndim > 3 else -1)
+        return 1 if first else -1
 
 
 def _mean(value: Tensor, weights: Tensor | None) -> Tensor:
@@ -55,10 +74,10 @@ def made_logits(
 ) -> Tensor:
     """What a head's module makes of a value.
 
-    A ``PooledHead`` gets the attention mask, and the value with its channels last.
+    A ``PooledHead`` gets the attention mask, and knows which axis of the value it reads.
     """
     if isinstance(module, PooledHead):
-        value = _channels_last(head, module.linear.in_features, value, batch)
+        _require_channels(head, module.linear.in_features, value, batch)
     mask = attended(batch) if task == "classification" else None
     fits = mask is not None and value.ndim == 3 and tuple(mask.shape) == tuple(value.shape[:2])
     if fits and mask is not None and isinstance(module, PooledHead):
@@ -66,15 +85,14 @@ def made_logits(
     return projected(module, value, ranks)
 
 
-def _channels_last(head: HeadTerm, width: int, value: Tensor, batch: Batch) -> Tensor:
-    """``value`` with the axis last that the layer reads: it is known, or the one of its width."""
+def _require_channels(head: HeadTerm, width: int, value: Tensor, batch: Batch) -> None:
+    """Raise ShapeError unless one axis of the value is known to be the one that the layer reads."""
     axis, sizes = head.channels, (value.shape[1], value.shape[-1]) if value.ndim > 2 else ()
     if axis is None and sizes and sizes[0] != sizes[1]:
         axis = 1 if sizes[0] == width else -1
     if axis is None and value.ndim == 3 and (tokens := batch.tokens) is not None:
         axis = -1 if tokens.shape[:2] == value.shape[:2] else None
     require_width(head.name, width, value, axis)
-    return value.movedim(1, -1) if axis == 1 and value.ndim > 2 else value
 
 
 @check

@@ -5,16 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from fxdistill.distiller.alone import axes_of
 from fxdistill.distiller.assemble import as_inputs
 from fxdistill.distiller.channels import Axes
 from fxdistill.errors import OptionError, PathError, did_you_mean
 from fxdistill.mapping.match import Match, Reduction
-from fxdistill.models.axes import channel_axis
+from fxdistill.models.axes import places_of_convolutions
 from fxdistill.models.dummy_inputs import dummy_inputs
-from fxdistill.models.tap import Tap
 from fxdistill.objective.call import Inputs
 from fxdistill.objective.head import Head
 from fxdistill.recipes.numbers import require
@@ -150,14 +148,8 @@ def _poolings(
 
 def _by_convolutions(student: nn.Module, path: str) -> Axes | None:
     """The axes of a block all of whose weights are convolutions of maps, and their norms."""
-    block = student.get_submodule(path)
-    weighed = [
-        m for m in block.modules() if list(m.parameters(False)) and not isinstance(m, nn.PReLU)
-    ]
-    places = {len(m.kernel_size) for m in weighed if isinstance(m, _ConvNd)}
-    if len(places) != 1 or any(channel_axis(m, Tap("")) != 1 for m in weighed):
-        return None
-    return Axes(2 + places.pop(), 1)
+    places = places_of_convolutions(student.get_submodule(path))
+    return None if places is None else Axes(2 + places, 1)
 
 
 def _reduction(path: str, axes: Axes | None) -> Reduction | None:

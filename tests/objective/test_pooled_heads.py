@@ -105,6 +105,8 @@ def test_places_are_pooled(model, shape, path, places, examples, compile):
     torch.testing.assert_close(out.loss, own + early)
     assert_same_gradients(gradients(student), gradients(plain))
     assert_same_gradients(gradients(distiller.heads["exit"].linear), gradients(layer))
+    alone = distiller.heads["exit"](seen[0])  # as it is used without the distiller
+    torch.testing.assert_close(alone, layer(seen[0].mean(places)))
 
 
 class Unwilling(nn.Module):
