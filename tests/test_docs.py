@@ -32,8 +32,8 @@ def test_the_code_of_a_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    # Readers get Inductor by default; here it would take minutes, and other tests cover it. Steps are
-    # captured all the same, but for those of Matching, whose state-space mixers take a minute.
+    # Readers get Inductor by default; here it would take minutes, and other tests cover it. Steps
+    # are captured all the same, but for those of Matching, whose state-space mixers take a minute.
     traced = page.name != "matching.md"
     lowered = partial(fxdistill.wrap, compile={"backend": "eager"} if traced else False)
     monkeypatch.setattr(fxdistill, "wrap", lowered)
