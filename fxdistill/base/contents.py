@@ -6,6 +6,8 @@ torch's own batch normalization moves none either, so that versions alone do not
 import torch
 from torch import Tensor
 
+from fxdistill.base.tensors import is_lazy
+
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -14,7 +16,7 @@ def parts(x: Tensor) -> list[Tensor]:
 
     What has no values (on the meta device, or of a layer that is not yet built) has no parts.
     """
-    if isinstance(x, (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)):
+    if is_lazy(x):
         return []
     if hasattr(x, "__tensor_flatten__"):
         names, _ = x.__tensor_flatten__()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 from fxdistill.base.attention import tensors_of
-from fxdistill.base.tensors import is_placed
+from fxdistill.base.tensors import is_lazy, is_placed
 from fxdistill.distiller.modes import Request, Steps, tapping
 from fxdistill.distiller.settings import Setting
 from fxdistill.distiller.step import step
@@ -119,8 +119,8 @@ def _of(kind: str, model: str | None, name: str, value: Any) -> Finding | None:
     """A finding of ``value``, on this rank; ``None`` where it is finite."""
     if isinstance(value, (int, float)):
         value = torch.tensor(float(value))
-    if isinstance(value, (nn.UninitializedParameter, nn.UninitializedBuffer)):
-        return None  # of a lazy layer: the run builds it
+    if is_lazy(value):
+        return None  # the run builds its layer
     if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
         return None
     x = value.detach()

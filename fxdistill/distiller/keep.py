@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fxdistill.base.contents import parts, same
+from fxdistill.base.tensors import is_lazy
 
 _VALUES = (bool, int, float, complex, str, type(None))
 _TABLES = (list, dict, set)
@@ -43,8 +44,8 @@ class _Module:
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.training = module, module.training
-        # A lazy layer is another one once it is built.
-        self.built = all(map(_is_built, (*module._parameters.values(), *module._buffers.values())))
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        self.built = not any(map(is_lazy, tensors))  # a lazy layer is another one once it is
         self.buffers = dict(module._buffers)
         own = {k: v for k, v in vars(module).items() if k not in _OF_TORCH}
         self.tensors = {k: v for k, v in own.items() if isinstance(v, Tensor)}
@@ -52,8 +53,8 @@ class _Module:
         self.tables = [(v, v.copy()) for v in own.values() if type(v) in _TABLES]
         made = (v for v in own.values() if isinstance(v, torch.Generator))
         self.generators = [(generator, generator.get_state()) for generator in made]
-        tensors = [*self.buffers.values(), *self.tensors.values()]
-        flat = [part for x in tensors if x is not None for part in parts(x)]
+        held = [*self.buffers.values(), *self.tensors.values()]
+        flat = [part for x in held if x is not None for part in parts(x)]
         self.contents = [(part, part.clone()) for part in flat]
 
     def restore(self, *, attributes: bool) -> None:
@@ -72,10 +73,6 @@ class _Module:
             for part, before in self.contents:
                 if not same(part, before):
                     part.copy_(before)
-
-
-def _is_built(x: Tensor | None) -> bool:
-    return not isinstance(x, (nn.UninitializedParameter, nn.UninitializedBuffer))
 
 
 def _hooks(modules: list[nn.Module]) -> int:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fxdistill.base.nodes import one_node
-from fxdistill.base.tensors import wide
+from fxdistill.base.tensors import is_lazy, wide
 from fxdistill.errors import OptionError, ShapeError
 from fxdistill.losses.reduce import normalized, weighted_mean
 from fxdistill.losses.samples import both
@@ -105,7 +105,7 @@ class CRD(nn.Module):
     def is_built(self) -> bool:
         """Whether the layers know their input widths."""
         layers = (self.embedding.of_student, self.embedding.of_teacher)
-        return not any(isinstance(layer.weight, nn.UninitializedParameter) for layer in layers)
+        return not any(is_lazy(layer.weight) for layer in layers)
 
     def forward(self, student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
         """The loss of a batch; the batch is then written to the queue, while training."""
