@@ -20,7 +20,9 @@ def parts(x: Tensor) -> list[Tensor]:
         return []
     if hasattr(x, "__tensor_flatten__"):
         names, _ = x.__tensor_flatten__()
-        return [part for name in names for part in parts(getattr(x, name))]
+        # Since torch 2.13 a DTensor names its mesh beside the tensor of this rank.
+        held = [getattr(x, name) for name in names]
+        return [part for y in held if isinstance(y, Tensor) for part in parts(y)]
     return [] if x.is_meta else [x.detach()]
 
 
