@@ -46,7 +46,14 @@ class Settings:
 
 
 SMOKE = Settings(
-    vocabulary=512, width=32, teacher_steps=20, student_steps=20, batch=4, heldout_windows=8
+    vocabulary=512,
+    width=32,
+    teacher_layers=2,
+    student_layers=1,
+    teacher_steps=20,
+    student_steps=20,
+    batch=4,
+    heldout_windows=8,
 )
 
 

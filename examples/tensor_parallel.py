@@ -12,6 +12,7 @@ losses: sequences, heads, MLPs and the vocabulary are shared out, and no line of
 """
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 import fxdistill
 
-SETTINGS = Settings(teacher_layers=4, student_layers=2, teacher_steps=60, heldout_windows=32)
+SETTINGS = Settings(teacher_steps=60, heldout_windows=32)
 
 
 def mesh_of_all_ranks(name: str) -> DeviceMesh | None:
@@ -75,6 +76,7 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--layers", type=int, default=2, help="of the student; the teacher: twice")
     parser.add_argument("--mesh", choices=("tp", "dp"), default="tp")
     parser.add_argument("--out", type=Path, default=Path("runs"), metavar="DIR")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
@@ -83,16 +85,18 @@ def main() -> None:
     torch.set_num_threads(1)
     mesh = mesh_of_all_ranks(options.mesh)
     console = Console(quiet=mesh is not None and mesh.get_rank() > 0, highlight=False)
-    text = load(options.out, SETTINGS.vocabulary)
+    layers = {"student_layers": options.layers, "teacher_layers": 2 * options.layers}
+    settings = dataclasses.replace(SETTINGS, **layers)
+    text = load(options.out, settings.vocabulary)
     # From the disk, or trained here and now: the same one on every rank.
-    teacher, _ = Lesson(SETTINGS, text, Progress(disable=True), options.out).teacher()
-    student = llama(SETTINGS, SETTINGS.student_layers, seed=1)
+    teacher, _ = Lesson(settings, text, Progress(disable=True), options.out).teacher()
+    student = llama(settings, settings.student_layers, seed=1)
 
     mapping = fxdistill.match(student, teacher)
     given = {"feature_weight": 0.1, "compile": options.compile}
     distiller = fxdistill.wrap(student, teacher, mapping, mesh=mesh, **given)
     console.print(places(student))
-    data = batches(text.train, SETTINGS.batch, SETTINGS.length, options.steps, seed=1)
+    data = batches(text.train, settings.batch, settings.length, options.steps, seed=1)
     train(distiller, (mine(ids, mesh) for ids in data), console)
     console.print(distiller.summary())
     if mesh is not None:

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from lowering import lower_terms_eagerly
-
 
 def pytest_configure(config):
     # A test that asks a hub for weights fails at once.
@@ -18,7 +16,8 @@ def pytest_configure(config):
 
     # Compiled graphs are cached on disk. A change to a pass must never be judged by a graph that
     # the old pass made, so each run starts with an empty cache: some 4 s for the C++ headers, then
-    # 2 s a graph. To keep one between runs, name its folder in the environment.
+    # 2 s a graph. To keep one between runs, name its folder in the environment. Inductor names the
+    # one of all runs there when it is imported, so nothing that does so is imported above.
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         cache = tempfile.TemporaryDirectory(prefix="fxdistill-", ignore_cleanup_errors=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
@@ -37,6 +36,8 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _terms_of_regional_mode(request, monkeypatch):
+    from lowering import lower_terms_eagerly  # which imports Inductor
+
     if request.node.get_closest_marker("inductor") is None:
         lower_terms_eagerly(monkeypatch.setattr)
 

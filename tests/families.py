@@ -46,13 +46,20 @@ def spread(model: nn.Module) -> nn.Module:
     return model
 
 
-def towers(build: Any, layers: tuple[int, int] = (2, 4)) -> tuple[Any, Any]:
+# A step compiles in a time that grows with the layers: these are the fewest with a layer behind one
+# that is matched, and one of the teacher that is not.
+LAYERS, CHOSEN = (2, 3), {0: 1, 1: 2}
+
+
+def towers(build: Any, layers: tuple[int, int] = LAYERS) -> tuple[Any, Any]:
     torch.manual_seed(0)
     student, teacher = (spread(build(n)) for n in layers)
     return student.train(), teacher.eval()
 
 
-def layer_map(prefix: str, parts: tuple[str, ...], chosen: dict[int, int]) -> dict[str, str]:
+def layer_map(
+    prefix: str, parts: tuple[str, ...], chosen: dict[int, int] = CHOSEN
+) -> dict[str, str]:
     return {f"{prefix}.{s}.{p}": f"{prefix}.{t}.{p}" for s, t in chosen.items() for p in parts}
 
 
@@ -78,6 +85,7 @@ def decoder(
     parts: tuple[str, ...] = ("self_attn", "mlp"),
     padding: str | None = "left",
     mapping: dict[str, str] | None = None,
+    layers: tuple[int, int] = LAYERS,
     per_layer: Callable[[int], dict[str, Any]] = lambda n: {},
     **options: Any,
 ) -> Family:
@@ -85,8 +93,9 @@ def decoder(
         sizes = {**LM, "num_hidden_layers": n, **options, **per_layer(n)}
         return hf.AutoModelForCausalLM.from_config(config(**sizes))
 
-    student, teacher = towers(build)
-    mapping = mapping or layer_map(prefix, parts, {0: 1, 1: 3})
+    student, teacher = towers(build, layers)
+    chosen = dict(list(CHOSEN.items())[: layers[0]])
+    mapping = mapping or layer_map(prefix, parts, chosen)
     return Family(student, teacher, mapping, *text(padding), "causal_lm")
 
 
@@ -95,6 +104,11 @@ def decoder(
 
 def llama() -> Family:
     return decoder(hf.LlamaConfig, **ATTENTION)
+
+
+def shallow_llama() -> Family:
+    """For steps whose captures are slow: on a mesh, a layer takes some 2 s."""
+    return decoder(hf.LlamaConfig, layers=(1, 2), **ATTENTION)
 
 
 def qwen3() -> Family:
@@ -139,9 +153,9 @@ def mamba2() -> Family:
 
 def hybrid(config: Any, recurrent: str, mlp: str, **options: Any) -> Family:
     """The last layer is attention, the others are recurrent."""
-    mapping = layer_map("model.layers", (mlp,), {0: 1, 1: 3})
+    mapping = layer_map("model.layers", (mlp,))
     mapping |= layer_map("model.layers", (recurrent,), {0: 1})
-    mapping |= layer_map("model.layers", ("self_attn",), {1: 3})
+    mapping |= layer_map("model.layers", ("self_attn",), {1: 2})
     return decoder(config, mapping=mapping, **options, **ATTENTION)
 
 
@@ -185,7 +199,7 @@ def bert_mlm() -> Family:
     chosen = torch.arange(LENGTH) % 3 == 1  # only masked positions carry a label
     labels = labels.masked_fill(~chosen, -100)
     batch["input_ids"] = batch["input_ids"].masked_fill(labels != -100, 3)
-    mapping = layer_map("bert.encoder.layer", ("attention", "output"), {0: 1, 1: 3})
+    mapping = layer_map("bert.encoder.layer", ("attention", "output"))
     return Family(*towers(build), mapping, batch, labels, "masked_lm")
 
 
@@ -197,7 +211,7 @@ def distilbert_classifier() -> Family:
     def build(n: int) -> nn.Module:
         return hf.DistilBertForSequenceClassification(hf.DistilBertConfig(n_layers=n, **options))
 
-    mapping = layer_map("distilbert.transformer.layer", ("attention", "ffn"), {0: 1, 1: 3})
+    mapping = layer_map("distilbert.transformer.layer", ("attention", "ffn"))
     batch, labels = text("right")[0], torch.tensor([3, -100, 0])
     return Family(*towers(build), mapping, batch, labels, "classification")
 
@@ -226,8 +240,8 @@ def t5() -> Family:
     def build(n: int) -> nn.Module:
         return hf.T5ForConditionalGeneration(hf.T5Config(num_layers=n, **options))
 
-    mapping = layer_map("encoder.block", ("layer.0", "layer.1"), {0: 1, 1: 3})
-    mapping |= layer_map("decoder.block", ("layer.0", "layer.1", "layer.2"), {0: 1, 1: 3})
+    mapping = layer_map("encoder.block", ("layer.0", "layer.1"))
+    mapping |= layer_map("decoder.block", ("layer.0", "layer.1", "layer.2"))
     return sequence_to_sequence(build, mapping, text("right")[0])
 
 
@@ -245,8 +259,8 @@ def bart() -> Family:
         config = hf.BartConfig(max_position_embeddings=64, **bart_options(n))
         return hf.BartForConditionalGeneration(config)
 
-    mapping = layer_map("model.encoder.layers", ("self_attn", "fc2"), {0: 1, 1: 3})
-    mapping |= layer_map("model.decoder.layers", ("self_attn", "encoder_attn", "fc2"), {0: 1, 1: 3})
+    mapping = layer_map("model.encoder.layers", ("self_attn", "fc2"))
+    mapping |= layer_map("model.decoder.layers", ("self_attn", "encoder_attn", "fc2"))
     return sequence_to_sequence(build, mapping, text("right")[0])
 
 
@@ -258,8 +272,8 @@ def whisper() -> Family:
 
     torch.manual_seed(1)
     batch = {"input_features": torch.randn(BATCH, 8, 24)}
-    mapping = layer_map("model.encoder.layers", ("self_attn", "fc2"), {0: 1, 1: 3})
-    mapping |= layer_map("model.decoder.layers", ("encoder_attn", "fc2"), {0: 1, 1: 3})
+    mapping = layer_map("model.encoder.layers", ("self_attn", "fc2"))
+    mapping |= layer_map("model.decoder.layers", ("encoder_attn", "fc2"))
     return sequence_to_sequence(build, mapping, batch)
 
 
@@ -307,7 +321,7 @@ def vit() -> Family:
     def build(n: int) -> nn.Module:
         return hf.ViTForImageClassification(hf.ViTConfig(num_hidden_layers=n, **options))
 
-    mapping = layer_map("vit.layers", ("attention", "mlp"), {0: 1, 1: 3})
+    mapping = layer_map("vit.layers", ("attention", "mlp"))
     return image_classifier(*towers(build), mapping)
 
 

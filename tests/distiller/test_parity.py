@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fxdistill
-from families import FAMILIES, Family
+from families import FAMILIES, Family, shallow_llama
 from oracle import Reference, check_gradients, check_losses, reference
 
 AOT: dict[str, Any] = {"backend": "aot_eager"}
@@ -84,7 +84,7 @@ def test_inductor() -> None:
 @pytest.mark.slow
 def test_compiled_on_other_shapes() -> None:
     """Fewer rows and fewer tokens, hence other denominators, on the distiller that is compiled."""
-    family, _ = prepared("llama")
+    family = shallow_llama()
     distiller = fxdistill.wrap(family.student, family.teacher, family.mapping, compile=AOT)
     for rows, length in ((3, 11), (2, 9), (3, 7), (1, 8)):
         batch = {key: value[:rows, -length:] for key, value in family.batch.items()}

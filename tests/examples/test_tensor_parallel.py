@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 def printed(*launcher: str, options: list[str]) -> str:
     """What the example printed. It must end well, and in time, with all of its ranks."""
-    command = [sys.executable, *launcher, str(EXAMPLE), "--steps", str(STEPS), *options]
+    sizes = ["--steps", str(STEPS), "--layers", "1"]
+    command = [sys.executable, *launcher, str(EXAMPLE), *sizes, *options]
     with subprocess.Popen(
         command,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

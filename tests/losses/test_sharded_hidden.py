@@ -38,6 +38,17 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "streams": {"mapping": {"blocks.*": "blocks.{0,2}", "norm": "norm"}},
     "own": {"mapping": DOWN, "feature_loss": own_loss},
+    # What is captured is captured at once.
+    "losses": {
+        "mapping": [
+            Match("blocks.0.down", "blocks.0.down", loss="mse"),
+            Match("blocks.0.down", "blocks.1.down", loss="l2"),
+            Match("blocks.1.down", "blocks.1.down", loss="cosine"),
+            Match("blocks.1.down", "blocks.2.down", loss=own_loss),
+            Match("blocks.0.down", "blocks.2.down", loss="attention_transfer"),
+            Match("blocks.1.down", "blocks.0.down", loss="fpn"),
+        ]
+    },
     "hidden width": {"mapping": {"blocks.*.up": "blocks.{0,2}.up"}, "feature_loss": "l2"},
     "inputs": {
         "mapping": [
@@ -105,15 +116,15 @@ SEQUENCE, LOCAL, TENSOR = {"sequence": True}, {"sequence": True, "local": True},
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_eager(ranks: int) -> None:
     ways = (SEQUENCE, LOCAL, TENSOR) if ranks == 2 else (SEQUENCE,)
-    cases = [(name, "eager", how, 8) for name in CASES for how in ways]
-    cases += [(name, "eager", SEQUENCE, 7) for name in CASES]  # of four ranks, 2, 2, 2 and 1
+    names = [name for name in CASES if name != "losses"]
+    cases = [(name, "eager", how, 8) for name in names for how in ways]
+    cases += [(name, "eager", SEQUENCE, 7) for name in names]  # of four ranks, 2, 2, 2 and 1
     run(ranks, parity, ranks, [c for c in cases if c[2] is not LOCAL or c[0] not in HIDDEN])
 
 
-GRAPHS = [("mse", "one graph", how, 8) for how in (SEQUENCE, LOCAL, TENSOR)]
-GRAPHS += [("cosine", "one graph", SEQUENCE, 7), ("maps", "one graph", SEQUENCE, 7)]
-GRAPHS += [("hidden width", "one graph", LOCAL, 8)]
-MORE = [(name, "one graph", SEQUENCE, 8) for name in ("l2", "own", "projected", "inputs")]
+GRAPHS = [("losses", "one graph", how, 8) for how in (LOCAL, TENSOR)]
+GRAPHS += [("losses", "one graph", SEQUENCE, 7), ("hidden width", "one graph", LOCAL, 8)]
+MORE = [(name, "one graph", SEQUENCE, 8) for name in ("projected", "inputs")]
 MORE += [("projected", "regional", LOCAL, 8), ("streams", "regional", SEQUENCE, 8)]
 
 

@@ -121,8 +121,11 @@ def all_sizes(names: list[str], ranks: int) -> list[Case]:
 def features(ranks: int) -> list[Placed]:
     names = list(FEATURES)
     maps = ((4, 4, 8, 4), (3, 5, 2, 7))
+    of_sizes = on_each(all_sizes(names, ranks), teacher="all" if ranks == 2 else "others")
+    if ranks == 4:  # they have shards of other sizes, some of them empty; the rest is as on two
+        return of_sizes + on_each(cases(names, maps[1:], ("some",), lead=1))
     return [
-        *on_each(all_sizes(names, ranks), teacher="all" if ranks == 2 else "others"),
+        *of_sizes,
         *on_each(cases(names, [UNEVEN], ("some", "zero"), both=True)),
         *on_each(cases(EXACT, [UNEVEN], ("none", "some"), equal=True)),
         *on_each(cases(names, [UNEVEN], ("some",), dtype=torch.float64)),

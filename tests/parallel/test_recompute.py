@@ -18,7 +18,7 @@ CASES = [(kind, mode) for kind in ("dp", "tp") for mode in ("eager", "one graph"
 
 def towers(reentrant: bool | None = None, dropout: float = 0.0) -> families.Family:
     torch.manual_seed(2)
-    family = families.FAMILIES["llama"]()
+    family = families.shallow_llama()
     for layer in family.student.model.layers:
         layer.self_attn.attention_dropout = dropout
     if reentrant is not None:

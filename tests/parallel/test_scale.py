@@ -10,6 +10,8 @@ TINY = scale.Setup(
     vocabulary=256,
     tokens=32,
 )
+# Deeper in both models than what the prediction is made of; the benchmark proves more layers.
+DEEPER = scale.Depth(2, 3)
 
 
 @pytest.mark.slow
@@ -17,11 +19,11 @@ TINY = scale.Setup(
 def test_cost_is_linear_in_layers() -> None:
     with scale.ranks(2, 4) as mesh:
         model = scale.predicted(TINY, mesh)
-        found = scale.captured(TINY, scale.PROOF, mesh)
-    wanted = model.at(scale.PROOF)
+        found = scale.captured(TINY, DEEPER, mesh)
+    wanted = model.at(DEEPER)
     assert scale.differences(wanted, found) == []
     # Over "tp" one sum of all matches; over "dp" one of the denominators, then one of all values.
-    layers = scale.PROOF.student
+    layers = DEEPER.student
     kind = "all_reduce of numbers"
     times = {axis: found.of("times", "terms", axis, kind) for axis in ("dp", "tp")}
     assert times == {"dp": 2, "tp": 1}

@@ -18,11 +18,11 @@ PATH = "model.layers.0.mlp"
 
 def models(count: int) -> tuple[list[nn.Module], Any]:
     """Llamas of one family: the student first, then teachers of other weights."""
-    family = families.FAMILIES["llama"]()
+    family = families.shallow_llama()
     found = [family.student, family.teacher]
     torch.manual_seed(7)
     for _ in range(count - 2):
-        other = families.FAMILIES["llama"]().teacher
+        other = families.shallow_llama().teacher
         with torch.no_grad():
             for p in other.parameters():
                 p.add_(0.02 * torch.randn_like(p))

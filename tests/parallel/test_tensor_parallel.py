@@ -44,7 +44,8 @@ def parity(rank: int, ranks: int, cases: list[tuple[str, str, bool, int, Any]]) 
     mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
     said = []
     for kind, mode, sequence, length, head in cases:
-        for vocabulary in (64, 61):  # even shards and uneven ones
+        # Even shards and uneven ones; what is captured has the latter.
+        for vocabulary in (64, 61) if mode == "eager" else (61,):
             wanted = step(*towers(vocabulary), length, False, **OPTIONS[kind])
             student, teacher = towers(vocabulary)
             parallel(student, mesh, sequence=sequence, head=head)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -50,13 +51,21 @@ def llama(width, layers, vocabulary=1000, **options):
 
 
 def pair(compile=AOT, **options):
-    matches = [Match(f"model.layers.{i}.mlp", f"model.layers.{2 * i}.mlp") for i in range(2)]
-    return fxdistill.wrap(llama(64, 2), llama(64, 4), matches, compile=compile, **options)
+    """Of the teacher, a layer and the head come after what is matched."""
+    matches = [Match(f"model.layers.{i}.mlp", f"model.layers.{i}.mlp") for i in range(2)]
+    return fxdistill.wrap(llama(64, 2), llama(64, 3), matches, compile=compile, **options)
 
 
 def batch(size=4, length=128, vocabulary=1000):
     ids = torch.randint(1, vocabulary, (size, length))
     return {"input_ids": ids, "labels": ids}
+
+
+@functools.cache
+def reported():
+    """A distiller, and what it reports of ``batch()``: tests that only read share it."""
+    distiller = pair()
+    return distiller, distiller.report(**batch())
 
 
 def run(distiller, inputs):
@@ -125,8 +134,7 @@ def test_flops_are_those_that_torch_counts(name):
 
 
 def test_flops_of_blocks_and_of_what_is_done_again():
-    distiller = pair()
-    plain = distiller.report(**batch())
+    plain = reported()[1]
     teacher, student = plain.towers
     assert [b.path for b in student.blocks] == [
         "model.embed_tokens",
@@ -141,6 +149,7 @@ def test_flops_of_blocks_and_of_what_is_done_again():
     assert sum(b.forward for b in student.blocks) == plain.flops.forward
     assert sum(b.backward for b in student.blocks) == plain.flops.backward
     assert sum(b.forward for b in teacher.blocks) == plain.flops.teacher
+    distiller = pair()
     distiller.student.activation_checkpointing_enable({"use_reentrant": False})
     again = distiller.report(**batch())
     # All of the forward but the last products of regions, whose values no gradient needs.
@@ -177,8 +186,7 @@ def test_weights_that_towers_share_are_counted_once():
 
 
 def test_beside_plain_training():
-    distiller = pair()
-    report = distiller.report(**batch())
+    distiller, report = reported()
     alone = fxdistill.wrap(
         distiller.student, distiller.teacher, logit_loss=None, compile={**AOT, "fuse_head": False}
     )
@@ -196,10 +204,10 @@ def test_beside_plain_training():
 def test_pairs_and_terms():
     distiller = fxdistill.wrap(
         llama(64, 2),
-        llama(96, 4),
+        llama(96, 2),
         [
-            Match("model.layers.1.mlp", "model.layers.3.mlp", project="linear", weight=0.5),
-            Match("model.layers.0.self_attn", "model.layers.1", project="linear"),
+            Match("model.layers.1.mlp", "model.layers.1.mlp", project="linear", weight=0.5),
+            Match("model.layers.0.self_attn", "model.layers.0", project="linear"),
             Match("model.norm", "model.norm", project="linear"),
         ],
         feature_loss="cosine",
@@ -213,7 +221,7 @@ def test_pairs_and_terms():
         ("norm", "norm"),
     ]
     found = report.pairs[0]
-    assert (found.name, found.teacher) == ("model.layers.1.mlp", "model.layers.3.mlp")
+    assert (found.name, found.teacher) == ("model.layers.1.mlp", "model.layers.1.mlp")
     assert (found.loss, found.weight, found.between) == ("cosine", 0.5, "Linear 64 → 96")
     assert found.projection == "Linear 64 → 96"
     assert str(found.student_value) == "[2, 16, 64] float32"
@@ -249,7 +257,7 @@ def test_casts():
         report = distiller.report(**batch())
     assert any((c.before, c.after) == ("float32", "bfloat16") for c in report.casts)
     assert {c.owner for c in report.casts} >= {"student", "teacher"}
-    plain = pair().report(**batch())
+    plain = reported()[1]
     assert plain.casts == ()
     # A timeline holds the peak, and both halves.
     memory = plain.memory
@@ -262,13 +270,13 @@ def test_casts():
 
 
 def test_the_last_call_is_reported_and_recompiles_are_told():
-    distiller = pair()
+    distiller = fxdistill.wrap(*toy_pair(), MAPPING, task="causal_lm", compile=AOT)
     with pytest.raises(errors.StepError, match="as the distiller itself would be called"):
         distiller.report()
-    distiller(**batch(2, 16))
-    distiller(**batch(2, 24))
+    distiller(tokens(2, 16))
+    distiller(tokens(2, 24))
     report = distiller.report()
-    assert report.inputs["input_ids"].shape == (2, 24)
+    assert report.inputs["ids"].shape == (2, 24)
     first, second = report.events
     assert first.kind == "capture"
     assert second.kind == "recompile"
@@ -300,9 +308,9 @@ def test_nothing_is_run_and_nothing_changes():
 
 def test_models_without_weights():
     matches = [Match("model.layers.0.mlp", "model.layers.1.mlp")]
-    real = fxdistill.wrap(llama(64, 2), llama(64, 3), matches, compile=AOT)
+    real = fxdistill.wrap(llama(64, 1), llama(64, 2), matches, compile=AOT)
     with torch.device("meta"):
-        models = llama(64, 2, tie_word_embeddings=True), llama(64, 3)
+        models = llama(64, 1, tie_word_embeddings=True), llama(64, 2)
     fake = fxdistill.wrap(*models, matches, compile=AOT)
     meta = {name: value.to("meta") for name, value in batch().items()}
     found = fake.report(**meta)

@@ -12,7 +12,7 @@ from processes import run
 
 def reported(rank: int, axis: str) -> Report:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(axis,))
-    family = families.llama()
+    family = families.shallow_llama()
     distiller = fxdistill.wrap(
         family.student, family.teacher, family.mapping, mesh=mesh, compile=AOT
     )
@@ -30,7 +30,7 @@ def reported(rank: int, axis: str) -> Report:
 @pytest.mark.slow
 @pytest.mark.parametrize("axis", ["tp", "dp"])
 def test_one_ranks_step(axis: str) -> None:
-    family = families.llama()
+    family = families.shallow_llama()
     alone = fxdistill.wrap(family.student, family.teacher, family.mapping, compile=AOT)
     whole = alone.report(**family.batch, labels=family.labels)
     first, second = run(2, reported, axis)

@@ -109,12 +109,11 @@ def test_an_evaluation_counts_a_last_batch_of_fewer_rows_and_compiles_no_length_
     assert run.model.journal.events == events
 
 
-@pytest.mark.parametrize("compile", [False, AOT], ids=["eager", "graph"])
-def test_micro_batches_of_several_lengths_are_one_large_batch(tmp_path, compile):
+def test_micro_batches_of_several_lengths_are_one_large_batch(tmp_path):
     """Trainer gives the number of predictions of all: labels and logits divide by it."""
     parts, steps = 4, 2
     given = {"gradient_accumulation_steps": parts, "max_steps": steps}
-    distiller = pair(compile=compile, feature_weight=0.0)
+    distiller = pair(feature_weight=0.0)
     run = trainer(tmp_path, distiller, Padded(), **given)
     run.train()
     records = [row for row in run.state.log_history if "labels" in row]
