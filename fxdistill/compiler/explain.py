@@ -39,9 +39,11 @@ def explained(error: Exception, section: Section = "") -> FxDistillError:
     failed = isinstance(error, exc.TorchRuntimeError) or "Observed exception" in reason
     if failed and "INTERNAL ASSERT" not in str(error):  # a failed assertion is torch's own fault
         return StepError(
-            f"the step fails by itself, whether compiled or not.{where}\n"
+            f"the step fails on these inputs.{where}\n"
             f"  {_short(error)}\n"
-            "What to do: check the inputs; compile=False shows the exception where it is raised."
+            "What to do: check the inputs; compile=False shows the exception where it is raised. "
+            'If the step runs then (a model may catch it), it is no graph: compile="regional", or '
+            'compile={"fallback": "regional"}.'
         )
     return _not_captured(reason, where)
 

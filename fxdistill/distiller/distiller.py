@@ -29,7 +29,7 @@ from fxdistill.distiller.settings import Setting, Settings, TeacherWeights
 from fxdistill.distiller.student_face import StudentFace, StudentForward
 from fxdistill.distiller.towers import Model, Towers
 from fxdistill.distiller.warmup import warm_up
-from fxdistill.errors import CaptureError, MatchWarning
+from fxdistill.errors import CaptureError, FxDistillError, MatchWarning, StepError
 from fxdistill.mapping.matches import Matches
 from fxdistill.models.devices import device_of
 from fxdistill.models.modes import modes_kept_on_error
@@ -193,13 +193,11 @@ class Distiller(StudentFace, Saved, Looking):
         self._warn_without_terms(request)
         try:
             losses, logits = self._run(request)
-        except CaptureError as error:
-            if not self.options.fallback:
+        except Exception as error:
+            if not (self.options.falls_back and isinstance(error, (CaptureError, StepError))):
+                after.raise_label_error(error, request, self._steps)
                 raise
             losses, logits = self._fall_back(error, request)
-        except Exception as error:
-            after.raise_label_error(error, request, self._steps)
-            raise
         if self._untold:
             self._steps.told = True
         self._announce()
@@ -266,15 +264,17 @@ class Distiller(StudentFace, Saved, Looking):
         self._note_warnings(request)
         return result
 
-    def _fall_back(self, error: CaptureError, request: Request) -> Result:
+    def _fall_back(self, error: FxDistillError, request: Request) -> Result:
         """Run the step in regional mode, and keep that mode if it works."""
         before = self.options
         self.options = dataclasses.replace(before, mode="regional")
         try:
             result = self._run(request)
-        except Exception:
+        except Exception as again:
             self.options = before
-            raise
+            if isinstance(error, CaptureError) or isinstance(again, FxDistillError):
+                raise
+            raise error from again  # which names the model and its line
         self.journal.fell_back(str(error))
         lost = ", without your passes" if before.passes else ""
         warn(f'falling back to compile="regional"{lost}: {error}')

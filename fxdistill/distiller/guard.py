@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from torch import nn
 
 from fxdistill.distiller.towers import Towers
-from fxdistill.errors import ModeError, OptionError
+from fxdistill.errors import BatchError, ModeError, OptionError
 from fxdistill.models.adapters import check_base
+from fxdistill.models.binding import misfit
 from fxdistill.models.devices import check_devices, check_same_device
 from fxdistill.models.modes import settle_modes
 from fxdistill.models.tap import Tower
@@ -82,7 +83,10 @@ def check_call(towers: Towers, objective: Objective, call: Call) -> None:
                 check_same_device(main, model, tower)
                 _check_apart(towers, objective, tower, call)
             check_base(model, tower)
-            check_devices(model, tower, call.inputs[tower].args, call.inputs[tower].kwargs)
+            args, kwargs = call.inputs[tower]
+            if why := misfit(model, args, kwargs):
+                raise BatchError(f"the {tower} ({type(model).__name__}) {why}")
+            check_devices(model, tower, args, kwargs)
     check_devices(main, towers.main, (), tokens)
     for i, projection in enumerate(towers.beside.projections):
         check_same_device(main, projection, f"projection {i}")

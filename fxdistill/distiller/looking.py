@@ -75,7 +75,7 @@ class Looking(nn.Module):
         request = self._request(self._sorted(args, kwargs))
         try:
             program, *_ = dry.captured(request, self._steps, self._recipe(), cut=False)
-        except CaptureError as error:
+        except (CaptureError, StepError) as error:
             if self.options.mode == "one_graph" and not self.options.fallback:
                 raise
             warn(f"these inputs could not be checked: {error}")

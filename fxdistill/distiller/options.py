@@ -33,6 +33,14 @@ class Options:
     outputs: tuple[str, ...] | None = ()  # None: no logits in evaluation either
     notes: tuple[str, ...] = ()
 
+    @property
+    def falls_back(self) -> bool:
+        """Whether a step that cannot be captured, or that fails when it is, runs regionally.
+
+        Of what fails a model may catch some itself (a fast path that refuses its inputs).
+        """
+        return self.fallback and self.mode == "one_graph"
+
     def recipe(self, towers: Towers, terms: tuple[str, ...]) -> Recipe:
         """The backend's recipe, from these options, the models and the names of feature terms."""
         wanted = Wanted(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxdistill.base.warn import warn
 from fxdistill.distiller.assemble import (
     FeatureLoss,
     LossLike,
@@ -31,7 +32,7 @@ from fxdistill.distiller.settings import (
     warn_of_zero_weights,
 )
 from fxdistill.distiller.towers import Model
-from fxdistill.errors import FxDistillError, OptionError, gather, raise_together
+from fxdistill.errors import FxDistillError, MatchWarning, OptionError, gather, raise_together
 from fxdistill.graph.program import Pass
 from fxdistill.losses.names import LABEL_LOSSES, LOGIT_LOSSES, is_named, loss_name
 from fxdistill.mapping.matches import Mapped, Matches, parse_entries
@@ -180,6 +181,12 @@ def wrap(
     )
     settings |= _teacher_settings(objective, teachers, teacher_weights)
     warn_of_zero_weights(objective.features)
+    if not objective.features and (feature_loss != "mse" or feature_weight != 1.0 or pairs_loss):
+        warn(
+            "feature_loss, feature_weight and pairs_loss are about matches, and there is no "
+            "mapping: nothing is compared. fxdistill.match proposes one",
+            MatchWarning,
+        )
     if freeze_teacher:
         for model in teachers.models.values():
             check_targets(student, model)

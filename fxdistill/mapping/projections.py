@@ -15,9 +15,9 @@ from fxdistill.errors import OptionError, ProjectionError
 from fxdistill.mapping.layout import Layout, width_after
 from fxdistill.mapping.match import Match
 from fxdistill.models.landmarks import embedding_of
-from fxdistill.models.structure import TOKEN_MLP, stacks_of
+from fxdistill.models.structure import TOKEN_MLP, Block, stacks_of
 from fxdistill.models.tap import Tap
-from fxdistill.models.weights import convolved_axes, output_width, weight_of
+from fxdistill.models.weights import convolved_axes, output_width, weight_of, weights_in
 
 KINDS = ("auto", "linear")
 
@@ -118,6 +118,21 @@ def widths_by_shape(
 _MAP_AXES = (4, 5)
 
 
+def _changed_behind(model: nn.Module, path: str, block: Block) -> bool:
+    """Whether the module at ``path``, which holds ``block``, has layers of another width behind it.
+
+    So do the stages of Swin, which end in a layer that halves the places and doubles the width.
+    """
+    outer = model.get_submodule(path)
+    if path == block.path or isinstance(outer, (nn.ModuleList, nn.ModuleDict)):
+        return False
+    inside = block.path.removeprefix(f"{path}.").split(".")[0]
+    children = list(outer.named_children())
+    at = [name for name, _ in children].index(inside)
+    behind = [w for name, child in children[at + 1 :] for w in weights_in(child, name)]
+    return bool(behind) and behind[-1].fan_out != block.width
+
+
 def structural_widths(model: nn.Module) -> Callable[[Tap, Layout], Width | None]:
     """A function that reads widths off a model's structure; it returns ``None`` if it cannot.
 
@@ -127,10 +142,12 @@ def structural_widths(model: nn.Module) -> Callable[[Tap, Layout], Width | None]
     known: dict[str, Width] = {}
     for block in (block for stack in stacks for block in stack.blocks):
         if block.width is not None:
-            # A module around the blocks (a stage, an encoder) returns what its last block returns.
+            # A module around the blocks (a stage, an encoder) returns what its last block returns,
+            # unless layers behind them make another width of it.
             outer = itertools.accumulate(block.path.split("."), lambda a, b: f"{a}.{b}")
             places = 2 if block.is_map else 0
-            known.update((path, Width(block.width, places)) for path in outer)
+            same = (path for path in outer if not _changed_behind(model, path, block))
+            known.update((path, Width(block.width, places)) for path in same)
             for part in block.parts:
                 of_part = 1 if part.kind == TOKEN_MLP else 0  # [B, C, L]
                 of_part = places if part.kind == "convolution" else of_part

@@ -17,6 +17,8 @@ TASKS: tuple[Task, ...] = ("causal_lm", "masked_lm", "seq2seq", "classification"
 
 # Endings of Hugging Face class names (transformers' auto classes name models by their head).
 _CLASS_ENDINGS: dict[str, Task] = {
+    "XLMWithLMHeadModel": "masked_lm",  # their own losses do not shift labels
+    "FlaubertWithLMHeadModel": "masked_lm",
     "ForCausalLM": "causal_lm",
     "LMHeadModel": "causal_lm",
     "DoubleHeadsModel": "causal_lm",
@@ -53,6 +55,8 @@ def find_task(model: nn.Module, task: str) -> Task | None:
 
 
 def _by_ending(name: str) -> Task | None:
+    if name.startswith("XLNet"):  # it predicts what its permutation masks: only its user knows
+        return None
     return next((task for ending, task in _CLASS_ENDINGS.items() if name.endswith(ending)), None)
 
 

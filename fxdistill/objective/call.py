@@ -1,7 +1,7 @@
 """Sort the arguments of a call: inputs of the models, and arguments of the objective."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from fxdistill.base.figures import shown
 from fxdistill.base.tensors import scalar
 from fxdistill.base.warn import warn
 from fxdistill.errors import BatchError, MatchWarning, OptionError, did_you_mean, is_slip
+from fxdistill.models.binding import may_read, positional_limit
 from fxdistill.models.conventions import (
     accepted_keywords,
     decoder_inputs,
@@ -20,6 +21,7 @@ from fxdistill.models.conventions import (
 )
 from fxdistill.models.devices import device_of
 from fxdistill.models.tap import Tower
+from fxdistill.objective.own_dtypes import Casts, cast, clashing_dtypes
 from fxdistill.objective.tokens import TOKEN_FIELDS, Batch, Grid
 
 CALL_KEYWORDS = (
@@ -50,10 +52,14 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """One sorted call: the inputs of each model, and the batch that the objective reads."""
+    """One sorted call: the inputs of each model, and the batch that the objective reads.
+
+    ``casts`` are the dtypes, before and after, of what was cast for a model.
+    """
 
     inputs: Mapping[Tower, Inputs]
     batch: Batch
+    casts: Mapping[Tower, Casts] = field(default_factory=dict)
 
 
 def sort_call(
@@ -67,13 +73,15 @@ def sort_call(
 
     The entries of ``NAME_inputs`` replace or extend the inputs of the model called NAME. Positional
     arguments stay positional; the objective reads them by their names in ``main``'s ``forward``. An
-    encoder-decoder without decoder inputs gets the shifted labels as its decoder's tokens. Raises
+    encoder-decoder without decoder inputs gets the shifted labels as its decoder's tokens. Where
+    models have different dtypes, each gets what was made for another one in its own. Raises
     BatchError for a field of the wrong type or shape.
     """
     of_one = {f"{tower}_inputs": tower for tower in models}
     kept = {*CALL_KEYWORDS, *of_one}
     own = {key: value for key, value in kwargs.items() if key in kept and value is not None}
     _require_tensors(own)
+    _require_dicts({name: own[name] for name in of_one if name in own})
     _require_labels_of_items(own)
     shared = Inputs(args, {key: value for key, value in kwargs.items() if key not in kept})
     inputs = {
@@ -84,24 +92,45 @@ def sort_call(
     if task == "seq2seq" and labels is not None:
         for tower, model in models.items():
             _give_decoder(model, inputs[tower], labels)
-    return Call(inputs, _batch(models, inputs, main, own, task))
+    batch = _batch(models, inputs, main, own, task)
+    casts: dict[Tower, Casts] = {}
+    dtypes = clashing_dtypes(models)
+    for tower, dtype in dtypes.items():
+        others, kept_as_is = {*dtypes.values()} - {dtype}, own.get(f"{tower}_inputs", {})
+        casts[tower] = []
+        args, named = inputs[tower]
+        named = {
+            name: value if name in kept_as_is else cast(value, dtype, others, casts[tower])
+            for name, value in named.items()
+        }
+        inputs[tower] = Inputs(cast(args, dtype, others, casts[tower]), named)
+    return Call(inputs, batch, {tower: made for tower, made in casts.items() if made})
 
 
 def _by_signature(models: Mapping[Tower, nn.Module], shared: Inputs) -> dict[Tower, Inputs]:
-    """Give each model the keywords that its ``forward`` takes; BatchError for one of no model."""
+    """Give each model the inputs that its ``forward`` takes; BatchError for one of no model."""
+    count = len(shared.args)
+    limits = {tower: positional_limit(model) if count else None for tower, model in models.items()}
+    if count and all(limit is not None and limit < count for limit in limits.values()):
+        most = max(limit for limit in limits.values() if limit is not None)
+        raise BatchError(
+            f"{count} inputs are given by position, and no model takes more than {most}. What the "
+            "distiller takes itself (labels and weights) is given by name."
+        )
     takes = {tower: accepted_keywords(model) for tower, model in models.items()}
     named = [named_keywords(model) for model in models.values()]
     known = {*CALL_KEYWORDS, *(f"{tower}_inputs" for tower in models)}.union(*named)
     for name in (name for name in shared.kwargs if name not in known):
         # A model of **kwargs may read any name; one letter from a known name, it is a slip.
-        if None not in takes.values() or any(is_slip(name, other) for other in known):
+        anything = [models[tower] for tower, names in takes.items() if names is None]
+        if not any(may_read(m, name) for m in anything) or any(is_slip(name, k) for k in known):
             raise BatchError(
                 f"no model takes {name!r}, and it is no keyword of the distiller's own. "
                 f"Nearest: {did_you_mean(name, sorted(known))}."
             )
     return {
         tower: Inputs(
-            shared.args,
+            shared.args[: limits[tower]],
             {k: v for k, v in shared.kwargs.items() if names is None or k in names},
         )
         for tower, names in takes.items()
@@ -201,6 +230,14 @@ def _require_tensors(own: Mapping[str, Any]) -> None:
             raise BatchError(
                 f"{name} has shape {shown(value.shape)}: one number, the count of all items "
                 "that one optimizer step is averaged over"
+            )
+
+
+def _require_dicts(given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Mapping):
+            raise BatchError(
+                f"{name} is a {type(value).__name__}: a dict of that model's own inputs by name"
             )
 
 

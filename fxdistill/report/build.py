@@ -310,7 +310,7 @@ def _with_costs(report: Report, subject: Subject, call: Call, halves: Halves) ->
         memory=needed,
         plain=_plain(subject, call, paths),
         collectives=costs.traffic(halves, subject.main),
-        casts=costs.casts(halves),
+        casts=costs.casts(halves, call.casts),
         warnings=(
             *report.warnings,
             *gradients_and_writes.warnings_of(subject, call, halves),

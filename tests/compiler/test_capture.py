@@ -373,3 +373,33 @@ def test_every_graph_is_dumped(tmp_path, monkeypatch):
     assert "cross_entropy" in (tmp_path / "graph_2" / "00_capture.py").read_text()
     fxdistill.wrap(*toy_pair(), MAPPING, compile="regional")(tokens())
     assert "mse" in (tmp_path / "graph_3" / "00_terms.py").read_text()
+
+
+class Catching(nn.Module):
+    """Tries what its inputs do not allow, and goes on without: no graph holds that."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        try:
+            return self.linear(x.view(-1, 5)[:, :4])
+        except RuntimeError:
+            return self.linear(x)
+
+
+def test_what_a_model_catches_itself_falls_back_and_stops_no_check():
+    x = torch.randn(4, 4)
+    given = {"task": "classification", "label_loss": None}
+    with pytest.raises(StepError, match=r"If the step runs then \(a model may catch it\)"):
+        fxdistill.wrap(Catching(), Catching(), compile=AOT, **given)(x)
+    models = Catching(), Catching()
+    wanted = fxdistill.wrap(*models, compile=False, **given)(x).loss
+    falling = {**AOT, "fallback": "regional"}
+    with pytest.warns(UserWarning, match="falling back"):
+        found = fxdistill.wrap(*models, compile=falling, **given)(x).loss
+    torch.testing.assert_close(found, wanted)
+    for mode in (falling, "regional", False):
+        with pytest.warns(UserWarning, match="could not be checked"):
+            fxdistill.wrap(*models, compile=mode, example_inputs=(x,), **given)

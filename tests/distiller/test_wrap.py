@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+from transformers import XLMConfig, XLMWithLMHeadModel, XLNetConfig, XLNetLMHeadModel
 
 import fxdistill
 from fxdistill import errors
@@ -342,6 +343,28 @@ def test_the_class_says_the_task_before_the_checkpoint_does():
     heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1}
     bart = BartForSequenceClassification(BartConfig(**sizes, **heads, eos_token_id=2))
     assert find_task(bart, "auto") == "classification"
+
+
+def test_a_class_whose_own_loss_shifts_no_labels_is_no_causal_model():
+    """The name ends like those that shift; value and gradient are those of its own loss."""
+    sizes = {"vocab_size": 30, "emb_dim": 16, "n_layers": 1, "n_heads": 2}
+    student = XLMWithLMHeadModel(XLMConfig(**sizes)).eval()
+    ids = torch.randint(3, 30, (2, 6))
+    found = fxdistill.wrap(student, None, compile=False)(input_ids=ids, labels=ids).loss
+    want = student(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(found, want)
+    weight = student.transformer.embeddings.weight
+    ours, theirs = (torch.autograd.grad(loss, weight)[0] for loss in (found, want))
+    torch.testing.assert_close(ours, theirs)
+    permuted = XLNetLMHeadModel(XLNetConfig(vocab_size=30, d_model=16, n_layer=1, n_head=2))
+    with pytest.raises(errors.TaskError):
+        fxdistill.wrap(permuted, None, compile=False)(input_ids=ids, labels=ids)
+
+
+def test_options_of_matches_without_a_match_are_told():
+    for options in ({"feature_loss": "cosine"}, {"feature_weight": 0.5}, {"pairs_loss": max}):
+        with pytest.warns(errors.MatchWarning, match="there is no mapping: nothing is compared"):
+            fxdistill.wrap(*toy_pair(), **options)
 
 
 def test_a_task_read_from_the_logits_weights_features_too():

@@ -355,3 +355,25 @@ def test_what_match_proposes_trains(name: str) -> None:
     out.loss.backward()
     assert len(out.losses) == len(mapping) + 1
     assert all(p.grad is not None for p in distiller.projections.parameters())
+
+
+def test_a_layer_behind_the_blocks_of_a_stage_makes_its_width() -> None:
+    """A stage of Swin returns what its last layer makes: half the places, twice the channels."""
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 4, "depths": [1, 1], "num_heads": [2, 2]}
+    student, teacher = (
+        hf.SwinForImageClassification(hf.SwinConfig(embed_dim=width, window_size=4, **sizes))
+        for width in (16, 24)
+    )
+    pixels = torch.randn(2, 3, 32, 32)
+    for path, widths in {
+        "swin.encoder.layers.0": (32, 48),
+        "swin.encoder.layers.0.blocks.0": (16, 24),
+        "swin.encoder.layers.1": (32, 48),
+        "swin.encoder": (32, 48),
+    }.items():
+        match = Match(path, path, project="auto")
+        distiller = fxdistill.wrap(student, teacher, [match], logit_loss=None, compile=False)
+        (layer,) = distiller.projections
+        assert (layer.in_features, layer.out_features) == widths
+        assert distiller(pixel_values=pixels).loss > 0

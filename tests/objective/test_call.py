@@ -1,12 +1,17 @@
 """Arguments of a call: each model gets what its ``forward`` takes, and nothing else."""
 
+from typing import TypedDict
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+from typing_extensions import Unpack
 
 import fxdistill
 from fxdistill import errors
+from fxdistill.models.binding import may_read
 from toys import Wrapper
 
 MODES = [False, "regional", {"backend": "aot_eager"}]
@@ -115,3 +120,80 @@ def test_a_forward_that_was_replaced_on_the_instance_is_read():
     z, t = student(X, DOMAIN), teacher(X, domain=DOMAIN)
     want = (t.softmax(-1) * (t.log_softmax(-1) - z.log_softmax(-1))).sum(-1).mean()
     torch.testing.assert_close(out.loss, want)
+
+
+@pytest.mark.parametrize("compile", [False, {"backend": "aot_eager"}])
+def test_a_place_that_a_model_does_not_have_stays_from_it(compile):
+    student, teacher = towers()
+    out = fxdistill.wrap(student, teacher, compile=compile)(X, DOMAIN)
+    z, t = student(X, DOMAIN), teacher(X)
+    want = (t.softmax(-1) * (t.log_softmax(-1) - z.log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(out.loss, want)
+
+
+@pytest.mark.parametrize("compile", MODES)
+@pytest.mark.parametrize(
+    ("args", "call", "says"),
+    [
+        ((), {"x": X}, r"the student \(WithDomain\) needs 'domain': forward\(x, domain\)"),
+        ((X,), {"x": X, "domain": DOMAIN}, "gets 'x' twice, by position and by name"),
+        ((X, DOMAIN, X), {}, "3 inputs are given by position, and no model takes more than 2"),
+        ((X, DOMAIN), {"teacher_inputs": {"y": X}}, r"the teacher \(Plain\) takes no 'y'"),
+        ((X, DOMAIN), {"teacher_inputs": X}, "teacher_inputs is a Tensor: a dict of that model's"),
+    ],
+    ids=["missing", "twice", "too many", "unknown", "no dict"],
+)
+def test_inputs_that_do_not_fit_a_forward_name_the_model(compile, args, call, says):
+    distiller = fxdistill.wrap(*towers(), compile=compile)
+    for _ in range(2):  # what fitted once is not looked at again; what did not fit, is
+        with pytest.raises(errors.BatchError, match=says):
+            distiller(*args, **call)
+    assert torch.isfinite(distiller(X, DOMAIN).loss)
+
+
+class Names(TypedDict, total=False):
+    """What the keywords of a model may be called."""
+
+    window: int
+
+
+class Typed(Plain):
+    def forward(self, x, **others: Unpack[Names]):
+        return super().forward(x)
+
+
+class Within(nn.Module):
+    """Hands its keywords on to a module that names more of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = WithDomain()
+
+    def forward(self, x, **others: Unpack[Names]):
+        return self.inner(x, others["domain"])
+
+
+def test_names_behind_annotated_keywords_are_known():
+    distiller = fxdistill.wrap(*towers(Typed, Plain), compile=False)
+    with pytest.raises(errors.BatchError, match="no model takes 'mask'"):
+        distiller(x=X, mask=X)
+    distiller(x=X, window=3)
+    inside = fxdistill.wrap(*towers(Within, Plain), compile=False)
+    assert torch.isfinite(inside(x=X, domain=DOMAIN).loss)
+    with pytest.raises(errors.BatchError, match="no model takes 'mask'"):
+        inside(x=X, domain=DOMAIN, mask=X)
+
+
+def test_a_mask_by_another_name_is_not_swallowed_by_transformers():
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=9, num_hidden_layers=1, **sizes)
+    student, teacher = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    distiller = fxdistill.wrap(student, teacher, compile=False)
+    ids = torch.tensor([[1, 2, 3]])
+    for name in ("mask", "attn_mask", "padding_mask", "domain"):
+        with pytest.raises(errors.BatchError, match=f"no model takes '{name}'"):
+            distiller(input_ids=ids, **{name: ids})
+    distiller(input_ids=ids, is_causal=False, output_attentions=False, token_type_ids=ids)
+    # An attention that somebody registered may read anything.
+    teacher.config._attn_implementation_internal = "of_my_own"
+    assert may_read(teacher, "domain")

@@ -1,7 +1,7 @@
 """The costs of a step's two halves: FLOPs by part and block, traffic between ranks, casts."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import fx
@@ -98,17 +98,26 @@ def traffic(halves: Halves, main: Tower) -> tuple[Collective, ...]:
     return tuple(Collective(*key, *entry) for key, entry in sorted(found.items()))
 
 
+Casts = Mapping[Tower, Sequence[tuple[torch.dtype, torch.dtype]]]
 _CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 
 
-def casts(halves: Halves) -> tuple[Cast, ...]:
-    """The casts between floating point dtypes in the forward."""
-    found: Counter[tuple[str, str, str]] = Counter()
+def casts(halves: Halves, of_inputs: Casts) -> tuple[Cast, ...]:
+    """The casts between floating point dtypes: of models' inputs, and in the forward."""
+    found = Counter(
+        (tower, _name(before), _name(after))
+        for tower, made in of_inputs.items()
+        for before, after in made
+    )
     for node in halves.forward.graph.nodes:
         if node.target in _CASTS and node.all_input_nodes:  # torch.vmap makes tensors of numbers so
             before, after = node.all_input_nodes[0].meta["val"].dtype, node.meta["val"].dtype
             if before != after and before.is_floating_point and after.is_floating_point:
-                old, new = (str(d).removeprefix("torch.") for d in (before, after))
                 part = part_of(node)
-                found["losses" if part == OBJECTIVE else part, old, new] += 1
+                owner = "losses" if part == OBJECTIVE else part
+                found[owner, _name(before), _name(after)] += 1
     return tuple(Cast(*key, times) for key, times in sorted(found.items()))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
