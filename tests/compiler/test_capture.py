@@ -7,7 +7,6 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch._dynamo import lookup_backend
 
 import fxdistill
 from architectures import ARCHITECTURES
@@ -21,14 +20,14 @@ AOT = {"backend": "aot_eager"}
 
 
 class Counter:
-    """A backend that counts, and shows what it was given."""
+    """A backend that counts, and shows what it was given; it runs the graph as it is."""
 
     def __init__(self):
         self.graphs = []
 
     def __call__(self, gm, example_inputs):
         self.graphs.append(gm)
-        return lookup_backend("aot_eager")(gm, example_inputs)
+        return gm
 
 
 @pytest.fixture
@@ -88,7 +87,7 @@ def test_set_and_num_items_recompile_nothing(counted):
 def test_distillers_do_not_use_up_each_others_compilations():
     for _ in range(10):
         student, teacher = toy_pair()
-        fxdistill.wrap(student, teacher, compile=AOT)(tokens())
+        fxdistill.wrap(student, teacher, compile={"backend": "eager"})(tokens())
 
 
 @pytest.mark.parametrize("mode", [AOT, "regional", False], ids=str)
@@ -340,7 +339,8 @@ def test_a_backend_that_fails_is_named_as_such():
 @pytest.mark.slow
 def test_an_ordinary_loop_has_more_forms_than_dynamo_allows_by_default():
     student, teacher = toy_pair()
-    distiller = fxdistill.wrap(student, teacher, MAPPING, task="causal_lm", compile=AOT)
+    eager = {"backend": "eager"}  # forms are dynamo's
+    distiller = fxdistill.wrap(student, teacher, MAPPING, task="causal_lm", compile=eager)
     ids, ones = tokens(), torch.ones(3, 7)
     forms = [{}, {"labels": ids}, {"loss_mask": ones}, {"token_weights": ones}, {"num_items": 5}]
     for form in [{**a, **b} for a in forms for b in forms[1:3]]:
