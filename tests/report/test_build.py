@@ -273,8 +273,8 @@ def test_the_last_call_is_reported_and_recompiles_are_told():
     distiller = fxdistill.wrap(*toy_pair(), MAPPING, task="causal_lm", compile=AOT)
     with pytest.raises(errors.StepError, match="as the distiller itself would be called"):
         distiller.report()
-    distiller(tokens(2, 16))
-    distiller(tokens(2, 24))
+    distiller(ids=tokens(2, 16))
+    distiller(ids=tokens(2, 24))
     report = distiller.report()
     assert report.inputs["ids"].shape == (2, 24)
     first, second = report.events
