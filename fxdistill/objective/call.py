@@ -118,8 +118,8 @@ def _batch(
     """The batch, from the objective's own keywords and from the inputs of ``main``."""
     model = models[main]
     device = device_of(model)
-    items = own.get("num_items", own.get("num_items_in_batch"))
-    feature_items, head_items = own.get("num_feature_items"), own.get("num_head_items", {})
+    counts = {name: scalar(own[name], device) for name in _NUMBERS if name in own}
+    head_items = own.get("num_head_items", {})
     seen = _by_name(model, inputs[main])
     labels = own.get("labels")
     grid = _grid(model, inputs[main].args, seen, own, task)
@@ -133,8 +133,7 @@ def _batch(
         loss_mask=own.get("loss_mask"),
         token_weights=own.get("token_weights"),
         attention_mask=grid.attention_mask,
-        num_items=None if items is None else scalar(items, device),
-        num_feature_items=None if feature_items is None else scalar(feature_items, device),
+        **counts,
         tokens=grid.tokens,
         decoder_tokens=_tensor(labels) if grid.decoder_tokens is None else grid.decoder_tokens,
         decoder_mask=grid.decoder_mask,

@@ -36,6 +36,7 @@ class Grid(NamedTuple):
 class Batch(NamedTuple):
     """The token-indexed tensors and the item counts of a call; every field is optional.
 
+    ``num_items_in_batch`` counts labels, as trainers do, where ``num_items`` counts predictions.
     Only the first two sizes of ``tokens`` and ``decoder_tokens`` are read. ``others`` has the
     models whose own inputs (``teacher_inputs``) are of other tokens. ``named`` are the weights that
     ``Match(weights=...)`` asks for, ``head_items`` the numbers of items of heads by name.
@@ -46,6 +47,7 @@ class Batch(NamedTuple):
     token_weights: Tensor | None = None
     attention_mask: Tensor | None = None
     num_items: Tensor | None = None
+    num_items_in_batch: Tensor | None = None
     num_feature_items: Tensor | None = None
     tokens: Tensor | None = None
     decoder_tokens: Tensor | None = None

@@ -176,8 +176,8 @@ def test_so_they_are_where_the_config_says_nothing_of_predictions(tmp_path):
 
 
 @pytest.mark.parametrize("accepts", [True, False])
-def test_the_number_of_items_can_be_left_out(tmp_path, accepts):
-    """Token weights then make means of what they leave, in training and in evaluation."""
+def test_token_weights_make_means_of_what_they_leave(tmp_path, accepts):
+    """In training and in evaluation, whether Trainer tells the number of labels or not."""
     seen = []
 
     class Weighed(Rows):
@@ -199,8 +199,28 @@ def test_the_number_of_items_can_be_left_out(tmp_path, accepts):
     assert run.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
     assert seen == [accepts, accepts]
     batch = rows.batch()
+    assert loss == pytest.approx(one(**batch).loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_padding_on_the_left_is_in_no_mean(tmp_path, ignored):
+    """Trainer counts the first word behind the padding, and labels of the padding itself."""
+
+    class Left(Rows):
+        def __getitem__(self, i):
+            row = super().__getitem__(i)
+            row |= {k: row[k].flip(0) for k in ("input_ids", "attention_mask", "labels")}
+            return row if ignored else row | {"labels": row["input_ids"]}
+
+    one, rows = pair(), Left()
+    run = trainer(one, tmp_path, max_steps=1, logging_steps=1, **{**PLAIN, "learning_rate": 0.0})
+    run.train_dataset = run.eval_dataset = rows
+    run.train()
+    batch = rows.batch()
+    assert (batch["attention_mask"][:, 0] == 0).any()
     wanted = one(**batch).loss.item()
-    assert (loss == pytest.approx(wanted, rel=1e-5)) is not accepts
+    assert run.state.log_history[0]["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert run.evaluate()["eval_loss"] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_a_student_that_a_kill_has_left_out_is_written_by_the_run_that_goes_on(tmp_path):
