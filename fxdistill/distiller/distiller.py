@@ -169,8 +169,8 @@ class Distiller(StudentFace, Saved, Looking):
             token_weights: How much each of them counts.
             num_items: The denominator of label and logit terms, where gradients are accumulated
                 over several batches. Feature terms weigh by this batch's share of it.
-            num_items_in_batch: The number of labels in all of them, as trainers count it: every
-                term weighs by this batch's share of these.
+            num_items_in_batch: The number of labels in all of them, as trainers count: terms weigh
+                by this batch's share.
             num_feature_items: The denominator of feature terms.
             num_head_items: The denominators of the terms of heads, by their names.
             weights: By name, what ``Match(weights=...)`` asks for: which samples or places count.

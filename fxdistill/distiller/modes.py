@@ -63,6 +63,7 @@ class Steps:
         self._meshes: dict[Tower, tuple[int, Meshes]] = {}
         self.passed = False  # whether a step outside one-graph mode has passed its checks
         self.told = False  # whether it is known which matched values have tokens
+        self.axes: dict[str, int] = {}  # how many axes the compared values have, by term
         self._fixed: frozenset[int] | None = None
 
     def compiled(
@@ -209,6 +210,7 @@ def tapping(request: Request, steps: Steps, *, capturing: bool) -> Iterator[TapT
         try:
             yield table
             request.warned.extend(table.warnings)
+            steps.axes.update(table.axes)
         except Exception:
             # A part that the user compiled wraps an error of a tap; the table has the original.
             if table.failure is not None:
