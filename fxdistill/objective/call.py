@@ -155,15 +155,29 @@ def _grid(
     own: Mapping[str, Any],
     task: str | None,
 ) -> Grid:
-    """The tokens of a model's inputs and their mask; the frames of a speech model that tells."""
+    """The tokens of a model's inputs and their mask; the frames of a speech model that tells.
+
+    Texts of several choices for each sample, ``[B, C, L]``, are ``[B·C, L]`` to the model.
+    """
     mask = _tensor(seen.get("attention_mask"))
     if mask is not None and isinstance(seen.get("input_values"), Tensor):
         frames = frame_mask(model, mask)
         if frames is not None:
             return Grid(frames, frames)
     tokens = _token_grid(args, seen, own, task)
+    if tokens is not None and _has_choices(tokens, mask, task):
+        tokens = tokens.flatten(0, 1)
+        mask = None if mask is None else mask.flatten(0, 1)
     decoder = seen.get("decoder_input_ids", seen.get("decoder_inputs_embeds"))
     return Grid(tokens, mask, _tensor(decoder), _tensor(seen.get("decoder_attention_mask")))
+
+
+def _has_choices(tokens: Tensor, mask: Tensor | None, task: str | None) -> bool:
+    """Whether the inputs of a classifier are texts ``[B, C, L]``, or embeddings of such."""
+    axes = 4 if tokens.is_floating_point() else 3
+    if task != "classification" or tokens.ndim != axes:
+        return False
+    return mask is None or tuple(mask.shape) == tuple(tokens.shape[:3])
 
 
 def _differs(grid: Grid, other: Grid) -> bool:

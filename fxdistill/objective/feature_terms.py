@@ -24,6 +24,7 @@ from fxdistill.objective.tokens import (
     chosen_weights,
     feature_weights,
     is_weighed,
+    of_choices,
 )
 from fxdistill.objective.values import (
     ordinary,
@@ -168,7 +169,7 @@ def _between_samples(term: Term, values: Compared, step: Step) -> Tensor:
     batch, task, of_samples = step.batch, step.task, None
     if task == "classification" or _by_sample_alone(term, batch):
         # Only padding is left out of the mean over a sample.
-        of_samples = chosen_weights(batch)
+        of_samples = of_choices(chosen_weights(batch), batch.tokens, values.student)
         batch = batch._replace(loss_mask=None, token_weights=None, labels=None)
     if any(term.pools_tokens) and values.weights is not None:
         of_samples = values.weights  # with samples that are all padding

@@ -229,7 +229,7 @@ def feature_weights(
     ``said`` by ``Match(tokens=...)``; then a feature without their axes is an error. One of fewer,
     ``[B, L]``, has them where that was said, or is known (``numbers``). In
     classification, and ``[B]`` where there are no tokens, loss_mask × token_weights is per sample,
-    and scales all positions of the sample.
+    and scales all positions of the sample, in all of its choices.
     """
     tokens = batch.decoder_tokens if stream == "decoder" else batch.tokens
     chosen = None if stream == "encoder" else chosen_weights(batch)
@@ -278,6 +278,17 @@ def lies_over(feature: Tensor, tokens: Tensor, said: bool, numbers: bool = False
     return (least <= axes <= 2 or (said and axes > 2)) and feature.shape[0] == size[0] * size[1]
 
 
+def of_choices(sample: Tensor | None, tokens: Tensor | None, feature: Tensor) -> Tensor | None:
+    """The weights ``[B]`` of samples for a feature that has a row for each of their choices."""
+    if sample is None or tokens is None or sample.ndim != 1 or sample.shape[0] == 0:
+        return sample
+    rows = tokens.shape[0]
+    flat = feature.shape[0] in (rows, rows * tokens.shape[1])
+    if rows == sample.shape[0] or not flat or rows % sample.shape[0] != 0:
+        return sample
+    return sample.repeat_interleave(rows // sample.shape[0])
+
+
 @check
 def require_samples(weights: Tensor | None, feature: Tensor) -> None:
     """Raise BatchError where weights ``[B]`` are of other samples than a feature's."""
@@ -317,6 +328,7 @@ def _sample_feature_weights(
     said: bool,
     numbers: bool = False,
 ) -> Tensor | None:
+    sample = of_choices(sample, tokens, feature)
     if tokens is not None and lies_over(feature, tokens, said, numbers):
         grid = tokens.shape[:2]
         of_token = torch.ones(grid, device=feature.device) if mask is None else mask
