@@ -11,7 +11,7 @@ from fxdistill import parallel
 from fxdistill.base.warn import warn
 from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.journal import Journal
-from fxdistill.distiller import after, dry, whose
+from fxdistill.distiller import after, dry, whose, whose_labels
 from fxdistill.distiller.agreement import Agreement, agreement, evaluating
 from fxdistill.distiller.guard import (
     check_call,
@@ -243,11 +243,11 @@ class Distiller(StudentFace, Saved, Looking):
 
     def _request(self, call: Call) -> Request:
         objective = self.objective.on(averaging_ranks(self))
-        if call.batch.labels is None:
-            objective = objective.without_labels()
+        main = self._towers.main_module
+        objective = whose_labels.of_labels(objective, call, main, call.inputs[self.main])
         if self._evaluates():
             objective = objective.returning(self.main)
-        settings = self._settings.on(device_of(self._towers.main_module))
+        settings = self._settings.on(device_of(main))
         return Request(self._towers, objective, call, settings)
 
     def _evaluates(self) -> bool:

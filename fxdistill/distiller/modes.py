@@ -64,6 +64,7 @@ class Steps:
         self.passed = False  # whether a step outside one-graph mode has passed its checks
         self.told = False  # whether it is known which matched values have tokens
         self.axes: dict[str, int] = {}  # how many axes the compared values have, by term
+        self.labels_apart: bool | None = None  # whether labels have another grid, once sizes tell
         self._fixed: frozenset[int] | None = None
 
     def compiled(
@@ -82,6 +83,12 @@ class Steps:
         made = capture.one_graph(function, recipe, request.towers.dynamic(dynamic), constant)
         self._compiled.append((name, objective, made))
         return made
+
+    def learn(self, table: TapTable) -> None:
+        """Keep for later steps what one that has run tells."""
+        self.axes.update(table.axes)
+        if table.labels_apart is not None:
+            self.labels_apart = table.labels_apart
 
     def fixed_sizes(self, towers: Towers) -> frozenset[int]:
         """The sizes that the models have fixed; read once."""
@@ -144,9 +151,11 @@ def regional(
         values = collect(objective)
     steps.passed = True
     terms = steps.compiled(terms_of, request, recipe, dynamic)
-    with recording(TapTable(capturing=True)) as table:
+    expected = Expectations(labels_apart=steps.labels_apart)
+    with recording(TapTable(capturing=True, expected=expected)) as table:
         given = (objective, values, call.batch, request.settings, towers.beside, anchor)
         losses, logits = terms(table, *given)
+        steps.learn(table)
     waiting.hand_to(losses.total)
     return losses, logits
 
@@ -190,6 +199,7 @@ def tapping(request: Request, steps: Steps, *, capturing: bool) -> Iterator[TapT
         vocabularies=sharded_vocabularies(placed, steps.head_paths(towers)),
         ranks={tower: meshes[tower].sizes for tower in towers.modules},
         grids=request.call.batch.grids,
+        labels_apart=steps.labels_apart,
         verify=functools.partial(
             verify,
             objective.features,
@@ -210,7 +220,7 @@ def tapping(request: Request, steps: Steps, *, capturing: bool) -> Iterator[TapT
         try:
             yield table
             request.warned.extend(table.warnings)
-            steps.axes.update(table.axes)
+            steps.learn(table)
         except Exception:
             # A part that the user compiled wraps an error of a tap; the table has the original.
             if table.failure is not None:

@@ -32,6 +32,7 @@ from fxdistill.objective.vocabulary import (
     differ_by_padding,
     named_model,
     require_numbers_of_classes,
+    require_one_grid,
     require_task,
     require_vocabulary_last,
     shared_vocabulary,
@@ -56,7 +57,10 @@ class Rules(NamedTuple):
 
     def labels_apart(self, labels: Tensor, logits: Tensor) -> bool:
         """Whether labels have a grid of their own, which a loss of the user's, or ctc, aligns."""
-        return self.apart or (self.own_labels and labels.shape != logits.shape[:-1])
+        if self.apart or not self.own_labels:
+            return self.apart
+        require_one_grid(labels, logits)
+        return labels.shape != logits.shape[:-1]
 
 
 class LogitStep(NamedTuple):

@@ -63,6 +63,7 @@ class Objective:
     ranks: Ranks | None = None  # the ranks, where they hold different samples
     own_losses: bool = True  # the library's logit and label losses: it knows the shapes they take
     importance: Importance | None = None  # of the predictions, in the terms of logits
+    labels_apart: bool = False  # the labels' grid is known to be another than that of the logits
     returns: Tower | None = None  # the model whose logits the step returns besides its losses
 
     @property
@@ -241,7 +242,7 @@ class Objective:
     @property
     def _rules(self) -> Rules:
         own_labels = not all(is_named(term.loss) for term in self.labels)
-        apart = any(aligns_labels(term.loss) for term in self.labels)
+        apart = self.labels_apart or any(aligns_labels(term.loss) for term in self.labels)
         given = (self.task, self.vocab_size, self.own_losses, apart, own_labels)
         return Rules(*given, self.importance, self.ranks)
 
