@@ -91,6 +91,7 @@ def _comparing(objective: Objective, pairs: Iterable[LogitTerm]) -> Objective:
         labels=tuple(aligning),
         importance=None,
         returns=None,
+        returns_if_any=False,
     )
 
 

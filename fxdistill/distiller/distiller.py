@@ -11,7 +11,7 @@ from fxdistill import parallel
 from fxdistill.base.warn import warn
 from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.journal import Journal
-from fxdistill.distiller import after, dry, whose, whose_labels
+from fxdistill.distiller import after, dry, returned, whose, whose_labels
 from fxdistill.distiller.agreement import Agreement, agreement, evaluating
 from fxdistill.distiller.guard import (
     check_call,
@@ -246,7 +246,7 @@ class Distiller(StudentFace, Saved, Looking):
         main = self._towers.main_module
         objective = whose_labels.of_labels(objective, call, main, call.inputs[self.main])
         if self._evaluates():
-            objective = objective.returning(self.main)
+            objective = returned.in_evaluation(objective, self._towers, self._steps)
         settings = self._settings.on(device_of(main))
         return Request(self._towers, objective, call, settings)
 

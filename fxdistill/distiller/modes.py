@@ -7,7 +7,7 @@ asked for.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -147,7 +147,10 @@ def regional(
         _buffers_kept(towers, steps),
         deferring(heads.heads) as waiting,
     ):
-        anchor = run_towers(towers, objective, call.inputs)
+        anchor, given_logits = run_towers(towers, objective, call.inputs)
+        if not given_logits:
+            objective = replace(objective, returns=None, returns_if_any=False)
+            request = replace(request, objective=objective)
         values = collect(objective)
     steps.passed = True
     terms = steps.compiled(terms_of, request, recipe, dynamic)
