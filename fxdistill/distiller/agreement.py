@@ -43,7 +43,8 @@ def agreement(request: Request, settings: Settings) -> Agreement:
     pairs = request.objective.logits or _pairs_of(request)
     objective = _comparing(request.objective, pairs)
     at_one = Settings({**settings.values, "temperature": 1.0}, objective.names)
-    batch = call.batch._replace(num_items=None, num_feature_items=None, head_items=None)
+    uncounted = dict.fromkeys(("num_items", "num_items_in_batch", "num_feature_items"))
+    batch = call.batch._replace(**uncounted, head_items=None)
     asked = replace(
         request,
         objective=objective,
@@ -90,6 +91,7 @@ def _comparing(objective: Objective, pairs: Iterable[LogitTerm]) -> Objective:
         labels=tuple(aligning),
         importance=None,
         returns=None,
+        returns_if_any=False,
     )
 
 

@@ -11,7 +11,7 @@ from fxdistill import parallel
 from fxdistill.base.warn import warn
 from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.journal import Journal
-from fxdistill.distiller import after, dry, whose
+from fxdistill.distiller import after, dry, returned, whose, whose_labels
 from fxdistill.distiller.agreement import Agreement, agreement, evaluating
 from fxdistill.distiller.guard import (
     check_call,
@@ -169,7 +169,8 @@ class Distiller(StudentFace, Saved, Looking):
             token_weights: How much each of them counts.
             num_items: The denominator of label and logit terms, where gradients are accumulated
                 over several batches. Feature terms weigh by this batch's share of it.
-            num_items_in_batch: The same, as trainers call it.
+            num_items_in_batch: The number of labels in all of them, as trainers count: terms weigh
+                by this batch's share.
             num_feature_items: The denominator of feature terms.
             num_head_items: The denominators of the terms of heads, by their names.
             weights: By name, what ``Match(weights=...)`` asks for: which samples or places count.
@@ -240,11 +241,11 @@ class Distiller(StudentFace, Saved, Looking):
 
     def _request(self, call: Call) -> Request:
         objective = self.objective.on(averaging_ranks(self))
-        if call.batch.labels is None:
-            objective = objective.without_labels()
+        main = self._towers.main_module
+        objective = whose_labels.of_labels(objective, call, main, call.inputs[self.main])
         if self._evaluates():
-            objective = objective.returning(self.main)
-        settings = self._settings.on(device_of(self._towers.main_module))
+            objective = returned.in_evaluation(objective, self._towers, self._steps)
+        settings = self._settings.on(device_of(main))
         return Request(self._towers, objective, call, settings)
 
     def _evaluates(self) -> bool:

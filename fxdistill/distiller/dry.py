@@ -121,8 +121,9 @@ def _of_shapes(request: Request) -> Request:
     """The step without terms on logits; where a head makes its own, they tell how many classes."""
     objective = request.objective
     made = (head.student for head in objective.heads if head.has_module)
-    returns = next(made, objective.returns)
-    objective = replace(objective, logits=(), labels=(), returns=returns)
+    if (needed := next(made, None)) is not None:
+        objective = replace(objective, returns=needed, returns_if_any=False)
+    objective = replace(objective, logits=(), labels=())
     return replace(request, objective=objective)
 
 

@@ -162,9 +162,8 @@ class Looking(nn.Module):
     def summary(self) -> Summary:
         """Tables for ``rich.print``: the terms, and what each pass did to the last program."""
         told = (*self.matches.notes, *self._notes, *self._warnings)
-        return summary(
-            self.objective, self._towers.beside.projections, self.program, self.options.mode, told
-        )
+        made, axes = self._towers.beside.projections, self._steps.axes
+        return summary(self.objective, made, self.program, self.options.mode, told, axes)
 
 
 def _require_gradients(what: str) -> None:

@@ -7,7 +7,7 @@ asked for.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -63,6 +63,8 @@ class Steps:
         self._meshes: dict[Tower, tuple[int, Meshes]] = {}
         self.passed = False  # whether a step outside one-graph mode has passed its checks
         self.told = False  # whether it is known which matched values have tokens
+        self.axes: dict[str, int] = {}  # how many axes the compared values have, by term
+        self.labels_apart: bool | None = None  # whether labels have another grid, once sizes tell
         self._fixed: frozenset[int] | None = None
 
     def compiled(
@@ -81,6 +83,12 @@ class Steps:
         made = capture.one_graph(function, recipe, request.towers.dynamic(dynamic), constant)
         self._compiled.append((name, objective, made))
         return made
+
+    def learn(self, table: TapTable) -> None:
+        """Keep for later steps what one that has run tells."""
+        self.axes.update(table.axes)
+        if table.labels_apart is not None:
+            self.labels_apart = table.labels_apart
 
     def fixed_sizes(self, towers: Towers) -> frozenset[int]:
         """The sizes that the models have fixed; read once."""
@@ -139,13 +147,18 @@ def regional(
         _buffers_kept(towers, steps),
         deferring(heads.heads) as waiting,
     ):
-        anchor = run_towers(towers, objective, call.inputs)
+        anchor, given_logits = run_towers(towers, objective, call.inputs)
+        if not given_logits:
+            objective = replace(objective, returns=None, returns_if_any=False)
+            request = replace(request, objective=objective)
         values = collect(objective)
     steps.passed = True
     terms = steps.compiled(terms_of, request, recipe, dynamic)
-    with recording(TapTable(capturing=True)) as table:
+    expected = Expectations(labels_apart=steps.labels_apart)
+    with recording(TapTable(capturing=True, expected=expected)) as table:
         given = (objective, values, call.batch, request.settings, towers.beside, anchor)
         losses, logits = terms(table, *given)
+        steps.learn(table)
     waiting.hand_to(losses.total)
     return losses, logits
 
@@ -189,6 +202,7 @@ def tapping(request: Request, steps: Steps, *, capturing: bool) -> Iterator[TapT
         vocabularies=sharded_vocabularies(placed, steps.head_paths(towers)),
         ranks={tower: meshes[tower].sizes for tower in towers.modules},
         grids=request.call.batch.grids,
+        labels_apart=steps.labels_apart,
         verify=functools.partial(
             verify,
             objective.features,
@@ -209,6 +223,7 @@ def tapping(request: Request, steps: Steps, *, capturing: bool) -> Iterator[TapT
         try:
             yield table
             request.warned.extend(table.warnings)
+            steps.learn(table)
         except Exception:
             # A part that the user compiled wraps an error of a tap; the table has the original.
             if table.failure is not None:

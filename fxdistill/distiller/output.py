@@ -25,7 +25,7 @@ class DistillOutput(OrderedDict[str, Any]):
     ``metrics`` has "kept", the share of predictions that ``importance`` leaves in the logit term (1
     where nothing is dropped), and "finite", whether the total is (a 0-d bool), on the device too.
     ``logits`` are the student's, detached: in an
-    evaluation (eval mode, without gradients) where a term reads them, and elsewhere if
+    evaluation (eval mode, without gradients) where it has any, and elsewhere if
     ``wrap(..., outputs=("logits",))`` asked for them.
     """
 

@@ -3,7 +3,7 @@
 Only their shapes are meant: they are for runs on fake tensors.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,10 +82,21 @@ def texts(inputs: Inputs, batch: Batch) -> set[str]:
     alike = {
         name: value
         for name, value in named(inputs).items()
-        if isinstance(value, Tensor) and tuple(value.shape[:2]) == size and "mask" not in name
+        if isinstance(value, Tensor) and _are_tokens(name, value, size) and "mask" not in name
     }
     ids = {n for n, x in alike.items() if "embeds" in n or not x.is_floating_point()}
     return ids or {name for name, value in alike.items() if value.ndim == 3}
+
+
+def _are_tokens(name: str, value: Tensor, size: Size) -> bool:
+    """Whether the first axes of an input are the tokens, or its samples, choices and tokens."""
+    if tuple(value.shape[:2]) == size:
+        return True
+    return (not value.is_floating_point() or "embeds" in name) and _has_choices(value.shape, size)
+
+
+def _has_choices(shape: Sequence[int], size: Size) -> bool:
+    return len(shape) > 2 and shape[1] > 1 and (shape[0] * shape[1], shape[2]) == size
 
 
 def reads_more(inputs: Inputs, batch: Batch) -> bool:
@@ -177,6 +188,8 @@ def _shape(value: Tensor, size: Size, length: int) -> tuple[int, ...]:
     shape = [int(n) for n in value.shape]
     if tuple(shape[:2]) == size:
         shape[1] = length
+    elif _has_choices(shape, size):
+        shape[2] = length
     elif shape and shape[-1] == size[1]:
         shape[-1] = length  # positions [1, L] or [3, B, L], masks [B, 1, L, L]
         if len(shape) > 3 and shape[-2] == size[1]:

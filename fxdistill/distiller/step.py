@@ -28,39 +28,42 @@ def step(
     settings: Tensor,
 ) -> tuple[Losses, Tensor | None]:
     """Run the models, then the objective. Eager mode calls this; one-graph mode traces it."""
-    anchor = run_towers(towers, objective, inputs)
+    anchor, given = run_towers(towers, objective, inputs)
     begin("objective")
     verified()
     losses = objective(lookup, batch, settings, towers.beside, anchor)
     logits = None
-    if objective.returns is not None:
+    if objective.returns is not None and given:
         logits = named(lookup(objective.returns, LOGITS).detach(), "logits_output")
     terms = {name: named(value, name) for name, value in losses.terms.items()}
     metrics = {name: named(value, f"metrics.{name}") for name, value in losses.metrics.items()}
     return Losses(named(losses.total, "loss"), terms, metrics), logits
 
 
-def run_towers(towers: Towers, objective: Objective, inputs: Mapping[Tower, Inputs]) -> Tensor:
+def run_towers(
+    towers: Towers, objective: Objective, inputs: Mapping[Tower, Inputs]
+) -> tuple[Tensor, bool]:
     """Run the models, whose values are read through taps, and return the anchor of the total.
 
-    The main model always runs; another model runs only if a term reads it.
+    The main model always runs; another model runs only if a term reads it. The second says whether
+    there are the logits that the step returns, which a model without them may leave out.
     """
-    read, with_logits = objective.towers, objective.with_logits
+    read, with_logits, given = objective.towers, objective.with_logits, True
     for tower in towers.modules:
         if tower == towers.main or tower in read:
             begin(tower)
             if tower in towers.frozen:
                 with torch.set_grad_enabled(False):
-                    _run(towers, tower, inputs[tower], logits=tower in with_logits)
+                    output = towers.run(tower, inputs[tower])
             else:
-                _run(towers, tower, inputs[tower], logits=tower in with_logits)
-    return towers.anchor()
-
-
-def _run(towers: Towers, tower: Tower, inputs: Inputs, *, logits: bool) -> None:
-    output = towers.run(tower, inputs)
-    if logits:
-        _tap_logits(output, tower)
+                output = towers.run(tower, inputs[tower])
+            if tower not in with_logits:
+                continue
+            if tower in objective.needing_logits or isinstance(logits_of(output), Tensor):
+                _tap_logits(output, tower)
+            else:
+                given = False
+    return towers.anchor(), given
 
 
 def _tap_logits(output: Any, tower: Tower) -> None:

@@ -94,6 +94,7 @@ class StudentForward:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
+        function.__signature__ = with_loss(inspect.signature(function))  # type: ignore[attr-defined]
 
     def __get__(self, distiller: Any, owner: Any = None) -> Callable[..., Any]:
         return self.function if distiller is None else BoundForward(self.function, distiller)
@@ -131,6 +132,19 @@ class BoundForward:
     @property
     def __signature__(self) -> inspect.Signature:
         return signature_of(self.__self__.models, self.__self__.main)
+
+
+def with_loss(signature: inspect.Signature) -> inspect.Signature:
+    """The signature, with ``return_loss=True`` among its keywords.
+
+    Trainer knows by it, of the class, that rows without labels have a loss: told
+    ``label_names=[]``, it evaluates them. A call need not bring it, and one that does gives it to
+    the models, of which CLIP's take it.
+    """
+    named = list(signature.parameters.values())
+    told = inspect.Parameter("return_loss", inspect.Parameter.KEYWORD_ONLY, default=True)
+    at = len(named) - any(p.kind is inspect.Parameter.VAR_KEYWORD for p in named)
+    return signature.replace(parameters=[*named[:at], told, *named[at:]])
 
 
 def signature_of(models: Mapping[Tower, nn.Module], main: Tower) -> inspect.Signature:

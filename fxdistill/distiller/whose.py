@@ -62,7 +62,7 @@ def _of_terms(objective: Objective, call: Call, towers: Towers, steps: Steps) ->
         return False
     if objective.task == "seq2seq":
         return True
-    reading = [(given, batch.of(tower)) for tower, given in call.inputs.items()]
+    reading = _reading(call)
     if not any(resized.texts(*each) or resized.sound(*each) for each in reading):
         return False
     if any(resized.reads_more(*each) for each in reading):
@@ -70,6 +70,10 @@ def _of_terms(objective: Objective, call: Call, towers: Towers, steps: Steps) ->
     fixed = steps.fixed_sizes(towers)
     grids = {grid for tower in call.inputs for grid in batch.of(tower).grids}
     return any(length in fixed or size * length in fixed for size, length in grids)
+
+
+def _reading(call: Call) -> list[tuple[Inputs, Batch]]:
+    return [(given, call.batch.of(tower)) for tower, given in call.inputs.items()]
 
 
 def _has_grid(batch: Batch) -> bool:
@@ -133,7 +137,10 @@ def _with_tokens(
     for resizes in _attempts(request, steps):
         seen = _tried(request, steps, resizes)
         if not isinstance(seen, Exception):
-            told = tuple(_told(term, seen) for term in terms)
+            # Where the length of a text alone makes them asked, other texts are not told of.
+            reads_more = any(resized.reads_more(*each) for each in _reading(request.call))
+            always = request.objective.task == "seq2seq" or reads_more
+            told = tuple(_told(term, seen, numbers=always) for term in terms)
             of_sound = [t for t in told if t.stream == "encoder" and _stayed(resizes[0], t.of[0])]
             return told, _untold(of_sound, found)
         found.append(seen)
@@ -227,7 +234,8 @@ def _sizes(tokens: Tensor | None, resize: Resize, *, heard: bool) -> Sizes:
     return frozenset((batch, n) for n in range(length - about, length + about + 1) if n > 0)
 
 
-def _told(term: Term, seen: Sequence[Seen]) -> Term:
+def _told(term: Term, seen: Sequence[Seen], *, numbers: bool) -> Term:
+    """The term, with what indexes its values; also of values ``[B, L]``, where ``numbers`` says."""
     if term.said_tokens or not term.has_tokens:
         return term
     if not all(end in run.values for run in seen for end in term.taps):
@@ -243,6 +251,8 @@ def _told(term: Term, seen: Sequence[Seen]) -> Term:
         has_tokens=pooled or ours is not None,
         pools_tokens=(pools[0] and s is not None, pools[1] and t is not None),
         stream=ours or s or t or term.stream,
+        numbers=ours is not None
+        and (term.numbers or (numbers and all(_are_numbers(term, run) for run in seen))),
     )
 
 
@@ -252,23 +262,34 @@ def _agreed(streams: Sequence[Stream | None]) -> Stream | None:
 
 def _stream_of_value(term: Term, run: Seen) -> Stream | None:
     """Whose tokens index the student's value as the term compares it."""
-    (ours, theirs), (s, t) = term.layouts, (run.values[end] for end in term.taps)
-    shape = tuple(s.shape)
+    s, shape = run.values[term.taps[0]], _compared_shape(term, run)
     if term.of_attention or term.is_map:  # behind the queries there may be keys
         queries = 2 if term.is_map and s.ndim == 4 else 1
         streams = run.streams[term.of[0]].items()
         return next((n for n, sizes in streams if (shape[0], shape[queries]) in sizes), None)
-    if ours:
-        shape = arranged_shape(s, ours, t, theirs)
     return _leading(run, term.taps[0], shape)
+
+
+def _compared_shape(term: Term, run: Seen) -> tuple[int, ...]:
+    """The shape of the student's value as the layout of a match leaves it."""
+    s, t = (run.values[end] for end in term.taps)
+    return arranged_shape(s, term.layouts[0], t, term.layouts[1])
+
+
+def _are_numbers(term: Term, run: Seen) -> bool:
+    """Whether the student's value has one number for each token."""
+    shape = _compared_shape(term, run)
+    sizes = [size for each in run.streams[term.of[0]].values() for size in each]
+    flat = len(shape) == 1 and shape[0] in (batch * length for batch, length in sizes)
+    return flat or (len(shape) == 2 and shape in sizes)
 
 
 def _leading(run: Seen, end: End, shape: Sequence[int]) -> Stream | None:
     """Whose tokens are the first axes of a value: ``[B, L, ...]``, or flattened ``[B·L, ...]``."""
     for name, sizes in run.streams[end[0]].items():
-        if tuple(shape[:2]) in sizes and len(shape) > 2:
+        if tuple(shape[:2]) in sizes:
             return name
-        if len(shape) == 2 and shape[0] in (batch * length for batch, length in sizes):
+        if 1 <= len(shape) <= 2 and shape[0] in (batch * length for batch, length in sizes):
             return name
     return None
 

@@ -225,6 +225,29 @@ def keeps_tokens(layout: Layout, axis: int = 1) -> bool:
     return axis == 1
 
 
+def leaves_numbers(layout: Layout, axis: int = 1) -> bool:
+    """Whether the layout makes one number of each token of ``[B, L, D]``: ``[B, L]`` or ``[B·L]``.
+
+    ``axis`` is as in ``keeps_tokens``. A map ``[B, C, H, W]`` has no tokens that could be kept.
+    """
+    if not layout or not keeps_tokens(layout, axis):
+        return False
+    steps = [parse(pattern, reduction) for pattern, reduction in layout]
+    names = [token for token in _TOKEN.findall(steps[-1].right) if token not in "()"]
+    merged = steps[-1].right.startswith("(")
+    whole = any(len(step.left) == 3 for step in steps) and len(names) == 2
+    return whole and (not merged or len(_groups(steps[-1].right, steps[-1].text)) == 1)
+
+
+def axes_after(layout: Layout, axes: int) -> int:
+    """How many axes a value of ``axes`` axes has behind the layout."""
+    for pattern, reduction in layout:
+        step = parse(pattern, reduction)
+        right = len(_groups(step.right, pattern))
+        axes = right if step.ellipsis is None else axes - len(step.left) + right
+    return axes
+
+
 def width_after(layout: Layout, size: int, places: int) -> tuple[int, int] | None:
     """The width after a layout, and the axes of the map's places; ``None`` if it is lost.
 

@@ -2,7 +2,7 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -52,6 +52,20 @@ def find_task(model: nn.Module, task: str) -> Task | None:
     names = [type(m).__name__ for m in models]
     names += [name for c in configs for name in (getattr(c, "architectures", None) or ())]
     return next((found for name in names if (found := _by_ending(name)) is not None), None)
+
+
+_OF_SOUND = frozenset(("input_values", "input_features"))
+
+
+def predicts_frames(model: nn.Module, given: Iterable[str]) -> bool:
+    """Whether a model predicts letters at the frames of sound, by its class or the inputs' names.
+
+    Labels of frames themselves, which a class for these takes, are no transcript.
+    """
+    names = [type(m).__name__ for m in (model, *_wrapped(model))]
+    if any(name.endswith("ForAudioFrameClassification") for name in names):
+        return False
+    return any(name.endswith("ForCTC") for name in names) or not _OF_SOUND.isdisjoint(given)
 
 
 def _by_ending(name: str) -> Task | None:

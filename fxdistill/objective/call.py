@@ -147,8 +147,8 @@ def _batch(
     """The batch, from the objective's own keywords and from the inputs of ``main``."""
     model = models[main]
     device = device_of(model)
-    items = own.get("num_items", own.get("num_items_in_batch"))
-    feature_items, head_items = own.get("num_feature_items"), own.get("num_head_items", {})
+    counts = {name: scalar(own[name], device) for name in _NUMBERS if name in own}
+    head_items = own.get("num_head_items", {})
     seen = _by_name(model, inputs[main])
     labels = own.get("labels")
     grid = _grid(model, inputs[main].args, seen, own, task)
@@ -162,8 +162,7 @@ def _batch(
         loss_mask=own.get("loss_mask"),
         token_weights=own.get("token_weights"),
         attention_mask=grid.attention_mask,
-        num_items=None if items is None else scalar(items, device),
-        num_feature_items=None if feature_items is None else scalar(feature_items, device),
+        **counts,
         tokens=grid.tokens,
         decoder_tokens=_tensor(labels) if grid.decoder_tokens is None else grid.decoder_tokens,
         decoder_mask=grid.decoder_mask,
@@ -185,15 +184,29 @@ def _grid(
     own: Mapping[str, Any],
     task: str | None,
 ) -> Grid:
-    """The tokens of a model's inputs and their mask; the frames of a speech model that tells."""
+    """The tokens of a model's inputs and their mask; the frames of a speech model that tells.
+
+    Texts of several choices for each sample, ``[B, C, L]``, are ``[B·C, L]`` to the model.
+    """
     mask = _tensor(seen.get("attention_mask"))
     if mask is not None and isinstance(seen.get("input_values"), Tensor):
         frames = frame_mask(model, mask)
         if frames is not None:
             return Grid(frames, frames)
     tokens = _token_grid(args, seen, own, task)
+    if tokens is not None and _has_choices(tokens, mask, task):
+        tokens = tokens.flatten(0, 1)
+        mask = None if mask is None else mask.flatten(0, 1)
     decoder = seen.get("decoder_input_ids", seen.get("decoder_inputs_embeds"))
     return Grid(tokens, mask, _tensor(decoder), _tensor(seen.get("decoder_attention_mask")))
+
+
+def _has_choices(tokens: Tensor, mask: Tensor | None, task: str | None) -> bool:
+    """Whether the inputs of a classifier are texts ``[B, C, L]``, or embeddings of such."""
+    axes = 4 if tokens.is_floating_point() else 3
+    if task != "classification" or tokens.ndim != axes:
+        return False
+    return mask is None or tuple(mask.shape) == tuple(tokens.shape[:3])
 
 
 def _differs(grid: Grid, other: Grid) -> bool:

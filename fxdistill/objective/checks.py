@@ -27,6 +27,7 @@ from fxdistill.errors import (
     raise_together,
 )
 from fxdistill.losses.names import Compared, loss_name, needs_queries
+from fxdistill.mapping.layout import axes_after
 from fxdistill.models.tap import ATTENTION, Tap, Tower
 from fxdistill.models.weights import weight_of
 from fxdistill.objective.arrange import arranged_shape
@@ -78,6 +79,7 @@ def verify(
         problems += _meshes(term, student, teacher)
         if not term.of_attention:
             problems += _shapes(term, student, teacher, projections)
+            table.axes[term.name] = axes_after(term.layouts[0], student.ndim)
         table.warnings += [] if on_ranks else _too_few(term, student)
         if torch.is_grad_enabled() and not learns:
             frozen.append(term)

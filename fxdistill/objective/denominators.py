@@ -27,12 +27,21 @@ def items_elsewhere(given: Tensor, weights: Tensor, counts: Tensor, ranks: Ranks
     """The denominator of Σ w·v where the ``given`` items count other things than w does.
 
     A speech model predicts frames, and its labels are fewer; a head that looks two tokens ahead
-    predicts fewer than there are next tokens. The mean of v over a batch weighs by the batch's
-    share of what is counted.
+    predicts fewer than there are next tokens; trainers count labels, whatever their weights. The
+    mean of v over a batch weighs by the batch's share of what is counted.
     """
     count = over_all(counts, ranks)
-    items = over_all(weights, ranks) * given / count.clamp(min=1)
+    items = over_all(weights, ranks) / count.clamp(min=1) * given
     return torch.where(count == 0, torch.full_like(items, torch.inf), items)  # a share of 0
+
+
+def counted_labels(labels: Tensor, task: Task | None) -> Tensor:
+    """The labels that ``num_items_in_batch`` counts: those that are not −100.
+
+    The first token of a text is not among them in a causal model, which cannot predict it.
+    """
+    told = labels[..., 1:] if task == "causal_lm" else labels
+    return (told != IGNORE).float()
 
 
 def over_all(weights: Tensor, ranks: Ranks | None) -> Tensor:
@@ -45,12 +54,14 @@ def of_features(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The given denominator of feature terms, or else this batch's share of all items.
 
-    Trainers that accumulate gradients give ``num_items`` alone, which counts predictions. The
-    mean of a feature over its own batch, times the share of the batch in these, sums up to the
-    mean over all batches, each weighed by its predictions.
+    Loops that accumulate gradients may give ``num_items`` alone, which counts predictions, and
+    trainers give the number of labels. The mean of a feature over its own batch, times the share of
+    the batch in these, sums up to the mean over all batches, each weighed by its predictions.
     """
-    items = batch.num_feature_items
-    if items is not None or batch.num_items is None:
+    items, given = batch.num_feature_items, batch.num_items
+    if items is None and given is None and batch.labels is not None:
+        given, counted = batch.num_items_in_batch, counted_labels(batch.labels, task)
+    if items is not None or given is None:
         return items, None
     if counted is None and batch.labels is not None:
         tokens = batch.decoder_tokens if task == "seq2seq" else batch.tokens
@@ -60,8 +71,8 @@ def of_features(
         else:  # labels of a grid of their own
             counted = (batch.labels != IGNORE).float()
     if counted is None:
-        return batch.num_items, None
-    return None, over_items(over_all(counted, ranks), None, 1, batch.num_items)
+        return given, None
+    return None, over_items(over_all(counted, ranks), None, 1, given)
 
 
 def check_counted_heads(heads: Sequence[HeadTerm], batch: Batch) -> None:

@@ -24,9 +24,14 @@ from fxdistill.objective.tokens import (
     chosen_weights,
     feature_weights,
     is_weighed,
-    lies_over,
+    of_choices,
 )
-from fxdistill.objective.values import ordinary, projected, require_comparable
+from fxdistill.objective.values import (
+    ordinary,
+    projected,
+    require_comparable,
+    require_vectors,
+)
 
 Lookup = Callable[[Tower, Tap], Any]  # to a tensor, or to Attention for the port of that name
 
@@ -112,6 +117,8 @@ def compared(term: Term, lookup: Lookup, step: Step) -> Compared:
         weights = _weights(term, s[:, :, 0], step.batch, step.task)
     else:
         weights = _weights(term, s, step.batch, step.task)
+    if weights is not None and (term.numbers or term.said_arranged):
+        require_vectors(s, weights, term.kind, term.name)
     weights = _times_counts(weights, counts, s)
     if any(term.channels_last) and (weights is None or weights.ndim == 1):
         s, t = (
@@ -150,7 +157,7 @@ def _by_sample(
     tokens = seen.decoder_tokens if term.stream == "decoder" else seen.tokens
     keeps = term.has_tokens and (term.keeps_tokens or term.said_arranged)
     flat = tokens is not None and s.ndim == 2 and keeps
-    if not flat or tokens is None or not lies_over(s, tokens, term.said_arranged):
+    if not flat or tokens is None or s.shape[0] != tokens.shape[0] * tokens.shape[1]:
         return s, t, weights
     grid = (int(tokens.shape[0]), -1)
     s, t = (x.reshape(*grid, x.shape[-1]) for x in (s, t))
@@ -162,7 +169,7 @@ def _between_samples(term: Term, values: Compared, step: Step) -> Tensor:
     batch, task, of_samples = step.batch, step.task, None
     if task == "classification" or _by_sample_alone(term, batch):
         # Only padding is left out of the mean over a sample.
-        of_samples = chosen_weights(batch)
+        of_samples = of_choices(chosen_weights(batch), batch.tokens, values.student)
         batch = batch._replace(loss_mask=None, token_weights=None, labels=None)
     if any(term.pools_tokens) and values.weights is not None:
         of_samples = values.weights  # with samples that are all padding
@@ -206,7 +213,7 @@ def _weights(term: Term, value: Tensor, batch: Batch, task: Task | None) -> Tens
         batch = batch.of(term.of[1])
     said = term.said_arranged
     if task == "classification" or term.keeps_tokens or said:
-        return feature_weights(batch, task, term.stream, value, said=said)
+        return feature_weights(batch, task, term.stream, value, said=said, numbers=term.numbers)
     return None
 
 

@@ -15,7 +15,12 @@ from fxdistill.losses.names import Loss, plain_loss
 from fxdistill.losses.reduce import IGNORE
 from fxdistill.models.conventions import Task
 from fxdistill.objective.beside import Beside
-from fxdistill.objective.denominators import denominator, items_elsewhere, rescaled
+from fxdistill.objective.denominators import (
+    counted_labels,
+    denominator,
+    items_elsewhere,
+    rescaled,
+)
 from fxdistill.objective.feature_terms import Lookup
 from fxdistill.objective.importance import Importance, factors_of, scores_of, with_importance
 from fxdistill.objective.pooled_head import made_logits
@@ -27,6 +32,7 @@ from fxdistill.objective.vocabulary import (
     differ_by_padding,
     named_model,
     require_numbers_of_classes,
+    require_one_grid,
     require_task,
     require_vocabulary_last,
     shared_vocabulary,
@@ -51,7 +57,10 @@ class Rules(NamedTuple):
 
     def labels_apart(self, labels: Tensor, logits: Tensor) -> bool:
         """Whether labels have a grid of their own, which a loss of the user's, or ctc, aligns."""
-        return self.apart or (self.own_labels and labels.shape != logits.shape[:-1])
+        if self.apart or not self.own_labels:
+            return self.apart
+        require_one_grid(labels, logits)
+        return labels.shape != logits.shape[:-1]
 
 
 class LogitStep(NamedTuple):
@@ -68,9 +77,9 @@ class Predictions(NamedTuple):
     """Logits that learn, and the weight of each prediction.
 
     ``items`` is the denominator, where it is not the sum of the weights. ``given`` is the number of
-    items that the call brings, and ``counts`` what it counts: these predictions, the labels where
-    these have a grid of their own, or of a head that looks further ahead those of the next token.
-    ``shift`` is how many places ahead a causal model predicts.
+    items that the call brings, and ``counts`` what it counts: these predictions; labels, where a
+    trainer counts them or they have a grid of their own; or of a head that looks further ahead the
+    predictions of the next token. ``shift`` is how many places ahead a causal model predicts.
     """
 
     logits: Tensor
@@ -79,14 +88,20 @@ class Predictions(NamedTuple):
     items: Tensor | None
     given: Tensor | None
     counts: Tensor
+    by_labels: bool = False  # whether a trainer has counted
     shift: int = 1
     of: str = ""  # what makes them, for errors: a head; else the model
 
     def by(self, factors: Tensor, ranks: Ranks | None) -> "Predictions":
-        """The predictions with their importance; a given number of items stays what it is."""
+        """The predictions with their importance.
+
+        A given number of predictions stays the denominator; of labels it says the batch's share.
+        """
         weights, items = with_importance(self.weights, factors), self.items
         if self.given is None:
             items = denominator(None, weights, 0, ranks, factors)
+        elif self.by_labels:
+            items = items_elsewhere(self.given, weights, self.counts, ranks)
         return self._replace(weights=weights, items=items)
 
 
@@ -105,7 +120,8 @@ def predictions(
     """The weights of the predictions that ``logits`` are; ``items`` counts these, if it is given.
 
     The batch's own number of items counts predictions of the next token, and a head that looks
-    further ahead makes fewer: its mean is weighed by the batch's share of the former.
+    further ahead makes fewer: its mean is weighed by the batch's share of the former. So is every
+    mean by the batch's share of the labels, where a trainer has counted these.
     """
     rules, batch = step.rules, step.batch
     task = rules.task or ("classification" if logits.ndim == 2 else None)
@@ -113,20 +129,22 @@ def predictions(
         require_vocabulary_last(logits, task)
         require_numbers_of_classes(batch.labels)
     require_task(task, logits, batch)
-    given, counts, own = items, None, batch
-    if given is None:
-        given = batch.num_items
-    if (labels := batch.labels) is not None and rules.labels_apart(labels, logits):
+    labels, counts, own = batch.labels, None, batch
+    given = batch.num_items if items is None else items
+    by_labels = given is None and batch.num_items_in_batch is not None and labels is not None
+    if labels is not None and rules.labels_apart(labels, logits):
         counts, own = (labels != IGNORE).float(), batch._replace(labels=None)
-    elif shift > 1 and batch.num_items is not None and items is None:
+    elif shift > 1 and given is not None and items is None:
         counts = prediction_weights(batch, task, logits)
+    if by_labels and labels is not None:
+        given, counts = batch.num_items_in_batch, counted_labels(labels, task)
     weights = prediction_weights(own, task, logits, shift)
     if counts is None or given is None:
         items = denominator(given, weights, 0, rules.ranks, logits)
     else:
         items = items_elsewhere(given, weights, counts, rules.ranks)
     counts = weights if counts is None else counts
-    return Predictions(logits, task, weights, items, given, counts, shift)
+    return Predictions(logits, task, weights, items, given, counts, by_labels, shift)
 
 
 def logit_term(term: LogitTerm, made: Predictions, step: LogitStep) -> Found:
@@ -250,8 +268,11 @@ def _on_labels(term: LabelTerm, made: Predictions, step: LogitStep) -> Tensor:
     loss = ordinary(loss_of(logits, aligned, weights=made.weights), term.name)
     if not apart:
         return rescaled(loss, made.weights, 0, made.items)
-    items = denominator(made.given, made.counts, 0, rules.ranks, loss)
-    return rescaled(loss, made.counts, 0, items)
+    counts = (labels != IGNORE).float()
+    items = denominator(made.given, counts, 0, rules.ranks, loss)
+    if made.by_labels and made.given is not None:
+        items = items_elsewhere(made.given, counts, made.counts, rules.ranks)
+    return rescaled(loss, counts, 0, items)
 
 
 @check

@@ -28,7 +28,14 @@ from fxdistill.losses.names import (
 from fxdistill.losses.samples import width_of_samples
 from fxdistill.mapping import projections
 from fxdistill.mapping.attends import is_named_attention
-from fxdistill.mapping.layout import Layout, keeps_samples, keeps_tokens, layouts, pools_tokens
+from fxdistill.mapping.layout import (
+    Layout,
+    keeps_samples,
+    keeps_tokens,
+    layouts,
+    leaves_numbers,
+    pools_tokens,
+)
 from fxdistill.mapping.match import Match
 from fxdistill.mapping.matches import Matches
 from fxdistill.mapping.projections import Width, structural_widths
@@ -103,6 +110,7 @@ def make_terms(
                     keeps_samples=(keeps_samples(both[0]), keeps_samples(both[1])),
                     has_tokens=_has_tokens(match, tap),
                     said_tokens=match.tokens not in ("auto", None),
+                    numbers=leaves_numbers(both[0], token_axis(student, tap)),
                     channels_last=(
                         is_last(student, tap),
                         is_last(other, tap_of(match, "teacher")),

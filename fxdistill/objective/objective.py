@@ -63,7 +63,9 @@ class Objective:
     ranks: Ranks | None = None  # the ranks, where they hold different samples
     own_losses: bool = True  # the library's logit and label losses: it knows the shapes they take
     importance: Importance | None = None  # of the predictions, in the terms of logits
+    labels_apart: bool = False  # the labels' grid is known to be another than that of the logits
     returns: Tower | None = None  # the model whose logits the step returns besides its losses
+    returns_if_any: bool = False  # no term reads these, and the model may have none
 
     @property
     def weighed(self) -> tuple[str, ...]:
@@ -112,6 +114,13 @@ class Objective:
         teachers = (tower for term in self.logits for tower in term.teachers)
         of_heads = (tower for tower, tap in self.of_heads if tap == LOGITS)
         return tuple(dict.fromkeys((*self._predicting, *teachers, *of_heads, *returned)))
+
+    @property
+    def needing_logits(self) -> tuple[Tower, ...]:
+        """The models that must have logits."""
+        if not self.returns_if_any:
+            return self.with_logits
+        return tuple(tower for tower in self.with_logits if tower != self.returns)
 
     @property
     def of_heads(self) -> tuple[tuple[Tower, Tap], ...]:
@@ -176,8 +185,13 @@ class Objective:
         return replace(self, labels=())
 
     def returning(self, tower: Tower) -> "Objective":
-        """The objective of a step that also returns the logits of ``tower``, if terms read them."""
-        return replace(self, returns=tower) if tower in self._predicting else self
+        """The objective of a step that also returns the logits of ``tower``.
+
+        Where no term reads them, it returns those that there are.
+        """
+        if self.returns is not None:
+            return self
+        return replace(self, returns=tower, returns_if_any=tower not in self.with_logits)
 
     def taps_of(self, tower: Tower) -> list[Tap]:
         """The values of one model that matches read."""
@@ -241,7 +255,7 @@ class Objective:
     @property
     def _rules(self) -> Rules:
         own_labels = not all(is_named(term.loss) for term in self.labels)
-        apart = any(aligns_labels(term.loss) for term in self.labels)
+        apart = self.labels_apart or any(aligns_labels(term.loss) for term in self.labels)
         given = (self.task, self.vocab_size, self.own_losses, apart, own_labels)
         return Rules(*given, self.importance, self.ranks)
 

@@ -36,6 +36,7 @@ class Grid(NamedTuple):
 class Batch(NamedTuple):
     """The token-indexed tensors and the item counts of a call; every field is optional.
 
+    ``num_items_in_batch`` counts labels, as trainers do, where ``num_items`` counts predictions.
     Only the first two sizes of ``tokens`` and ``decoder_tokens`` are read. ``others`` has the
     models whose own inputs (``teacher_inputs``) are of other tokens. ``named`` are the weights that
     ``Match(weights=...)`` asks for, ``head_items`` the numbers of items of heads by name.
@@ -46,6 +47,7 @@ class Batch(NamedTuple):
     token_weights: Tensor | None = None
     attention_mask: Tensor | None = None
     num_items: Tensor | None = None
+    num_items_in_batch: Tensor | None = None
     num_feature_items: Tensor | None = None
     tokens: Tensor | None = None
     decoder_tokens: Tensor | None = None
@@ -212,15 +214,22 @@ def require_tokens(weights: Tensor, tokens: Tensor) -> None:
 
 
 def feature_weights(
-    batch: Batch, task: Task | None, stream: Stream, feature: Tensor, *, said: bool = False
+    batch: Batch,
+    task: Task | None,
+    stream: Stream,
+    feature: Tensor,
+    *,
+    said: bool = False,
+    numbers: bool = False,
 ) -> Tensor | None:
     """The weights of a feature's leading axes; ``None`` where these are not tokens or samples.
 
     A feature has tokens if it is ``[B, L, D]``, or flattened ``[B·L, D]``. One of more axes (a map
     ``[B, C, H, W]``, heads) has none, however its sizes agree with the tokens': unless that was
-    ``said`` by ``Match(tokens=...)``; then a feature without their axes is an error. In
+    ``said`` by ``Match(tokens=...)``; then a feature without their axes is an error. One of fewer,
+    ``[B, L]``, has them where that was said, or is known (``numbers``). In
     classification, and ``[B]`` where there are no tokens, loss_mask × token_weights is per sample,
-    and scales all positions of the sample.
+    and scales all positions of the sample, in all of its choices.
     """
     tokens = batch.decoder_tokens if stream == "decoder" else batch.tokens
     chosen = None if stream == "encoder" else chosen_weights(batch)
@@ -228,14 +237,14 @@ def feature_weights(
     if said:
         require_axes_of_tokens(feature, tokens)
     if task == "classification":
-        return _sample_feature_weights(chosen, mask, tokens, feature, said)
+        return _sample_feature_weights(chosen, mask, tokens, feature, said, numbers)
     if tokens is None:  # then a mask can only be that of samples
         require_samples(chosen, feature)
         of_samples = chosen if chosen is not None and chosen.ndim == 1 else None
         return _sample_feature_weights(of_samples, None, None, feature, said)
     if _on_its_own_grid(chosen, tokens, feature):
         return chosen
-    if not lies_over(feature, tokens, said):
+    if not lies_over(feature, tokens, said, numbers):
         return None
     if chosen is not None:
         require_tokens(chosen, tokens)
@@ -244,7 +253,7 @@ def feature_weights(
         weights = torch.ones(tokens.shape[:2], device=feature.device)
     else:
         require_tokens(weights, tokens)
-    return _lay_over(weights, feature, said)
+    return _lay_over(weights, feature)
 
 
 def _on_its_own_grid(chosen: Tensor | None, tokens: Tensor, feature: Tensor) -> bool:
@@ -254,19 +263,30 @@ def _on_its_own_grid(chosen: Tensor | None, tokens: Tensor, feature: Tensor) -> 
     return chosen.shape != tokens.shape[:2] and chosen.shape == feature.shape[:2]
 
 
-def _lay_over(weights: Tensor, feature: Tensor, said: bool) -> Tensor | None:
-    """Weights ``[B, L]`` in the shape of the feature's leading axes, if these are the tokens."""
-    if not lies_over(feature, weights, said):
-        return None
+def _lay_over(weights: Tensor, feature: Tensor) -> Tensor:
+    """Weights ``[B, L]`` in the shape of the leading axes of a feature that lies over them."""
     return weights if feature.shape[:2] == weights.shape else weights.reshape(-1)
 
 
-def lies_over(feature: Tensor, tokens: Tensor, said: bool) -> bool:
+def lies_over(feature: Tensor, tokens: Tensor, said: bool, numbers: bool = False) -> bool:
     """Whether the leading axes of a feature are ``tokens`` ``[B, L]``, or ``[B·L]`` flattened."""
     axes, size = feature.ndim, tuple(tokens.shape[:2])
-    if (axes == 3 or (said and axes > 3)) and tuple(feature.shape[:2]) == size:
+    # With one axis less than a feature has, a pooled [B, D] would look like it by chance.
+    least = 1 if said or numbers else 2
+    if (least + 1 <= axes <= 3 or (said and axes > 3)) and tuple(feature.shape[:2]) == size:
         return True
-    return (axes == 2 or (said and axes > 2)) and feature.shape[0] == size[0] * size[1]
+    return (least <= axes <= 2 or (said and axes > 2)) and feature.shape[0] == size[0] * size[1]
+
+
+def of_choices(sample: Tensor | None, tokens: Tensor | None, feature: Tensor) -> Tensor | None:
+    """The weights ``[B]`` of samples for a feature that has a row for each of their choices."""
+    if sample is None or tokens is None or sample.ndim != 1 or sample.shape[0] == 0:
+        return sample
+    rows = tokens.shape[0]
+    flat = feature.shape[0] in (rows, rows * tokens.shape[1])
+    if rows == sample.shape[0] or not flat or rows % sample.shape[0] != 0:
+        return sample
+    return sample.repeat_interleave(rows // sample.shape[0])
 
 
 @check
@@ -306,13 +326,14 @@ def _sample_feature_weights(
     tokens: Tensor | None,
     feature: Tensor,
     said: bool,
+    numbers: bool = False,
 ) -> Tensor | None:
-    if tokens is not None:
+    sample = of_choices(sample, tokens, feature)
+    if tokens is not None and lies_over(feature, tokens, said, numbers):
         grid = tokens.shape[:2]
         of_token = torch.ones(grid, device=feature.device) if mask is None else mask
         of_token = of_token if sample is None else of_token * sample.unsqueeze(1)
-        if (laid := _lay_over(of_token, feature, said)) is not None:
-            return laid
+        return _lay_over(of_token, feature)
     if sample is None or sample.shape[0] != feature.shape[0]:
         return None
     if feature.ndim == 3:  # [B, N, D]: the sample's weight, spread over its N positions

@@ -8,7 +8,7 @@ from fxdistill.base.figures import shown
 from fxdistill.base.ranks import Ranks, shared
 from fxdistill.base.tensors import is_placed
 from fxdistill.errors import ShapeError
-from fxdistill.losses.names import Compared
+from fxdistill.losses.names import Compared, Kind
 from fxdistill.objective.checks import comparison_problem
 from fxdistill.taps.markers import check
 
@@ -48,6 +48,21 @@ def require_comparable(
     names = (s_name, t_name, loss)
     if (problem := comparison_problem(student.shape, teacher.shape, compares, *names)) is not None:
         raise problem
+
+
+_OF_VECTORS = ("cosine", "fitnet", "detection_box")
+
+
+@check
+def require_vectors(value: Tensor, weights: Tensor, kind: Kind, name: str) -> None:
+    """Raise ShapeError where a loss of vectors is given one number for each token."""
+    of_vectors = kind.name in _OF_VECTORS or kind.sees in ("samples together", "whole samples")
+    if kind.named and of_vectors and weights.shape == value.shape:
+        raise ShapeError(
+            f"{name}: {kind.name} compares vectors, and the value {shown(value.shape)} has one "
+            "number for each token. Take a loss of numbers (mse, l1, smooth_l1, l2), a value with "
+            "a width, or tokens=None, for which the numbers of a sample are one vector."
+        )
 
 
 @check

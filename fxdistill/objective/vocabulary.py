@@ -7,8 +7,30 @@ from fxdistill.errors import BatchError, LogitsError, ShapeError, TaskError, Voc
 from fxdistill.models.tap import Tower
 from fxdistill.objective.tokens import Batch
 from fxdistill.taps.markers import check
+from fxdistill.taps.table import active
 
 PADDING_LIMIT = 0.05
+
+
+@check
+def require_one_grid(labels: Tensor, logits: Tensor) -> None:
+    """Raise BatchError where labels have the logits' grid in one call, and not in another.
+
+    Sizes alone tell it, and labels of another grid are as many as predictions by chance.
+    """
+    if (table := active()) is None:
+        return
+    apart, before = labels.shape != logits.shape[:-1], table.expected.labels_apart
+    table.labels_apart = apart
+    if before is None or before == apart:
+        return
+    here, there = ("another grid than", "the grid of") if apart else ("the grid of", "another than")
+    raise BatchError(
+        f"labels {shown(labels.shape)} have {here} the student's logits {shown(logits.shape)}, and "
+        f"in the first call they had {there} these. Sizes agree by chance: if a label_loss of your "
+        "own takes labels of any grid (CTC), say so by loss.aligns_labels = True; if labels are "
+        "those of the predictions, bring them to the logits' length."
+    )
 
 
 def named_model(tower: Tower) -> str:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import fxdistill
-from fxdistill.base.attention import Attention, of_queries
+from fxdistill.base.attention import Attention
 from fxdistill.base.tensors import is_placed
 from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.lower import Lowering
@@ -27,7 +27,7 @@ from fxdistill.models.landmarks import head_path, roles_in
 from fxdistill.objective.call import Call
 from fxdistill.objective.objective import Objective
 from fxdistill.objective.term import PAIRS
-from fxdistill.objective.weighed_by import weighed_by
+from fxdistill.objective.weighed_by import as_compared, weighed_by
 from fxdistill.report.data import (
     SCHEMA,
     BlockLine,
@@ -246,8 +246,7 @@ def _pairs(subject: Subject, table: TapTable | None, call: Call) -> Iterator[Pai
     for term in subject.objective.features:
         found = [None if table is None else value_at(table, *end) for end in term.taps]
         student, teacher = map(_as_map, found)
-        queries = term.of_attention or (term.is_map and term.kind.sees == "places")
-        seen = of_queries(found[0]) if queries and found[0] is not None else student
+        seen = as_compared(term, *found)
         ours, theirs = (roles[tower].get(tap.path, ("",))[0] for tower, tap in term.taps)
         yield Pair(
             term.name,

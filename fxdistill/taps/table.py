@@ -20,7 +20,8 @@ class Expectations:
     ``vocabularies``: for each model with a sharded head, the number of vocabulary entries on this
     rank and in all. ``ranks``: for each model whose weights are DTensors, the sizes of their
     meshes. ``grids``: batch size and length of the tokens, and of the decoder's. ``verify`` checks
-    all tapped values.
+    all tapped values. ``labels_apart``: whether labels had another grid than logits, in calls
+    where sizes told it.
     """
 
     frozen: frozenset[Tower] = frozenset()  # models that learn nothing
@@ -28,6 +29,7 @@ class Expectations:
     ranks: Mapping[Tower, frozenset[int]] = field(default_factory=dict)
     grids: tuple[tuple[int, int], ...] = ()
     verify: "Callable[[TapTable], None] | None" = None
+    labels_apart: bool | None = None
 
 
 class TapTable:
@@ -42,6 +44,8 @@ class TapTable:
         self.hidden: set[tuple[Tower, Tap]] = set()  # calls inside a transform: no values
         self.failure: FxDistillError | None = None
         self.warnings: list[str] = []
+        self.labels_apart: bool | None = None  # in this run, where sizes tell it
+        self.axes: dict[str, int] = {}  # of each term, how many axes its student's value has
         self.further: dict[Tower, str] = {}  # fields of a model's output that are more logits
         self.problems: dict[tuple[Tower, str, str], FxDistillError] = {}  # by model, path and port
         # The tensors before the hooks of a parallel style, and local tensors after them by id.

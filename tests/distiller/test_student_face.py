@@ -109,18 +109,32 @@ def test_an_evaluation_gives_logits_unasked_and_training_does_not_make_them(comp
     assert "logits" not in distiller.eval()(**rows)  # with gradients: no evaluation
 
 
+@pytest.mark.parametrize("compile", COMPILES, ids=["eager", "regional", "graph"])
+@pytest.mark.parametrize("label_loss", ["cross_entropy", None])
+def test_so_it_does_where_no_term_reads_them(compile, label_loss):
+    """Features alone; and labels that the rows do not have."""
+    distiller = pair(compile=compile, logit_loss=None, label_loss=label_loss).eval()
+    rows = {name: value for name, value in Rows().batch().items() if name != "labels"}
+    with torch.no_grad():
+        out, wanted = distiller(**rows), distiller.student(**rows).logits
+    torch.testing.assert_close(out.logits, wanted)
+    assert out.losses.keys() == {"features", "model.layers.0.mlp"}
+    assert "logits" not in distiller.train()(**rows)
+
+
 def test_an_evaluation_may_be_asked_for_no_logits():
     with torch.no_grad():
         assert "logits" not in pair(outputs=None).eval()(**Rows().batch())
 
 
-def test_models_without_logits_are_evaluated_without():
+@pytest.mark.parametrize("compile", COMPILES, ids=["eager", "regional", "graph"])
+def test_models_without_logits_are_evaluated_without(compile):
     body = fxdistill.wrap(
         llama(1).model,
         llama(2).model,
         {"layers.0.mlp": "layers.1.mlp"},
         logit_loss=None,
-        compile=False,
+        compile=compile,
     )
     with torch.no_grad():
         out = body.eval()(input_ids=Rows().batch()["input_ids"])

@@ -104,6 +104,90 @@ def test_labels_of_as_many_as_frames_are_not_taken_for_frames():
     torch.testing.assert_close(out.losses["labels"], again.losses["labels"])
 
 
+class Heard(nn.Module):
+    """Frames ``[B, L, 6]`` to letters."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 12)
+
+    def forward(self, x=None, input_values=None):
+        return self.head(self.body(input_values if x is None else x).relu())
+
+
+class HeardForCTC(Heard):
+    """A class that says what it predicts."""
+
+
+class HeardForAudioFrameClassification(Heard):
+    """Its labels are those of frames."""
+
+
+FRAMES = torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(0))
+
+
+def written(length):
+    labels = torch.full((2, length), -100)
+    labels[:, :3] = torch.tensor([[3, 4, 5], [6, 7, -100]])
+    return labels
+
+
+def traceable(logits, labels, *, weights):
+    """A loss of the user's own, to us; torch's has sizes that data decides."""
+    return fxdistill.losses.ctc(logits, labels, weights=weights)
+
+
+def listening(kind, compile=False):
+    torch.manual_seed(0)
+    student, teacher = kind(), kind()
+    options = {"label_loss": traceable, "task": "masked_lm", "compile": compile}
+    return fxdistill.wrap(student, teacher, {"body": "body"}, **options)
+
+
+@pytest.mark.parametrize("compile", [False, AOT], ids=["eager", "graph"])
+@pytest.mark.parametrize(("kind", "name"), [(HeardForCTC, "x"), (Heard, "input_values")])
+def test_an_own_loss_of_sound_takes_any_number_of_labels(kind, name, compile):
+    """That of the frames too, and their padding takes no frame out of the other terms."""
+    distiller = listening(kind, compile)
+    student, teacher = distiller.student, distiller.teacher
+    s, t = student(FRAMES).log_softmax(-1), teacher(FRAMES).log_softmax(-1).detach()
+    divergence = (t.exp() * (t - s)).sum(-1).mean()
+    labels = by_torch(student(FRAMES), written(3), weights=torch.ones(2, 9))
+    features = (student.body(FRAMES) - teacher.body(FRAMES).detach()).square().mean()
+    (divergence + labels + features).backward()
+    wanted = [p.grad for p in student.parameters()]
+    for length in (8, 9):
+        student.zero_grad()
+        out = distiller(**{name: FRAMES}, labels=written(length))
+        torch.testing.assert_close(out.losses["logits"], divergence.detach())
+        torch.testing.assert_close(out.losses["labels"], labels.detach())
+        out.loss.backward()
+        for p, gradient in zip(student.parameters(), wanted, strict=True):
+            torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_labels_of_frames_take_frames_out():
+    distiller = listening(HeardForAudioFrameClassification)
+    labels = written(9)
+    out = distiller(input_values=FRAMES, labels=labels)
+    s, t = (m(FRAMES).log_softmax(-1) for m in (distiller.student, distiller.teacher))
+    each = (t.exp() * (t - s)).sum(-1)[labels != -100]
+    torch.testing.assert_close(out.losses["logits"], each.mean().detach())
+
+
+@MODES
+@pytest.mark.parametrize("lengths", [(9, 7), (7, 9)])
+def test_labels_that_change_their_grid_are_refused(lengths, compile):
+    """Of a model that does not say what it reads, sizes tell it, and they may agree by chance."""
+    distiller = listening(Heard, compile)
+    first, then = lengths
+    distiller(x=FRAMES, labels=written(first))
+    distiller(x=FRAMES)
+    with pytest.raises(errors.BatchError, match=r"in the first call.*loss\.aligns_labels = True"):
+        distiller(x=FRAMES, labels=written(then))
+    distiller(x=FRAMES, labels=written(first))
+
+
 def test_the_own_loss_of_the_library_refuses_labels_of_another_grid():
     distiller = fxdistill.wrap(speech(1), speech(2), compile=False)
     with pytest.raises(errors.BatchError, match="A label_loss of your own takes labels of any"):

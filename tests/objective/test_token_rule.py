@@ -189,19 +189,72 @@ def pooled_by(model: nn.Module, block: int, batch: dict[str, Tensor]) -> Tensor:
 # ---- items
 
 
-@pytest.mark.parametrize("alias", ["num_items", "num_items_in_batch"])
 @pytest.mark.parametrize("kind", [int, torch.tensor])
-def test_items_are_the_denominator(written: Any, alias: str, kind: Any) -> None:
+def test_items_are_the_denominator(written: Any, kind: Any) -> None:
     batch, pairs = batch_of("left"), [("blocks.0", "blocks.1")]
     expected = reference(
         *written, pairs, batch, task="causal_lm", labels=labels_of(batch), num_items=37
     )
     written[0].zero_grad(set_to_none=True)
     distiller = fxdistill.wrap(*written, dict(pairs), task="causal_lm", compile=False)
-    out = distiller(**batch, labels=labels_of(batch), **{alias: kind(37)})
+    out = distiller(**batch, labels=labels_of(batch), num_items=kind(37))
     out.loss.backward()
     check_losses(out, expected)
     check_gradients(written[0], expected)
+
+
+def counted_by_trainers(labels: Tensor) -> Tensor:
+    return (labels[:, 1:] != -100).sum()
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("labelled", ["text", "padding too", "weighed"])
+def test_one_batch_of_a_trainer_has_the_loss_of_a_call(
+    written: Any, padding: str, labelled: str
+) -> None:
+    """Trainers count labels, also of padding or behind it, where no prediction counts."""
+    batch, pairs = batch_of(padding), [("blocks.0", "blocks.1")]
+    labels = batch["input_ids"] if labelled == "padding too" else labels_of(batch)
+    call = every_mask() if labelled == "weighed" else {}
+    expected = reference(*written, pairs, batch, task="causal_lm", labels=labels, **call)
+    written[0].zero_grad(set_to_none=True)
+    distiller = fxdistill.wrap(*written, dict(pairs), task="causal_lm", compile=False)
+    items = {"num_items_in_batch": counted_by_trainers(labels)}
+    out = distiller(**batch, labels=labels, **call, **items)
+    out.loss.backward()
+    check_losses(out, expected)
+    check_gradients(written[0], expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("importance", [None, fxdistill.Importance("divergence", keep=0.5)])
+def test_batches_of_a_trainer_weigh_by_their_labels(mode: Any, importance: Any) -> None:
+    """Each is a mean of its own, by weights and importance, times its share of the labels."""
+    batch = batch_of("left")
+    labels, weights = batch["input_ids"], torch.rand(ROWS, LENGTH) + 0.5
+    options = {"task": "causal_lm", "importance": importance}
+    one = fxdistill.wrap(Tagger(0), Tagger(1), {"body": "body"}, compile=False, **options)
+    many = fxdistill.wrap(Tagger(0), Tagger(1), {"body": "body"}, compile=mode, **options)
+    total, wanted = 0.0, 0.0
+    for rows in (slice(0, 1), slice(1, 3)):
+        part = {name: value[rows] for name, value in batch.items()}
+        part |= {"labels": labels[rows], "token_weights": weights[rows]}
+        out = many(**part, num_items_in_batch=counted_by_trainers(labels))
+        out.loss.backward()
+        mean = one(**part).loss * (counted_by_trainers(labels[rows]) / counted_by_trainers(labels))
+        mean.backward()
+        total, wanted = total + out.loss.item(), wanted + mean.item()
+    assert total == pytest.approx(wanted, rel=1e-5)
+    for (name, found), p in zip(many.named_parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, p.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_number_of_predictions_goes_before_that_of_labels(written: Any) -> None:
+    batch, pairs = batch_of("left"), {"blocks.0": "blocks.1"}
+    distiller = fxdistill.wrap(*written, pairs, task="causal_lm", compile=False)
+    call = {**batch, "labels": labels_of(batch), "num_items": 37}
+    both, alone = distiller(**call, num_items_in_batch=2), distiller(**call)
+    torch.testing.assert_close(both.losses, alone.losses)
 
 
 @pytest.mark.parametrize("weighted", [False, True])

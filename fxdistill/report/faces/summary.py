@@ -1,7 +1,7 @@
 """The compile-time summary: the terms, and what each pass did to the program."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich.console import Group
 from rich.table import Table
@@ -33,9 +33,13 @@ def summary(
     program: Program | None,
     mode: str,
     notes: Iterable[str],
+    axes: Mapping[str, int],
 ) -> "Summary":
-    """Tables for 80 columns or more; without a program (eager, or no call yet) the terms alone."""
-    parts: list[Table | Text] = [_terms(objective, projections)]
+    """Tables for 80 columns or more; without a program (eager, or no call yet) the terms alone.
+
+    ``axes`` says how many axes the values of terms have, by the names of those that have run.
+    """
+    parts: list[Table | Text] = [_terms(objective, projections, axes)]
     if program is None:
         eager = "all runs as it is, no graph is made"
         later = "no graph yet: one is captured at the first call"
@@ -45,7 +49,7 @@ def summary(
     return Summary(*parts, *(Text(f"note: {note}", overflow="fold") for note in notes))
 
 
-def _terms(objective: Objective, projections: nn.ModuleList) -> Table:
+def _terms(objective: Objective, projections: nn.ModuleList, axes: Mapping[str, int]) -> Table:
     layouts = [between(term, projections) for term in objective.features]
     columns = ("student", "teacher", "loss", "weighed by", *(["between"] if any(layouts) else []))
     made = table("Terms", *columns)
@@ -54,7 +58,8 @@ def _terms(objective: Objective, projections: nn.ModuleList) -> Table:
         row(made, *cells[: len(columns)])
 
     for term, layout in zip(objective.features, layouts, strict=True):
-        weighed = weighed_by(term, objective.task, ranks=objective.ranks)
+        seen = axes.get(term.name)
+        weighed = weighed_by(term, objective.task, ranks=objective.ranks, axes=seen)
         add(*_ends(term), loss_name(term.loss), weighed, layout)
     predictions = "samples" if objective.task == "classification" else "tokens"
     for of_logits in objective.logits:

@@ -9,7 +9,7 @@ from fxdistill.models.tap import Tower
 from fxdistill.objective.call import Call, Inputs
 from fxdistill.objective.tokens import TOKEN_FIELDS
 
-_OF_TERMS = (*TOKEN_FIELDS, "num_items", "num_feature_items")
+_OF_TERMS = (*TOKEN_FIELDS, "num_items", "num_items_in_batch", "num_feature_items")
 
 
 def tensors_of(call: Call, main: Tower) -> dict[str, Tensor]:

@@ -160,6 +160,48 @@ def test_predictions_are_the_students_logits_alone(tmp_path, kind):
     torch.testing.assert_close(torch.from_numpy(found), wanted)
 
 
+@pytest.mark.parametrize("label_loss", ["cross_entropy", None])
+def test_predictions_need_no_term_that_reads_them(tmp_path, label_loss):
+    run = trainer(pair(logit_loss=None, label_loss=label_loss), tmp_path)
+    for kind in (Rows, Unlabelled):
+        batch = Rows().batch()
+        with torch.no_grad():
+            wanted = run.model.student(batch["input_ids"], batch["attention_mask"]).logits
+        found = run.predict(kind()).predictions
+        torch.testing.assert_close(torch.from_numpy(found), wanted)
+
+
+def test_rows_without_labels_choose_the_best_checkpoint(tmp_path):
+    """By the loss of logits and features; the batches have unlike sizes."""
+    steps = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps"}
+    steps |= {"eval_steps": 1, "load_best_model_at_end": True, "per_device_eval_batch_size": 3}
+    one, rows = pair(), Unlabelled()
+    of_trainer = {"callbacks": [LossCallback()], **PLAIN}
+    run = trainer(one, tmp_path, **of_trainer, **steps)
+    run.train_dataset = run.eval_dataset = rows
+    run.train()
+    records = [row["eval_loss"] for row in run.state.log_history if "eval_runtime" in row]
+    assert run.state.best_metric == min(records)
+    one.load_state_dict(load_file(tmp_path / "checkpoint-2" / "model.safetensors"), strict=False)
+    one.eval()
+    batch = rows.batch()
+    with torch.no_grad():
+        parts = [
+            (size, one(**{k: x[i : i + size] for k, x in batch.items()}).loss.item())
+            for i, size in ((0, 3), (3, 3), (6, 2))
+        ]
+    wanted = sum(size * loss for size, loss in parts) / ROWS
+    assert records[1] == pytest.approx(wanted, rel=1e-5)
+    assert not one._forward_hooks
+
+
+def test_trainer_can_be_told_that_there_are_no_labels(tmp_path):
+    run = trainer(pair(), tmp_path, label_names=[], per_device_eval_batch_size=ROWS)
+    found = run.evaluate(Unlabelled())["eval_loss"]
+    run.model.eval()
+    assert found == pytest.approx(run.model(**Unlabelled().batch()).loss.item(), rel=1e-5)
+
+
 def test_so_they_are_where_the_config_says_nothing_of_predictions(tmp_path):
     """BERT's names no keys to leave out, as Llama's does."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
@@ -176,8 +218,8 @@ def test_so_they_are_where_the_config_says_nothing_of_predictions(tmp_path):
 
 
 @pytest.mark.parametrize("accepts", [True, False])
-def test_the_number_of_items_can_be_left_out(tmp_path, accepts):
-    """Token weights then make means of what they leave, in training and in evaluation."""
+def test_token_weights_make_means_of_what_they_leave(tmp_path, accepts):
+    """In training and in evaluation, whether Trainer tells the number of labels or not."""
     seen = []
 
     class Weighed(Rows):
@@ -199,8 +241,28 @@ def test_the_number_of_items_can_be_left_out(tmp_path, accepts):
     assert run.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
     assert seen == [accepts, accepts]
     batch = rows.batch()
+    assert loss == pytest.approx(one(**batch).loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_padding_on_the_left_is_in_no_mean(tmp_path, ignored):
+    """Trainer counts the first word behind the padding, and labels of the padding itself."""
+
+    class Left(Rows):
+        def __getitem__(self, i):
+            row = super().__getitem__(i)
+            row |= {k: row[k].flip(0) for k in ("input_ids", "attention_mask", "labels")}
+            return row if ignored else row | {"labels": row["input_ids"]}
+
+    one, rows = pair(), Left()
+    run = trainer(one, tmp_path, max_steps=1, logging_steps=1, **{**PLAIN, "learning_rate": 0.0})
+    run.train_dataset = run.eval_dataset = rows
+    run.train()
+    batch = rows.batch()
+    assert (batch["attention_mask"][:, 0] == 0).any()
     wanted = one(**batch).loss.item()
-    assert (loss == pytest.approx(wanted, rel=1e-5)) is not accepts
+    assert run.state.log_history[0]["loss"] == pytest.approx(wanted, rel=1e-5)
+    assert run.evaluate()["eval_loss"] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_a_student_that_a_kill_has_left_out_is_written_by_the_run_that_goes_on(tmp_path):
