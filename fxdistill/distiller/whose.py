@@ -52,7 +52,7 @@ def _of_terms(objective: Objective, call: Call, towers: Towers, steps: Steps) ->
     """Whether a term leaves that open.
 
     Sizes tell where only a text is read, or only sound, and its length is none that a model has
-    fixed.
+    fixed, nor the number of samples.
     """
     if _asks_for_channels(objective, call):
         return True
@@ -69,7 +69,9 @@ def _of_terms(objective: Objective, call: Call, towers: Towers, steps: Steps) ->
         return True
     fixed = steps.fixed_sizes(towers)
     grids = {grid for tower in call.inputs for grid in batch.of(tower).grids}
-    return any(length in fixed or size * length in fixed for size, length in grids)
+    return any(
+        length in fixed or size * length in fixed or size == length for size, length in grids
+    )
 
 
 def _has_grid(batch: Batch) -> bool:
@@ -130,13 +132,14 @@ def _with_tokens(
     terms: tuple[Term, ...], request: Request, steps: Steps
 ) -> tuple[tuple[Term, ...], str]:
     found: list[Exception] = []
-    for resizes in _attempts(request, steps):
-        seen = _tried(request, steps, resizes)
+    for resizes, alone in _attempts(request, steps):
+        seen = _tried(request, steps, resizes, alone=alone)
         if not isinstance(seen, Exception):
             told = tuple(_told(term, seen) for term in terms)
             of_sound = [t for t in told if t.stream == "encoder" and _stayed(resizes[0], t.of[0])]
             return told, _untold(of_sound, found)
-        found.append(seen)
+        if not alone or isinstance(seen, StepError):  # alone, a text misses what goes with it
+            found.append(seen)
         if isinstance(seen, StepError):
             break
     return terms, _untold(terms, found)
@@ -164,38 +167,46 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
+Resizes = list[dict[Tower, Resize]]  # those of each run, by model
+
+
 def _tried(
-    request: Request, steps: Steps, resizes: Sequence[Mapping[Tower, Resize]]
+    request: Request, steps: Steps, resizes: Resizes, *, alone: bool
 ) -> list[Seen] | Exception:
     """The runs on other lengths, or what stops one: a multiple of the length may do instead."""
     try:
-        return [_seen(request, steps, of_models) for of_models in resizes]
+        return [_seen(request, steps, of_models, alone=alone) for of_models in resizes]
     except Exception as error:  # of the models' own code
         return error
 
 
-def _attempts(request: Request, steps: Steps) -> Iterator[list[dict[Tower, Resize]]]:
+def _attempts(request: Request, steps: Steps) -> Iterator[tuple[Resizes, bool]]:
     """What to try: near lengths that no model has fixed, then multiples; two of each.
 
-    A model that hears sound of one length alone may still be asked for its decoder's tokens.
+    A second text may be as long, so that each is tried with the text alone at first; what goes with
+    it, and what has no known name, may have to be as long. A model that hears sound of one length
+    alone may still be asked for its decoder's tokens.
     """
     batch, towers = request.call.batch, request.towers.modules
     fixed = steps.fixed_sizes(request.towers)
+    reading = [(given, batch.of(tower)) for tower, given in request.call.inputs.items()]
+    is_more = any(resized.reads_more(*each) for each in reading)
     near = {tower: resized.near(batch.of(tower), fixed) for tower in towers}
-    yield [{tower: pair[i] for tower, pair in near.items()} for i in range(2)]
     multiples = {tower: resized.multiples(batch.of(tower)) for tower in towers}
-    yield [{tower: pair[i] for tower, pair in multiples.items()} for i in range(2)]
-    if request.objective.task == "seq2seq" and any(
-        resized.sound(given, batch.of(tower)) for tower, given in request.call.inputs.items()
-    ):
-        yield [{tower: pair[i].as_it_is() for tower, pair in near.items()} for i in range(2)]
+    for pairs in (near, multiples):
+        resizes = [{tower: pair[i] for tower, pair in pairs.items()} for i in range(2)]
+        if is_more:
+            yield resizes, True
+        yield resizes, False
+    if request.objective.task == "seq2seq" and any(resized.sound(*each) for each in reading):
+        yield [{tower: pair[i].as_it_is() for tower, pair in near.items()} for i in range(2)], False
 
 
-def _seen(request: Request, steps: Steps, resizes: Mapping[Tower, Resize]) -> Seen:
+def _seen(request: Request, steps: Steps, resizes: Mapping[Tower, Resize], *, alone: bool) -> Seen:
     """One run on other lengths: all values, and the size of each stream of each model."""
     call, task = request.call, request.objective.task
     inputs = {
-        tower: resized.of_length(given, call.batch.of(tower), resizes[tower])
+        tower: resized.of_length(given, call.batch.of(tower), resizes[tower], alone=alone)
         for tower, given in call.inputs.items()
     }
     streams = {}
