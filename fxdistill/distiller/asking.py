@@ -73,7 +73,8 @@ def _seen(request: Request, steps: Steps, resizes: Mapping[Tower, Resize], *, al
         decoder = resized.size_of(grid.decoder_tokens)
         heard = resized.sound(call.inputs[tower], call.batch.of(tower)) is not None
         sizes: dict[Stream, Sizes] = {
-            first: _sizes(grid.tokens, resize, heard=heard),
+            first: _sizes(grid.tokens, resize, heard=heard)
+            | frozenset((mask.shape[0], mask.shape[1]) for mask in grid.frames),
             "decoder": frozenset(() if decoder is None else (decoder,)),
         }
         streams[tower] = {name: each for name, each in sizes.items() if each}

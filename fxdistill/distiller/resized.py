@@ -151,10 +151,14 @@ def sound(inputs: Inputs, batch: Batch) -> Sound | None:
         return None
     if any(not name.startswith("decoder") for name in texts(inputs, batch)):
         return None
+    mask = named(inputs).get("attention_mask")
+    masked = mask.shape if isinstance(mask, Tensor) and mask.ndim == 2 else None
     for name, value in named(inputs).items():
         if not _is_more(name, value) or value.ndim > 3 or value.shape[0] != size[0]:
             continue
-        axis = 1 if value.ndim == 2 or value.shape[1] > value.shape[2] else 2
+        axis = 1 if value.ndim == 2 or masked == value.shape[:2] else 2
+        if axis == 2 and masked != (value.shape[0], value.shape[2]):  # no mask says where time is
+            axis = 1 if value.shape[1] > value.shape[2] else 2
         if value.shape[axis] >= max(1, size[1]) and not name.startswith("decoder"):
             return Sound(name, (size[0], int(value.shape[axis])), axis)
     return None
