@@ -160,3 +160,12 @@ def assert_same_gradients(got, want, rtol=1e-5):
         b = torch.zeros(()) if got[name] is None else got[name]
         error, bound = (a - b).norm(), rtol * a.norm() + 1e-6 * largest
         assert error <= bound, f"{name}: {error:.3e} > {bound:.3e}"
+
+
+def same_step(model, found, wanted):
+    """Value and gradients of two losses of one model."""
+    torch.testing.assert_close(found, wanted)
+    found.backward()
+    ours = gradients(model)
+    wanted.backward()
+    assert_same_gradients(ours, gradients(model))

@@ -43,8 +43,9 @@ def agreement(request: Request, settings: Settings) -> Agreement:
     pairs = request.objective.logits or _pairs_of(request)
     objective = _comparing(request.objective, pairs)
     at_one = Settings({**settings.values, "temperature": 1.0}, objective.names)
-    uncounted = dict.fromkeys(("num_items", "num_items_in_batch", "num_feature_items"))
-    batch = call.batch._replace(**uncounted, head_items=None)
+    batch = call.batch._replace(
+        num_items=None, num_items_in_batch=None, num_feature_items=None, head_items=None
+    )
     asked = replace(
         request,
         objective=objective,

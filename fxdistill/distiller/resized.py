@@ -3,7 +3,7 @@
 Only their shapes are meant: they are for runs on fake tensors.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -70,12 +70,18 @@ def size_of(tokens: Tensor | None) -> Size | None:
 
 
 def named(inputs: Inputs) -> dict[str, Any]:
-    """All inputs by their name, or by their position."""
-    return {**{str(i): value for i, value in enumerate(inputs.args)}, **inputs.kwargs}
+    """All inputs by their name, or by their position; those of a batch given as one mapping too."""
+    found = {str(i): value for i, value in enumerate(inputs.args)}
+    for value in inputs.args:
+        found |= value if isinstance(value, Mapping) else {}
+    return {**found, **inputs.kwargs}
 
 
 def texts(inputs: Inputs, batch: Batch) -> set[str]:
-    """The names of the inputs that are tokens: ids, embeddings; or features where no ids are."""
+    """The names of the inputs that may be tokens, of any text as long: ids, embeddings.
+
+    Features are where no ids are.
+    """
     size = size_of(batch.tokens)
     if size is None:
         return set()
@@ -84,7 +90,11 @@ def texts(inputs: Inputs, batch: Batch) -> set[str]:
         for name, value in named(inputs).items()
         if isinstance(value, Tensor) and _are_tokens(name, value, size) and "mask" not in name
     }
-    ids = {n for n, x in alike.items() if "embeds" in n or not x.is_floating_point()}
+    ids = {
+        n
+        for n, x in alike.items()
+        if "embeds" in n or not (x.is_floating_point() or x.ndim >= IMAGE_AXES)
+    }
     return ids or {name for name, value in alike.items() if value.ndim == 3}
 
 
@@ -99,12 +109,35 @@ def _has_choices(shape: Sequence[int], size: Size) -> bool:
     return len(shape) > 2 and shape[1] > 1 and (shape[0] * shape[1], shape[2]) == size
 
 
+# The tokens of a call and what is said of them, by the names that Hugging Face's models have.
+_OF_TEXT = frozenset(
+    ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids")
+)
+
+
+def of_text(inputs: Inputs, batch: Batch) -> set[str]:
+    """The names of the inputs that surely are the batch's own tokens, or are said of them.
+
+    Other inputs may be of a second text, however their sizes agree.
+    """
+    tokens = (batch.tokens, batch.attention_mask)
+    known = {
+        name
+        for name, value in named(inputs).items()
+        if name in _OF_TEXT or any(value is each for each in tokens if each is not None)
+    }
+    reads = texts(inputs, batch)
+    return known if reads & known else known | reads  # without names, all that are alike
+
+
 def reads_more(inputs: Inputs, batch: Batch) -> bool:
-    """Whether more is read than a text or sound: numbers that are no embeddings and no masks."""
-    reads, heard = texts(inputs, batch), sound(inputs, batch)
-    if not reads and heard is not None:
-        reads = {heard.name}
-    return any(_is_more(n, value) and n not in reads for n, value in named(inputs).items())
+    """Whether more is read than one text with its mask, kinds and positions, or than one sound."""
+    heard = sound(inputs, batch)
+    known = of_text(inputs, batch) | ({heard.name} if heard is not None else set())
+    return any(
+        isinstance(value, Tensor) and value.ndim > 1 and name not in known
+        for name, value in named(inputs).items()
+    )
 
 
 class Sound(NamedTuple):
@@ -129,19 +162,24 @@ def sound(inputs: Inputs, batch: Batch) -> Sound | None:
         return None
     if any(not name.startswith("decoder") for name in texts(inputs, batch)):
         return None
+    mask = named(inputs).get("attention_mask")
+    masked = mask.shape if isinstance(mask, Tensor) and mask.ndim == 2 else None
     for name, value in named(inputs).items():
         if not _is_more(name, value) or value.ndim > 3 or value.shape[0] != size[0]:
             continue
-        axis = 1 if value.ndim == 2 or value.shape[1] > value.shape[2] else 2
+        axis = 1 if value.ndim == 2 or masked == value.shape[:2] else 2
+        if axis == 2 and masked != (value.shape[0], value.shape[2]):  # no mask says where time is
+            axis = 1 if value.shape[1] > value.shape[2] else 2
         if value.shape[axis] >= max(1, size[1]) and not name.startswith("decoder"):
             return Sound(name, (size[0], int(value.shape[axis])), axis)
     return None
 
 
 def _is_more(name: str, value: Any) -> bool:
-    if not isinstance(value, Tensor) or value.ndim < 2 or not value.is_floating_point():
+    """Whether an input has numbers of a signal or an image, whose pixels may be bytes."""
+    if not isinstance(value, Tensor) or value.ndim < 2 or "mask" in name or "embeds" in name:
         return False
-    return not ("mask" in name or "embeds" in name)
+    return value.is_floating_point() or value.ndim >= IMAGE_AXES
 
 
 def images(inputs: Inputs) -> set[str]:
@@ -153,9 +191,10 @@ def images(inputs: Inputs) -> set[str]:
     }
 
 
-def of_length(inputs: Inputs, batch: Batch, resize: Resize) -> Inputs:
-    """Inputs whose tokens have another length."""
+def of_length(inputs: Inputs, batch: Batch, resize: Resize, *, alone: bool = False) -> Inputs:
+    """Inputs whose tokens have another length; ``alone``, so that nothing else as long follows."""
     reads, heard = texts(inputs, batch), sound(inputs, batch)
+    own = of_text(inputs, batch)
 
     def change(name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -169,6 +208,8 @@ def of_length(inputs: Inputs, batch: Batch, resize: Resize) -> Inputs:
         size, length = resize.tokens, resize.length
         if name.startswith("decoder"):
             size, length = resize.decoder, resize.decoder_length
+        elif alone and name not in own:
+            return value
         if size is None or (_is_more(name, value) and name not in reads):
             return value
         return _empty(name, value, _shape(value, size, length))
@@ -228,7 +269,13 @@ def longer(inputs: Inputs, axis: int) -> Inputs:
 
 
 def _each(inputs: Inputs, change: Any) -> Inputs:
-    args = tuple(change(str(i), value) for i, value in enumerate(inputs.args))
+    def changed(name: str, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return change(name, value)
+        made: Any = type(value)  # a dict, or a tokenizer's own kind
+        return made({key: change(key, each) for key, each in value.items()})
+
+    args = tuple(changed(str(i), value) for i, value in enumerate(inputs.args))
     return Inputs(args, {name: change(name, value) for name, value in inputs.kwargs.items()})
 
 

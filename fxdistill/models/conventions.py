@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from fxdistill.errors import OptionError
@@ -168,19 +167,6 @@ def encoder_of(model: nn.Module) -> nn.Module | None:
     get = getattr(model, "get_encoder", None)
     encoder = get() if callable(get) else getattr(model, "encoder", None)
     return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
-
-
-def frame_mask(model: nn.Module, attention_mask: Tensor) -> Tensor | None:
-    """The mask ``[B, frames]`` of a speech model whose attention mask ``[B, samples]`` is given.
-
-    ``None`` where the model does not tell. Its inputs are samples, its values and logits frames.
-    """
-    mask_of = getattr(model, "_get_feature_vector_attention_mask", None)
-    length_of = getattr(model, "_get_feat_extract_output_lengths", None)
-    if mask_of is None or length_of is None or attention_mask.ndim != 2:
-        return None
-    frames = int(length_of(torch.tensor(attention_mask.shape[1])))
-    return cast(Tensor, mask_of(frames, attention_mask))
 
 
 def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor | None:

@@ -15,11 +15,11 @@ from fxdistill.models.binding import may_read, positional_limit
 from fxdistill.models.conventions import (
     accepted_keywords,
     decoder_inputs,
-    frame_mask,
     input_names,
     named_keywords,
 )
 from fxdistill.models.devices import device_of
+from fxdistill.models.frames import frame_masks
 from fxdistill.models.tap import Tower
 from fxdistill.objective.own_dtypes import Casts, cast, clashing_dtypes
 from fxdistill.objective.tokens import TOKEN_FIELDS, Batch, Grid
@@ -152,11 +152,7 @@ def _batch(
     seen = _by_name(model, inputs[main])
     labels = own.get("labels")
     grid = _grid(model, inputs[main].args, seen, own, task)
-    others = {
-        tower: grid_of(models[tower], inputs[tower], task)
-        for tower in models
-        if tower != main and (own.get(f"{tower}_inputs") or own.get(f"{main}_inputs"))
-    }
+    others = _others(models, inputs, main, own, task, grid)
     return Batch(
         labels=labels,
         loss_mask=own.get("loss_mask"),
@@ -166,10 +162,43 @@ def _batch(
         tokens=grid.tokens,
         decoder_tokens=_tensor(labels) if grid.decoder_tokens is None else grid.decoder_tokens,
         decoder_mask=grid.decoder_mask,
+        frames=grid.frames,
         named=own.get("weights"),
         head_items={name: scalar(n, device) for name, n in head_items.items()} or None,
-        others={tower: found for tower, found in others.items() if _differs(found, grid)} or None,
+        others=others or None,
     )
+
+
+def _others(
+    models: Mapping[Tower, nn.Module],
+    inputs: Mapping[Tower, Inputs],
+    main: Tower,
+    own: Mapping[str, Any],
+    task: str | None,
+    grid: Grid,
+) -> dict[Tower, Grid]:
+    """The grids of models that see other tokens than ``main``, whose own is ``grid``.
+
+    They have inputs of their own, or make other frames of the same sound.
+    """
+    hears = _hears(_by_name(models[main], inputs[main]))
+    found = {}
+    for tower in (t for t in models if t != main):
+        given = own.get(f"{tower}_inputs") or own.get(f"{main}_inputs")
+        if given or hears:
+            other = grid_of(models[tower], inputs[tower], task)
+            if _differs(other, grid) if given else not _is_of_frames_as(other, grid):
+                found[tower] = other
+    return found
+
+
+def _is_of_frames_as(grid: Grid, other: Grid) -> bool:
+    """Whether two models make as many frames of one sound."""
+    ours, theirs = (
+        [mask.shape[:2] for mask in (one.tokens, *one.frames) if mask is not None]
+        for one in (grid, other)
+    )
+    return ours == theirs
 
 
 def grid_of(model: nn.Module, inputs: Inputs, task: str | None) -> Grid:
@@ -189,16 +218,29 @@ def _grid(
     Texts of several choices for each sample, ``[B, C, L]``, are ``[B·C, L]`` to the model.
     """
     mask = _tensor(seen.get("attention_mask"))
-    if mask is not None and isinstance(seen.get("input_values"), Tensor):
-        frames = frame_mask(model, mask)
+    decoder = _tensor(seen.get("decoder_input_ids", seen.get("decoder_inputs_embeds")))
+    after = _tensor(seen.get("decoder_attention_mask"))
+    if mask is not None and _hears(seen):
+        frames, *inside = frame_masks(model, mask) or (None,)
         if frames is not None:
-            return Grid(frames, frames)
+            return Grid(frames, frames, decoder, after, tuple(inside))
     tokens = _token_grid(args, seen, own, task)
     if tokens is not None and _has_choices(tokens, mask, task):
         tokens = tokens.flatten(0, 1)
         mask = None if mask is None else mask.flatten(0, 1)
-    decoder = seen.get("decoder_input_ids", seen.get("decoder_inputs_embeds"))
-    return Grid(tokens, mask, _tensor(decoder), _tensor(seen.get("decoder_attention_mask")))
+    return Grid(tokens, mask, decoder, after)
+
+
+def _hears(seen: Mapping[str, Any]) -> bool:
+    """Whether a call's mask is of sound: there are numbers as long, and no text."""
+    mask = _tensor(seen.get("attention_mask"))
+    if mask is None or any(
+        _tensor(seen.get(n)) is not None for n in ("input_ids", "inputs_embeds")
+    ):
+        return False
+    given = [x for x in seen.values() if isinstance(x, Tensor) and x is not mask]
+    alike = [x for x in given if x.shape[:2] == mask.shape]
+    return bool(alike) and all(x.is_floating_point() for x in alike)
 
 
 def _has_choices(tokens: Tensor, mask: Tensor | None, task: str | None) -> bool:

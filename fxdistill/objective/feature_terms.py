@@ -154,6 +154,7 @@ def _by_sample(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Flattened tokens ``[B·L, D]`` as ``[B, L, D]``, for a loss that looks at a whole sample."""
     seen = batch.of(term.of[1]) if term.by_teacher else batch
+    seen = seen.under(term.stream, s, said=term.said_arranged)
     tokens = seen.decoder_tokens if term.stream == "decoder" else seen.tokens
     keeps = term.has_tokens and (term.keeps_tokens or term.said_arranged)
     flat = tokens is not None and s.ndim == 2 and keeps

@@ -25,12 +25,16 @@ TOKEN_FIELDS = ("labels", "loss_mask", "token_weights")
 
 
 class Grid(NamedTuple):
-    """The tokens of one model's own inputs, and their attention mask; its decoder's likewise."""
+    """The tokens of one model's own inputs, and their attention mask; its decoder's likewise.
+
+    ``frames`` are masks of further frames of sound, inside of a model that makes others at its end.
+    """
 
     tokens: Tensor | None
     attention_mask: Tensor | None
     decoder_tokens: Tensor | None = None
     decoder_mask: Tensor | None = None
+    frames: tuple[Tensor, ...] = ()
 
 
 class Batch(NamedTuple):
@@ -52,6 +56,7 @@ class Batch(NamedTuple):
     tokens: Tensor | None = None
     decoder_tokens: Tensor | None = None
     decoder_mask: Tensor | None = None
+    frames: tuple[Tensor, ...] = ()
     others: Mapping[Tower, Grid] | None = None
     named: Mapping[str, Tensor] | None = None
     head_items: Mapping[str, Tensor] | None = None
@@ -72,6 +77,24 @@ class Batch(NamedTuple):
             return batch
         return batch._replace(loss_mask=None, token_weights=None, labels=None)
 
+    def under(self, stream: Stream, feature: Tensor, *, said: bool = False) -> "Batch":
+        """The batch whose tokens and mask are those that a feature lies over, if any are.
+
+        A speech model may have several: the frames of its logits, and those in front of an adapter.
+        """
+        if stream == "decoder" or not self.frames or self.tokens is None:
+            return self
+        if lies_over(feature, self.tokens, said):
+            return self
+        found = next((mask for mask in self.frames if lies_over(feature, mask, said)), None)
+        if found is None:
+            return self
+        batch = self._replace(tokens=found, attention_mask=found, frames=())
+        chosen = chosen_weights(self)
+        if chosen is None or chosen.ndim == 1 or chosen.shape == found.shape:
+            return batch
+        return batch._replace(loss_mask=None, token_weights=None)  # said of the logits' frames
+
     def weighed(self, factors: Tensor) -> "Batch":
         """The batch with ``token_weights`` times ``factors``, by position."""
         given = self.token_weights
@@ -79,8 +102,9 @@ class Batch(NamedTuple):
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
-        """The (batch, length) of the tokens and of the decoder's tokens."""
-        given = [x for x in (self.tokens, self.decoder_tokens) if x is not None and x.ndim > 1]
+        """The (batch, length) of the tokens, of further frames, and of the decoder's tokens."""
+        every = (self.tokens, *self.frames, self.decoder_tokens)
+        given = [x for x in every if x is not None and x.ndim > 1]
         return tuple((x.shape[0], x.shape[1]) for x in given)
 
 
@@ -231,6 +255,7 @@ def feature_weights(
     classification, and ``[B]`` where there are no tokens, loss_mask × token_weights is per sample,
     and scales all positions of the sample, in all of its choices.
     """
+    batch = batch.under(stream, feature, said=said)
     tokens = batch.decoder_tokens if stream == "decoder" else batch.tokens
     chosen = None if stream == "encoder" else chosen_weights(batch)
     mask = decoder_attended(batch) if stream == "decoder" else attended(batch)

@@ -75,6 +75,8 @@ def _whose(term: Term, task: Task | None, batch: Batch | None, value: Tensor | N
     tokens = None
     if batch is not None:
         batch = batch.of(term.of[1]) if term.by_teacher else batch
+        if value is not None:
+            batch = batch.under(term.stream, value, said=term.said_arranged)
         tokens = batch.decoder_tokens if term.stream == "decoder" else batch.tokens
     known = batch is not None and value is not None
     over = False

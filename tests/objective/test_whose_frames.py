@@ -8,21 +8,12 @@ from transformers import WhisperForConditionalGeneration as Whisper
 
 import fxdistill
 from fxdistill import Match, errors
-from toys import AOT, assert_same_gradients, gradients
+from toys import AOT, same_step
 
 OPTIONS = {"logit_loss": None, "label_loss": None, "task": "masked_lm"}
 SAMPLES, FRAMES, CHANNELS = 90, 8, 8  # as many frames as channels
 SOUND = torch.randn(2, SAMPLES, generator=torch.Generator().manual_seed(0))
 HEARD = (torch.arange(SAMPLES) < torch.tensor([[SAMPLES], [50]])).long()
-
-
-def same_step(model, found, wanted):
-    """Value and gradients of two losses of one model."""
-    torch.testing.assert_close(found, wanted)
-    found.backward()
-    ours = gradients(model)
-    wanted.backward()
-    assert_same_gradients(ours, gradients(model))
 
 
 def wav2vec2(layers):
