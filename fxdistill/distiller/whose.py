@@ -99,10 +99,14 @@ def _with_tokens(
     terms: tuple[Term, ...], request: Request, steps: Steps
 ) -> tuple[tuple[Term, ...], str]:
     found: list[Exception] = []
+    reads_more = any(
+        resized.reads_more(given, request.call.batch.of(tower))
+        for tower, given in request.call.inputs.items()
+    )
     for resizes, alone in attempts(request, steps):
         seen = tried(request, steps, resizes, alone=alone)
         if not isinstance(seen, Exception):
-            told = tuple(_told(term, seen) for term in terms)
+            told = tuple(_told(term, seen, reads_more) for term in terms)
             of_sound = [t for t in told if t.stream == "encoder" and _stayed(resizes[0], t.of[0])]
             return told, _untold(of_sound, found)
         if not alone or isinstance(seen, StepError):  # alone, a text misses what goes with it
@@ -129,7 +133,11 @@ def _untold(terms: Iterable[Term], found: Sequence[Exception]) -> str:
     )
 
 
-def _told(term: Term, seen: Sequence[Seen]) -> Term:
+def _told(term: Term, seen: Sequence[Seen], reads_more: bool) -> Term:
+    """A term whose tokens are known, or known to be none of the call's.
+
+    Values of a call that ``reads_more`` are not watched then, unless they follow the text.
+    """
     if term.said_tokens or not term.has_tokens:
         return term
     if not all(end in run.values for run in seen for end in term.taps):
@@ -145,7 +153,14 @@ def _told(term: Term, seen: Sequence[Seen]) -> Term:
         has_tokens=pooled or ours is not None,
         pools_tokens=(pools[0] and s is not None, pools[1] and t is not None),
         stream=ours or s or t or term.stream,
+        watched=not reads_more or pooled or ours is not None or _follows(term, seen),
     )
+
+
+def _follows(term: Term, seen: Sequence[Seen]) -> bool:
+    """Whether the student's value has other first sizes for texts of other lengths."""
+    shapes = {tuple(run.values[term.taps[0]].shape[:2]) for run in seen}
+    return len(shapes) > 1
 
 
 def _agreed(streams: Sequence[Stream | None]) -> Stream | None:

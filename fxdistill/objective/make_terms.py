@@ -103,6 +103,7 @@ def make_terms(
                     keeps_samples=(keeps_samples(both[0]), keeps_samples(both[1])),
                     has_tokens=_has_tokens(match, tap),
                     said_tokens=match.tokens not in ("auto", None),
+                    watched=match.tokens == "auto" and _has_tokens(match, tap),
                     channels_last=(
                         is_last(student, tap),
                         is_last(other, tap_of(match, "teacher")),

@@ -21,12 +21,15 @@ def weighed_by(
     batch: Batch | None = None,
     value: Tensor | None = None,
     ranks: Ranks | None = None,
+    *,
+    nothing: bool = False,
 ) -> str:
     """What weighs a match, in words; for certain if the batch and the student's value are known.
 
     ``ranks`` are those that hold samples: a loss between samples says whose it compares.
+    ``nothing`` says that a step has found no tokens of the call's in its values.
     """
-    said = _whose(term, task, batch, value)
+    said = "nothing" if nothing else _whose(term, task, batch, value)
     if term.weights is not None:
         said = repr(term.weights) if said == "nothing" else f"{said} × {term.weights!r}"
     if term.kind.sees == "samples together" and ranks is not None:

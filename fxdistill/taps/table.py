@@ -42,6 +42,7 @@ class TapTable:
         self.hidden: set[tuple[Tower, Tap]] = set()  # calls inside a transform: no values
         self.failure: FxDistillError | None = None
         self.warnings: list[str] = []
+        self.unweighed: dict[str, str] = {}  # by match: the warning, if its value follows the text
         self.further: dict[Tower, str] = {}  # fields of a model's output that are more logits
         self.problems: dict[tuple[Tower, str, str], FxDistillError] = {}  # by model, path and port
         # The tensors before the hooks of a parallel style, and local tensors after them by id.

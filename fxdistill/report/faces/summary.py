@@ -1,7 +1,7 @@
 """The compile-time summary: the terms, and what each pass did to the program."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from rich.console import Group
 from rich.table import Table
@@ -33,9 +33,10 @@ def summary(
     program: Program | None,
     mode: str,
     notes: Iterable[str],
+    unweighed: Collection[str] = (),
 ) -> "Summary":
     """Tables for 80 columns or more; without a program (eager, or no call yet) the terms alone."""
-    parts: list[Table | Text] = [_terms(objective, projections)]
+    parts: list[Table | Text] = [_terms(objective, projections, unweighed)]
     if program is None:
         eager = "all runs as it is, no graph is made"
         later = "no graph yet: one is captured at the first call"
@@ -45,7 +46,7 @@ def summary(
     return Summary(*parts, *(Text(f"note: {note}", overflow="fold") for note in notes))
 
 
-def _terms(objective: Objective, projections: nn.ModuleList) -> Table:
+def _terms(objective: Objective, projections: nn.ModuleList, unweighed: Collection[str]) -> Table:
     layouts = [between(term, projections) for term in objective.features]
     columns = ("student", "teacher", "loss", "weighed by", *(["between"] if any(layouts) else []))
     made = table("Terms", *columns)
@@ -54,7 +55,8 @@ def _terms(objective: Objective, projections: nn.ModuleList) -> Table:
         row(made, *cells[: len(columns)])
 
     for term, layout in zip(objective.features, layouts, strict=True):
-        weighed = weighed_by(term, objective.task, ranks=objective.ranks)
+        nothing = term.name in unweighed
+        weighed = weighed_by(term, objective.task, ranks=objective.ranks, nothing=nothing)
         add(*_ends(term), loss_name(term.loss), weighed, layout)
     predictions = "samples" if objective.task == "classification" else "tokens"
     for of_logits in objective.logits:
