@@ -286,9 +286,6 @@ class Distiller(StudentFace, Saved, Looking):
     def _recipe(self) -> Recipe:
         return self.options.recipe(self._towers, self.objective.weighed).noting(self.journal)
 
-    def _note_warnings(self, request: Request) -> None:
-        self._warnings = {**dict.fromkeys(request.warned, False), **self._warnings}
-
     def _announce(self) -> None:
         """Give each warning of the checks that has not been given yet."""
         for text in [text for text, given in self._warnings.items() if not given]:

@@ -12,7 +12,7 @@ from fxdistill.base.ranks import Ranks
 from fxdistill.base.warn import warn
 from fxdistill.compiler.backend import Recipe
 from fxdistill.compiler.journal import Journal
-from fxdistill.distiller import dry
+from fxdistill.distiller import dry, padding
 from fxdistill.distiller.explain import Explanation, explained
 from fxdistill.distiller.guard import settle
 from fxdistill.distiller.modes import Request, Steps
@@ -56,10 +56,11 @@ class Looking(nn.Module):
     def _recipe(self) -> Recipe: ...
 
     @abstractmethod
-    def _note_warnings(self, request: Request) -> None: ...
-
-    @abstractmethod
     def _announce(self) -> None: ...
+
+    def _note_warnings(self, request: Request) -> None:
+        found = (*request.warned, *padding.warnings_of(request, self._steps))
+        self._warnings = {**dict.fromkeys(found, False), **self._warnings}
 
     @property
     def program(self) -> JointProgram | None:
@@ -162,8 +163,9 @@ class Looking(nn.Module):
     def summary(self) -> Summary:
         """Tables for ``rich.print``: the terms, and what each pass did to the last program."""
         told = (*self.matches.notes, *self._notes, *self._warnings)
-        made, axes = self._towers.beside.projections, self._steps.axes
-        return summary(self.objective, made, self.program, self.options.mode, told, axes)
+        made, mode, steps = self._towers.beside.projections, self.options.mode, self._steps
+        ran = steps.axes, steps.unweighed
+        return summary(self.objective, made, self.program, mode, told, *ran)
 
 
 def _require_gradients(what: str) -> None:

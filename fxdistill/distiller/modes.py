@@ -51,6 +51,7 @@ class Request:
     call: Call
     settings: Tensor
     warned: list[str] = field(default_factory=list)  # the warnings of the step's checks
+    unweighed: dict[str, str] = field(default_factory=dict)  # matches that no mask weighs, and why
 
 
 class Steps:
@@ -65,6 +66,7 @@ class Steps:
         self.told = False  # whether it is known which matched values have tokens
         self.axes: dict[str, int] = {}  # how many axes the compared values have, by term
         self.labels_apart: bool | None = None  # whether labels have another grid, once sizes tell
+        self.unweighed: set[str] = set()  # the matches whose values no mask has weighed
         self._fixed: frozenset[int] | None = None
 
     def compiled(
@@ -210,6 +212,7 @@ def tapping(request: Request, steps: Steps, *, capturing: bool) -> Iterator[TapT
             alone=objective.learns_from_features_alone,
             on_ranks=objective.ranks is not None,
             others=[end for end in objective.of_heads if end[1] != LOGITS],
+            batch=request.call.batch,
         ),
     )
     table = TapTable(capturing=capturing, expected=expected)
@@ -224,6 +227,7 @@ def tapping(request: Request, steps: Steps, *, capturing: bool) -> Iterator[TapT
             yield table
             request.warned.extend(table.warnings)
             steps.learn(table)
+            request.unweighed.update(table.unweighed)
         except Exception:
             # A part that the user compiled wraps an error of a tap; the table has the original.
             if table.failure is not None:

@@ -103,13 +103,16 @@ def _with_tokens(
     terms: tuple[Term, ...], request: Request, steps: Steps
 ) -> tuple[tuple[Term, ...], str]:
     found: list[Exception] = []
+    reads_more = any(
+        resized.reads_more(given, request.call.batch.of(tower))
+        for tower, given in request.call.inputs.items()
+    )
     for resizes, alone in attempts(request, steps):
         seen = tried(request, steps, resizes, alone=alone)
         if not isinstance(seen, Exception):
             # Where the length of a text alone makes them asked, other texts are not told of.
-            reads_more = any(resized.reads_more(*each) for each in _reading(request.call))
             always = request.objective.task == "seq2seq" or reads_more
-            told = tuple(_told(term, seen, numbers=always) for term in terms)
+            told = tuple(_told(term, seen, reads_more, numbers=always) for term in terms)
             of_sound = [t for t in told if t.stream == "encoder" and _stayed(resizes[0], t.of[0])]
             return told, _untold(of_sound, found)
         if not alone or isinstance(seen, StepError):  # alone, a text misses what goes with it
@@ -136,8 +139,12 @@ def _untold(terms: Iterable[Term], found: Sequence[Exception]) -> str:
     )
 
 
-def _told(term: Term, seen: Sequence[Seen], *, numbers: bool) -> Term:
-    """The term, with what indexes its values; also of values ``[B, L]``, where ``numbers`` says."""
+def _told(term: Term, seen: Sequence[Seen], reads_more: bool, *, numbers: bool) -> Term:
+    """A term whose tokens are known, or known to be none of the call's.
+
+    Values of a call that ``reads_more`` are not watched then, unless they follow the text. Of
+    values ``[B, L]`` it is known where ``numbers`` says.
+    """
     if term.said_tokens or not term.has_tokens:
         return term
     if not all(end in run.values for run in seen for end in term.taps):
@@ -155,7 +162,14 @@ def _told(term: Term, seen: Sequence[Seen], *, numbers: bool) -> Term:
         stream=ours or s or t or term.stream,
         numbers=ours is not None
         and (term.numbers or (numbers and all(_are_numbers(term, run) for run in seen))),
+        watched=not reads_more or pooled or ours is not None or _follows(term, seen),
     )
+
+
+def _follows(term: Term, seen: Sequence[Seen]) -> bool:
+    """Whether the student's value has other first sizes for texts of other lengths."""
+    shapes = {tuple(run.values[term.taps[0]].shape[:2]) for run in seen}
+    return len(shapes) > 1
 
 
 def _agreed(streams: Sequence[Stream | None]) -> Stream | None:

@@ -181,7 +181,7 @@ def wrap(
     )
     settings |= _teacher_settings(objective, teachers, teacher_weights)
     warn_of_zero_weights(objective.features)
-    if not objective.features and (feature_loss != "mse" or feature_weight != 1.0 or pairs_loss):
+    if mapping is None and (feature_loss != "mse" or feature_weight != 1.0 or pairs_loss):
         warn(
             "feature_loss, feature_weight and pairs_loss are about matches, and there is no "
             "mapping: nothing is compared. fxdistill.match proposes one",

@@ -33,6 +33,8 @@ from fxdistill.models.weights import weight_of
 from fxdistill.objective.arrange import arranged_shape
 from fxdistill.objective.channels_first import AXES, are_first, tokens_first
 from fxdistill.objective.term import Term
+from fxdistill.objective.tokens import Batch
+from fxdistill.objective.unweighed import unweighed
 from fxdistill.taps.attention import value_of
 from fxdistill.taps.table import TapTable, not_executed
 
@@ -45,9 +47,11 @@ def verify(
     alone: bool,
     on_ranks: bool = False,
     others: Sequence[tuple[Tower, Tap]] = (),
+    batch: Batch | None = None,
 ) -> None:
     """Check every match against the values in ``table``; add warnings to it, raise errors.
 
+    ``batch`` is the step's, of which only shapes are read.
     ``others`` are further values that must be there, those of heads.
     ``alone`` says that only the matches could train anything: there is no other term and no
     projection. ``on_ranks`` says that other ranks have samples, too.
@@ -81,6 +85,8 @@ def verify(
             problems += _shapes(term, student, teacher, projections)
             table.axes[term.name] = axes_after(term.layouts[0], student.ndim)
         table.warnings += [] if on_ranks else _too_few(term, student)
+        text = "" if problems or batch is None else unweighed(term, student, teacher, batch)
+        table.unweighed |= {term.name: text} if text else {}
         if torch.is_grad_enabled() and not learns:
             frozen.append(term)
             ours, theirs = _named(term)

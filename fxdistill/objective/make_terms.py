@@ -111,6 +111,7 @@ def make_terms(
                     has_tokens=_has_tokens(match, tap),
                     said_tokens=match.tokens not in ("auto", None),
                     numbers=leaves_numbers(both[0], token_axis(student, tap)),
+                    watched=match.tokens == "auto" and _has_tokens(match, tap),
                     channels_last=(
                         is_last(student, tap),
                         is_last(other, tap_of(match, "teacher")),

@@ -42,6 +42,7 @@ class Term:
     has_tokens: bool = True  # unless the match says that it has none
     said_tokens: bool = False  # the match says whose tokens the values have
     numbers: bool = False  # the values are known to be one number of each token, [B, L]
+    watched: bool = True  # where no mask weighs the values, padding in them may count unseen
     channels_last: tuple[bool, bool] = (False, False)  # the values are maps [B, *places, C]
     # Values of three axes are [B, C, L]; None: their modules do not tell.
     channels_first: tuple[bool | None, bool | None] = (None, None)

@@ -28,14 +28,17 @@ def weighed_by(
     value: Tensor | None = None,
     ranks: Ranks | None = None,
     axes: int | None = None,
+    *,
+    nothing: bool = False,
 ) -> str:
     """What weighs a match, in words; for certain if the batch and the student's value are known.
 
     ``value`` is the student's as the layout of the match leaves it; ``axes`` says how many axes it
     has, where no more is known.
     ``ranks`` are those that hold samples: a loss between samples says whose it compares.
+    ``nothing`` says that a step has found no tokens of the call's in its values.
     """
-    said = _whose(term, task, batch, value)
+    said = "nothing" if nothing else _whose(term, task, batch, value)
     if value is None and axes is not None and "tokens" in said and not any(term.pools_tokens):
         said = _by_axes(term, task, axes, said)
     if term.weights is not None:

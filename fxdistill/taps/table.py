@@ -46,6 +46,7 @@ class TapTable:
         self.warnings: list[str] = []
         self.labels_apart: bool | None = None  # in this run, where sizes tell it
         self.axes: dict[str, int] = {}  # of each term, how many axes its student's value has
+        self.unweighed: dict[str, str] = {}  # by match: the warning, if its value follows the text
         self.further: dict[Tower, str] = {}  # fields of a model's output that are more logits
         self.problems: dict[tuple[Tower, str, str], FxDistillError] = {}  # by model, path and port
         # The tensors before the hooks of a parallel style, and local tensors after them by id.

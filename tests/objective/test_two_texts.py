@@ -1,10 +1,13 @@
 """A second text, an image of bytes, a sequence-first value: as long as the text by chance."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 
 import fxdistill
+from fxdistill import errors
 from toys import AOT, same_step
 
 OPTIONS = {"logit_loss": None, "label_loss": None, "task": "masked_lm"}
@@ -163,6 +166,10 @@ def test_as_many_samples_as_tokens(compile):
     turned = fxdistill.Match("kept", "kept", rearrange="l b d -> b l d", tokens="input")
     for mapping, weights in (({"kept": "kept"}, None), ([turned], mask)):
         distiller = fxdistill.wrap(student, teacher, mapping, **OPTIONS, compile=compile)
-        found = distiller(input_ids=ids, attention_mask=mask).loss
+        warned = contextlib.nullcontext()
+        if weights is None:
+            warned = pytest.warns(errors.MatchWarning, match="'l b d -> b l d' with tokens='input'")
+        with warned:
+            found = distiller(input_ids=ids, attention_mask=mask).loss
         same_step(student, found, weighed(s, t, weights))
         s, t = (read(m.words, ids) for m in (student, teacher))

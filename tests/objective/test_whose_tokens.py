@@ -245,6 +245,8 @@ def test_asking_changes_nothing():
 
 
 def test_models_whose_sizes_depend_on_data_leave_it_to_sizes_and_say_so():
+    """What follows from them is warned of, too: that a mask of another length weighs nothing."""
+
     class Chooses(Patches):
         def forward(self, input_ids, pixel_values, attention_mask=None):
             assert int(input_ids.max()) >= 0
@@ -252,7 +254,8 @@ def test_models_whose_sizes_depend_on_data_leave_it_to_sizes_and_say_so():
 
     student, teacher = towers(Chooses)
     distiller = fxdistill.wrap(student, teacher, {"kept": "kept"}, logit_loss=None, compile=False)
-    distiller(**call(7))
+    with pytest.warns(errors.MatchWarning, match="nothing weighs kept, so that padding in it"):
+        distiller(**call(7))
     (note,) = (n for n in distiller.report(**call(7)).notes if "whose tokens" in n)
     assert "cannot be run on inputs of another length" in note
     assert "Match(tokens=...)" in note

@@ -1,7 +1,7 @@
 """The compile-time summary: the terms, and what each pass did to the program."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from rich.console import Group
 from rich.table import Table
@@ -34,12 +34,14 @@ def summary(
     mode: str,
     notes: Iterable[str],
     axes: Mapping[str, int],
+    unweighed: Collection[str] = (),
 ) -> "Summary":
     """Tables for 80 columns or more; without a program (eager, or no call yet) the terms alone.
 
-    ``axes`` says how many axes the values of terms have, by the names of those that have run.
+    ``axes`` says how many axes the values of terms have, by the names of those that have run, and
+    ``unweighed`` which of these no mask has weighed.
     """
-    parts: list[Table | Text] = [_terms(objective, projections, axes)]
+    parts: list[Table | Text] = [_terms(objective, projections, axes, unweighed)]
     if program is None:
         eager = "all runs as it is, no graph is made"
         later = "no graph yet: one is captured at the first call"
@@ -49,7 +51,12 @@ def summary(
     return Summary(*parts, *(Text(f"note: {note}", overflow="fold") for note in notes))
 
 
-def _terms(objective: Objective, projections: nn.ModuleList, axes: Mapping[str, int]) -> Table:
+def _terms(
+    objective: Objective,
+    projections: nn.ModuleList,
+    axes: Mapping[str, int],
+    unweighed: Collection[str],
+) -> Table:
     layouts = [between(term, projections) for term in objective.features]
     columns = ("student", "teacher", "loss", "weighed by", *(["between"] if any(layouts) else []))
     made = table("Terms", *columns)
@@ -58,8 +65,13 @@ def _terms(objective: Objective, projections: nn.ModuleList, axes: Mapping[str, 
         row(made, *cells[: len(columns)])
 
     for term, layout in zip(objective.features, layouts, strict=True):
-        seen = axes.get(term.name)
-        weighed = weighed_by(term, objective.task, ranks=objective.ranks, axes=seen)
+        weighed = weighed_by(
+            term,
+            objective.task,
+            ranks=objective.ranks,
+            axes=axes.get(term.name),
+            nothing=term.name in unweighed,
+        )
         add(*_ends(term), loss_name(term.loss), weighed, layout)
     predictions = "samples" if objective.task == "classification" else "tokens"
     for of_logits in objective.logits:
