@@ -103,10 +103,7 @@ def _with_tokens(
     terms: tuple[Term, ...], request: Request, steps: Steps
 ) -> tuple[tuple[Term, ...], str]:
     found: list[Exception] = []
-    reads_more = any(
-        resized.reads_more(given, request.call.batch.of(tower))
-        for tower, given in request.call.inputs.items()
-    )
+    reads_more = any(resized.reads_more(*each) for each in _reading(request.call))
     for resizes, alone in attempts(request, steps):
         seen = tried(request, steps, resizes, alone=alone)
         if not isinstance(seen, Exception):
