@@ -59,6 +59,23 @@ def attempts(request: Request, steps: Steps) -> Iterator[tuple[Resizes, bool]]:
         yield [{tower: pair[i].as_it_is() for tower, pair in near.items()} for i in range(2)], False
 
 
+def by_multiples(request: Request, steps: Steps) -> list[Seen] | None:
+    """The runs on multiples of the length, or else on near ones; ``None`` where there are none.
+
+    Where a model pads its text inside, near lengths may all become the same.
+    """
+    given = list(attempts(request, steps))
+    half = len(given) // 2
+    for resizes, alone in (*given[half:], *given[:half]):
+        lengths = [[resize.length for resize in run.values()] for run in resizes]
+        if lengths[0] == lengths[1]:
+            continue  # the text stays as it is, and only that of a decoder changes
+        seen = tried(request, steps, resizes, alone=alone)
+        if not isinstance(seen, Exception):
+            return seen
+    return None
+
+
 def _seen(request: Request, steps: Steps, resizes: Mapping[Tower, Resize], *, alone: bool) -> Seen:
     """One run on other lengths: all values, and the size of each stream of each model."""
     call, task = request.call, request.objective.task

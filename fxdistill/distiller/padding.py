@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from fxdistill.distiller import dry
-from fxdistill.distiller.asking import Seen, attempts, tried
+from fxdistill.distiller.asking import Seen, by_multiples
 from fxdistill.distiller.modes import Request, Steps
 from fxdistill.objective.term import Term
 
@@ -28,16 +28,10 @@ def warnings_of(request: Request, steps: Steps) -> list[str]:
 
 def _that_follow(terms: list[Term], request: Request, steps: Steps) -> Iterable[Term]:
     """Those whose values change with the text: by multiples of its length, which padding shows."""
-    given = list(attempts(request, steps))
-    half = len(given) // 2
-    for resizes, alone in (*given[half:], *given[:half]):
-        lengths = [[resize.length for resize in run.values()] for run in resizes]
-        if lengths[0] == lengths[1]:
-            continue  # the text stays as it is, and only that of a decoder changes
-        seen = tried(request, steps, resizes, alone=alone)
-        if not isinstance(seen, Exception):
-            return [term for term in terms if _follows(term, *seen)]
-    return terms  # it cannot be told, so it is said
+    seen = by_multiples(request, steps)
+    if seen is None:
+        return terms  # it cannot be told, so it is said
+    return [term for term in terms if _follows(term, *seen)]
 
 
 def _follows(term: Term, one: Seen, other: Seen) -> bool:

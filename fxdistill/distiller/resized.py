@@ -149,7 +149,7 @@ class Sound(NamedTuple):
 
     def resized(self, before: int, length: int) -> int:
         """How many samples make about ``length`` frames, where those there are make ``before``."""
-        return self.size[1] + (length - before) * (self.size[1] // before)
+        return self.size[1] + round((length - before) * self.size[1] / before)
 
 
 def sound(inputs: Inputs, batch: Batch) -> Sound | None:

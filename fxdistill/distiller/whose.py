@@ -12,11 +12,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from fxdistill.distiller import channels, map_channels, resized
-from fxdistill.distiller.asking import End, Seen, attempts, said, tried
+from fxdistill.distiller.asking import End, Seen, attempts, by_multiples, said, tried
 from fxdistill.distiller.modes import Request, Steps
-from fxdistill.distiller.resized import Resize
+from fxdistill.distiller.resized import Resize, Size
 from fxdistill.distiller.towers import Towers
 from fxdistill.errors import StepError
+from fxdistill.mapping.layout import pools_tokens
 from fxdistill.models.conventions import Stream
 from fxdistill.models.tap import Tower
 from fxdistill.objective.arrange import arranged_shape
@@ -40,7 +41,7 @@ def _of_terms(objective: Objective, call: Call, towers: Towers, steps: Steps) ->
     if map_channels.asks(objective, call):
         return True
     batch = call.batch
-    is_open = any(term.has_tokens and not term.said_tokens for term in objective.features)
+    is_open = any(term.is_open for term in objective.features)
     if not is_open or not _has_grid(batch):
         return False
     if objective.task == "seq2seq":
@@ -49,6 +50,8 @@ def _of_terms(objective: Objective, call: Call, towers: Towers, steps: Steps) ->
     if not any(resized.texts(*each) or resized.sound(*each) for each in reading):
         return False
     if any(resized.reads_more(*each) for each in reading):
+        return True
+    if any(_asks_for_itself(term, towers) for term in objective.features):
         return True
     fixed = steps.fixed_sizes(towers)
     grids = {grid for tower in call.inputs for grid in batch.of(tower).grids}
@@ -59,6 +62,24 @@ def _of_terms(objective: Objective, call: Call, towers: Towers, steps: Steps) ->
 
 def _reading(call: Call) -> list[tuple[Inputs, Batch]]:
     return [(given, call.batch.of(tower)) for tower, given in call.inputs.items()]
+
+
+def _asks_for_itself(term: Term, towers: Towers) -> bool:
+    """Whether a path alone says that a value is seen, or a value may be a map of attention.
+
+    A map is another port than what a module returns, or comes out of a module without weights (a
+    softmax, a dropout).
+    """
+    if term.seems_to_see or not term.is_open or term.is_map or not _may_be_map(term):
+        return term.seems_to_see
+    tower, tap = term.taps[0]
+    module = towers.modules[tower].get_submodule(tap.path)
+    return tap.port != "output" or next(module.parameters(), None) is None
+
+
+def _may_be_map(term: Term) -> bool:
+    """Whether a term would compare maps of attention as they are."""
+    return not any(term.layouts) and term.projection is None and term.kind.named
 
 
 def _has_grid(batch: Batch) -> bool:
@@ -86,7 +107,7 @@ def told(request: Request, steps: Steps) -> Told:
     objective = replace(request.objective, heads=channels.told(request, steps))
     if not _of_terms(objective, request.call, request.towers, steps):
         return Told(objective, why, ())
-    is_open = any(term.has_tokens and not term.said_tokens for term in terms)
+    is_open = any(term.is_open for term in terms)
     if is_open and _has_grid(request.call.batch):
         terms, why = _with_tokens(terms, request, steps)
     untold = ""
@@ -109,7 +130,8 @@ def _with_tokens(
         if not isinstance(seen, Exception):
             # Where the length of a text alone makes them asked, other texts are not told of.
             always = request.objective.task == "seq2seq" or reads_more
-            told = tuple(_told(term, seen, reads_more, numbers=always) for term in terms)
+            told = tuple(_told(term, seen, reads_more=reads_more, numbers=always) for term in terms)
+            told = _padded(terms, told, seen, request, steps)
             of_sound = [t for t in told if t.stream == "encoder" and _stayed(resizes[0], t.of[0])]
             return told, _untold(of_sound, found)
         if not alone or isinstance(seen, StepError):  # alone, a text misses what goes with it
@@ -117,6 +139,37 @@ def _with_tokens(
         if isinstance(seen, StepError):
             break
     return terms, _untold(terms, found)
+
+
+def _padded(
+    terms: tuple[Term, ...],
+    told: tuple[Term, ...],
+    seen: Sequence[Seen],
+    request: Request,
+    steps: Steps,
+) -> tuple[Term, ...]:
+    """What was told, and told again of values that stay as long as the text is.
+
+    They may be padded inside to that length, which multiples of it show, or have it by chance.
+    """
+
+    def is_as_long(term: Term) -> bool:
+        tower, tap = term.taps[0]
+        value = seen[0].values.get((tower, tap))
+        size = None if value is None or value.ndim != 3 else tuple(value.shape[:2])
+        return size in request.call.batch.of(tower).grids
+
+    again = [
+        term.is_open and not t.has_tokens and is_as_long(term)
+        for term, t in zip(terms, told, strict=True)
+    ]
+    longer = by_multiples(request, steps) if any(again) else None
+    if longer is None:
+        return told
+    return tuple(
+        _told(term, longer, reads_more=not t.watched) if open_ else t
+        for term, t, open_ in zip(terms, told, again, strict=True)
+    )
 
 
 def _stayed(resizes: Mapping[Tower, Resize], tower: Tower) -> bool:
@@ -136,31 +189,45 @@ def _untold(terms: Iterable[Term], found: Sequence[Exception]) -> str:
     )
 
 
-def _told(term: Term, seen: Sequence[Seen], reads_more: bool, *, numbers: bool) -> Term:
+def _told(term: Term, seen: Sequence[Seen], *, reads_more: bool, numbers: bool) -> Term:
     """A term whose tokens are known, or known to be none of the call's.
 
     Values of a call that ``reads_more`` are not watched then, unless they follow the text. Of
     values ``[B, L]`` it is known where ``numbers`` says.
     """
-    if term.said_tokens or not term.has_tokens:
+    if not term.is_open:
         return term
     if not all(end in run.values for run in seen for end in term.taps):
         return term  # the step will say which module did not run
+    term = replace(term, is_map=term.is_map or _is_map(term, seen))
     ours = _agreed([_stream_of_value(term, run) for run in seen])
     s, t = (
         _agreed([_leading(run, end, run.values[end].shape) for run in seen]) for end in term.taps
     )
     pools = term.pools_tokens
+    if term.seems_to_see:
+        pools = pools_tokens(term.layouts[0]), pools_tokens(term.layouts[1])
     pooled = not term.keeps_tokens  # then its layout has taken the tokens away, whosever they were
     return replace(
         term,
-        has_tokens=pooled or ours is not None,
+        has_tokens=(pooled and (s is not None or not term.seems_to_see)) or ours is not None,
         pools_tokens=(pools[0] and s is not None, pools[1] and t is not None),
         stream=ours or s or t or term.stream,
         numbers=ours is not None
         and (term.numbers or (numbers and all(_are_numbers(term, run) for run in seen))),
         watched=not reads_more or pooled or ours is not None or _follows(term, seen),
     )
+
+
+def _is_map(term: Term, seen: Sequence[Seen]) -> bool:
+    """Whether both values are maps of attention, ``[B, heads, queries, keys]``: both follow."""
+    return _may_be_map(term) and all(_attends(run, end) for run in seen for end in term.taps)
+
+
+def _attends(run: Seen, end: End) -> bool:
+    value = run.values[end]
+    sizes = frozenset[Size]().union(*run.streams[end[0]].values())
+    return value.ndim == 4 and all((value.shape[0], value.shape[i]) in sizes for i in (2, 3))
 
 
 def _follows(term: Term, seen: Sequence[Seen]) -> bool:

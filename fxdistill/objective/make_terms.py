@@ -111,11 +111,9 @@ def make_terms(
                     has_tokens=_has_tokens(match, tap),
                     said_tokens=match.tokens not in ("auto", None),
                     numbers=leaves_numbers(both[0], token_axis(student, tap)),
+                    seems_to_see=match.tokens == "auto" and _seems_to_see(tap),
                     watched=match.tokens == "auto" and _has_tokens(match, tap),
-                    channels_last=(
-                        is_last(student, tap),
-                        is_last(other, tap_of(match, "teacher")),
-                    ),
+                    channels_last=(is_last(student, tap), is_last(other, tap_of(match, "teacher"))),
                     channels_first=known_first(match, (student, other), both, is_named(loss)),
                     by_teacher=match.tokens == "teacher",
                     compares="anything" if match.shapes == "any" else compares(loss),
@@ -130,10 +128,16 @@ def make_terms(
 
 
 def _is_map(match: Match, student: nn.Module, tap: Tap) -> bool:
-    """Whether a match compares maps of attention: the second output of a module that attends."""
+    """Whether a match compares maps of attention, by its ports.
+
+    They are the second output of a module that attends, or a model's ``attentions``. Of others the
+    models tell, where they are asked.
+    """
+    ports = (match.student_port, match.teacher_port)
     as_they_are = match.rearrange is None and match.reduce is None and match.project is None
-    second = match.student_port == match.teacher_port == "output[1]"
-    return second and as_they_are and is_named_attention(student.get_submodule(tap.path))
+    by_port = ports == ("output[1]",) * 2 and is_named_attention(student.get_submodule(tap.path))
+    by_name = all(isinstance(port, str) and "attentions" in port for port in ports)
+    return as_they_are and (by_port or by_name)
 
 
 def check_queues(terms: Sequence[Term]) -> None:
@@ -251,9 +255,16 @@ _READING = frozenset(("text", "language", "fusion", "cross", "projector", "qform
 
 def _has_tokens(match: Match, tap: Tap) -> bool:
     """Whether a value may have tokens, by what the match says or else by its path."""
+    return match.tokens is not None and not (match.tokens == "auto" and _seems_to_see(tap))
+
+
+def _seems_to_see(tap: Tap) -> bool:
+    """Whether a path has words of a tower that sees: it may read a text all the same (VisualBERT).
+
+    Where the models can be asked, they tell.
+    """
     words = set(tap.path.replace(".", "_").lower().split("_"))
-    sees = bool(words & _SEEING) and not words & _READING
-    return match.tokens is not None and not (match.tokens == "auto" and sees)
+    return bool(words & _SEEING) and not words & _READING
 
 
 def _pools(has_tokens: bool, both: tuple[Layout, Layout]) -> tuple[bool, bool]:

@@ -42,6 +42,7 @@ class Term:
     has_tokens: bool = True  # unless the match says that it has none
     said_tokens: bool = False  # the match says whose tokens the values have
     numbers: bool = False  # the values are known to be one number of each token, [B, L]
+    seems_to_see: bool = False  # no more than its path says that it has none: the models tell
     watched: bool = True  # where no mask weighs the values, padding in them may count unseen
     channels_last: tuple[bool, bool] = (False, False)  # the values are maps [B, *places, C]
     # Values of three axes are [B, C, L]; None: their modules do not tell.
@@ -64,6 +65,11 @@ class Term:
         """Whether the term compares how tokens attend, rather than values of tokens."""
         by_port = ATTENTION in (self.student.port, self.teacher.port)
         return by_port or self.kind.sees in ("attention", "whole maps")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the values may have tokens, and the match does not say whose."""
+        return (self.has_tokens or self.seems_to_see) and not self.said_tokens
 
     @property
     def said_arranged(self) -> bool:

@@ -147,12 +147,10 @@ def test_a_longer_batch_may_show_it_later():
         distiller(**call(6))
 
 
-def test_a_text_that_is_as_long_as_what_it_is_padded_to():
-    """Texts of other lengths do not show that these are its tokens; said, they are."""
-    _, _, distiller = two(Pads, Match("kept", "kept"))
-    with pytest.warns(errors.MatchWarning, match=r"Match\(tokens='input'\) says so"):
-        distiller(**call(8))
-    student, teacher, distiller = two(Pads, Match("kept", "kept", tokens="input"))
+@pytest.mark.parametrize("tokens", ["auto", "input"])
+def test_a_text_that_is_as_long_as_what_it_is_padded_to(tokens):
+    """Near lengths do not show that these are its tokens; multiples do."""
+    student, teacher, distiller = two(Pads, Match("kept", "kept", tokens=tokens))
     given = call(8)
     s, t = value(student, given), value(teacher, given).detach()
     each, mask = (s - t).square().mean(-1), given["attention_mask"]
