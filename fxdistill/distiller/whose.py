@@ -167,7 +167,7 @@ def _padded(
     if longer is None:
         return told
     return tuple(
-        _told(term, longer, reads_more=not t.watched) if open_ else t
+        _told(term, longer, reads_more=not t.watched, numbers=False) if open_ else t
         for term, t, open_ in zip(terms, told, again, strict=True)
     )
 
