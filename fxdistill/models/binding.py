@@ -65,7 +65,6 @@ _OF_ANY = frozenset({"return_dict", "use_cache", "cache_position", "is_causal", 
 # Attention of these names is transformers' own; a function that somebody registered reads what
 # it likes.
 _ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-_reads: dict[tuple[type, str], bool] = {}
 
 
 def may_read(model: nn.Module, name: str) -> bool:
@@ -77,13 +76,6 @@ def may_read(model: nn.Module, name: str) -> bool:
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if attention is not None and attention not in _ATTENTION:
         return True
-    key = type(model), name
-    if key not in _reads:
-        _reads[key] = _may_read(model, name)
-    return _reads[key]
-
-
-def _may_read(model: nn.Module, name: str) -> bool:
     names = _annotated(forward_parameters(model))
     if names is None or name in names or name in _OF_ANY:
         return True

@@ -93,18 +93,23 @@ def sort_call(
         for tower, model in models.items():
             _give_decoder(model, inputs[tower], labels)
     batch = _batch(models, inputs, main, own, task)
-    casts: dict[Tower, Casts] = {}
+    return _in_own_dtypes(models, Call(inputs, batch), own)
+
+
+def _in_own_dtypes(models: Mapping[Tower, nn.Module], call: Call, own: Mapping[str, Any]) -> Call:
+    """The call, with what was made for a model of another dtype cast; ``own`` inputs stay."""
+    inputs, casts = dict(call.inputs), dict[Tower, Casts]()
     dtypes = clashing_dtypes(models)
     for tower, dtype in dtypes.items():
-        others, kept_as_is = {*dtypes.values()} - {dtype}, own.get(f"{tower}_inputs", {})
+        others, as_it_is = {*dtypes.values()} - {dtype}, own.get(f"{tower}_inputs", {})
         casts[tower] = []
         args, named = inputs[tower]
         named = {
-            name: value if name in kept_as_is else cast(value, dtype, others, casts[tower])
+            name: value if name in as_it_is else cast(value, dtype, others, casts[tower])
             for name, value in named.items()
         }
         inputs[tower] = Inputs(cast(args, dtype, others, casts[tower]), named)
-    return Call(inputs, batch, {tower: made for tower, made in casts.items() if made})
+    return Call(inputs, call.batch, {tower: made for tower, made in casts.items() if made})
 
 
 def _by_signature(models: Mapping[Tower, nn.Module], shared: Inputs) -> dict[Tower, Inputs]:

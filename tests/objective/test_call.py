@@ -197,3 +197,11 @@ def test_a_mask_by_another_name_is_not_swallowed_by_transformers():
     # An attention that somebody registered may read anything.
     teacher.config._attn_implementation_internal = "of_my_own"
     assert may_read(teacher, "domain")
+
+
+def test_names_are_those_of_the_modules_within_this_model():
+    """Two models of one class may hold modules that read other names."""
+    other = Within()
+    other.inner = Plain()
+    assert may_read(Within(), "domain")
+    assert not may_read(other, "domain")
