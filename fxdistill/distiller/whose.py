@@ -16,7 +16,7 @@ from fxdistill.distiller.asking import End, Seen, attempts, by_multiples, said, 
 from fxdistill.distiller.modes import Request, Steps
 from fxdistill.distiller.resized import Resize, Size
 from fxdistill.distiller.towers import Towers
-from fxdistill.errors import StepError
+from fxdistill.errors import LayoutError, StepError
 from fxdistill.mapping.layout import pools_tokens
 from fxdistill.models.conventions import Stream
 from fxdistill.models.tap import Tower
@@ -199,6 +199,8 @@ def _told(term: Term, seen: Sequence[Seen], *, reads_more: bool, numbers: bool) 
         return term
     if not all(end in run.values for run in seen for end in term.taps):
         return term  # the step will say which module did not run
+    if not all(_fits(term, run) for run in seen):
+        return term  # the step will say which pattern, with all else that is wrong
     term = replace(term, is_map=term.is_map or _is_map(term, seen))
     ours = _agreed([_stream_of_value(term, run) for run in seen])
     s, t = (
@@ -248,6 +250,15 @@ def _stream_of_value(term: Term, run: Seen) -> Stream | None:
         streams = run.streams[term.of[0]].items()
         return next((n for n, sizes in streams if (shape[0], shape[queries]) in sizes), None)
     return _leading(run, term.taps[0], shape)
+
+
+def _fits(term: Term, run: Seen) -> bool:
+    """Whether the patterns of a match's layout describe its values."""
+    try:
+        _compared_shape(term, run)
+    except LayoutError:
+        return False
+    return True
 
 
 def _compared_shape(term: Term, run: Seen) -> tuple[int, ...]:
